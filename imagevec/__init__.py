@@ -1,0 +1,54 @@
+"""imagevec: a Spark column of images to a column of feature vectors."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imagevec.errors import ImageError, ImageVecError, OptionError, WeightsError
+    from imagevec.models import list_models, register_model
+    from imagevec.spark.udf import features_udf, make_features_udf
+    from imagevec.spec import Preprocessing
+    from imagevec.vectorizer import ImageVectorizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ImageError",
+    "ImageVecError",
+    "ImageVectorizer",
+    "OptionError",
+    "Preprocessing",
+    "WeightsError",
+    "features_udf",
+    "list_models",
+    "make_features_udf",
+    "register_model",
+]
+
+# PyTorch and Spark take seconds to import: a name brings them in where it is first used.
+_MODULES = {
+    "ImageError": "errors",
+    "ImageVecError": "errors",
+    "ImageVectorizer": "vectorizer",
+    "OptionError": "errors",
+    "Preprocessing": "spec",
+    "WeightsError": "errors",
+    "features_udf": "spark.udf",
+    "list_models": "models",
+    "make_features_udf": "spark.udf",
+    "register_model": "models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,143 @@
+"""Encoded bytes to uint8 RGB pixels.
+
+All input is untrusted. The format must be on the allow-list and the size within ``max_pixels``,
+both read from the header, before a pixel is decoded; what fails is an ``ImageError``, whatever the
+decoder raised.
+
+What a pixel becomes:
+
+- EXIF orientation is applied.
+- CMYK, palette, grey and bilevel images become RGB as by Pillow's ``convert("RGB")``; alpha is
+  dropped as there, not blended.
+- 16 bits a channel keep the high byte, as Pillow does for 16-bit RGB. (Its ``convert`` would clip
+  16-bit grey at 255.)
+- 32-bit integers and floats (some TIFFs) have no scale of their own: they are clipped to 0 to 255,
+  by ``convert``.
+- Of an animation or a multi-page file, the first frame is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from imagevec.errors import ImageError
+
+_SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\x00": "TIFF",
+    b"MM\x00*": "TIFF",
+    b"II+\x00": "TIFF",
+    b"MM\x00+": "TIFF",
+}
+
+_ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
+
+
+class DecodedImage(NamedTuple):
+    """Pixels, and the size of the image that they came from.
+
+    Attributes:
+        pixels: uint8 RGB ``(3, H, W)``.
+        width: Of the image as displayed, in pixels.
+        height: Of the image as displayed, in pixels.
+    """
+
+    pixels: torch.Tensor
+    width: int
+    height: int
+
+
+def decode(data: bytes, *, max_pixels: int, formats: Sequence[str]) -> DecodedImage:
+    """Decodes one image.
+
+    Args:
+        data: The bytes of an image file.
+        max_pixels: The largest width x height that is decoded. Pillow's own limit, which is of the
+            whole process, is raised to match where it is lower.
+        formats: The names of the formats that are decoded, of ``imagevec.spec.FORMATS``.
+
+    Raises:
+        ImageError: The image is empty, of another format, too large, truncated or corrupt.
+    """
+    if not data:
+        raise ImageError("empty", "0 bytes")
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow warns of is decided below, or is harmless
+        return _decode(data, max_pixels, formats)
+
+
+def _decode(data: bytes, max_pixels: int, formats: Sequence[str]) -> DecodedImage:
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+        check_size(image.width, image.height, max_pixels)
+        orientation = _orientation(image)
+        pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise _unidentified(data, formats) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", str(error)) from error
+    except Exception as error:  # decoders raise far more than OSError on hostile bytes
+        code = "truncated" if "truncated" in str(error).lower() else "corrupt"
+        raise ImageError(code, f"{type(error).__name__}: {error}") from error
+    pixels = _apply_orientation(pixels, orientation)
+    _, height, width = pixels.shape
+    return DecodedImage(pixels, width, height)
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises ``ImageError`` unless 1 <= width x height <= max_pixels."""
+    if width < 1 or height < 1:
+        raise ImageError("corrupt", f"{width}x{height} pixels")
+    if width * height > max_pixels:
+        raise ImageError("too_large", f"{width}x{height} pixels, max_pixels={max_pixels}")
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """uint8 ``(H, W, 3)``, a writable copy."""
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)  # (H, W)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 where there is none or the EXIF block cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # broken metadata says nothing about the pixels
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _apply_orientation(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
+    """``(3, H, W)`` as stored to ``(3, H, W)`` or ``(3, W, H)`` as displayed."""
+    if orientation >= 5:  # 5 to 8 are 1, 4, 3, 2 after a transposition
+        pixels = pixels.transpose(1, 2)
+        orientation = {5: 1, 6: 2, 7: 3, 8: 4}[orientation]
+    flipped = {1: (), 2: (2,), 3: (1, 2), 4: (1,)}[orientation]
+    return pixels.flip(flipped) if flipped else pixels
+
+
+def _unidentified(data: bytes, formats: Sequence[str]) -> ImageError:
+    found = next((name for magic, name in _SIGNATURES.items() if data.startswith(magic)), None)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        found = "WEBP"
+    elif data[4:12] in (b"ftypavif", b"ftypavis"):
+        found = "AVIF"
+    if found in formats:
+        return ImageError("corrupt", f"{found} with a broken header")
+    return ImageError("unsupported_format", found or f"starts with {data[:8]!r}")

@@ -1,0 +1,75 @@
+"""Every exception that imagevec raises on purpose.
+
+    ImageVecError
+    ├── OptionError (also ValueError)         a wrong option or input column
+    ├── MissingExtraError (also ImportError)  an optional dependency is not installed
+    ├── WeightsError                          weights cannot be found, read, verified or fitted
+    └── ImageError                            one image cannot become a feature vector
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+
+class ImageVecError(Exception):
+    """The base of every exception raised by imagevec."""
+
+
+class OptionError(ImageVecError, ValueError):
+    """An option, or the type of an input column, is not one that imagevec accepts."""
+
+
+class MissingExtraError(ImageVecError, ImportError):
+    """An optional dependency is needed and not installed.
+
+    Args:
+        package: The module that could not be imported.
+        extra: The extra of imagevec that installs it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed: pip install 'imagevec[{extra}]'")
+
+
+class WeightsError(ImageVecError):
+    """Model weights are missing, unreadable, altered, or of another model."""
+
+
+class ImageError(ImageVecError):
+    """One image cannot become a feature vector.
+
+    Attributes:
+        code: A short stable reason to group by, a key of ``IMAGE_ERROR_CODES``.
+        detail: What was found, for a person; not stable between versions.
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(code, detail)
+        self.code = code
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.detail}" if self.detail else self.code
+
+
+IMAGE_ERROR_CODES: Mapping[str, str] = {
+    "empty": "no bytes at all",
+    "unsupported_format": "not an image, or a format or pixel layout that is not accepted",
+    "too_large": "more pixels than max_pixels, by its header",
+    "truncated": "the file ends before the image does",
+    "corrupt": "the file says it is an accepted format and cannot be decoded",
+    "unreadable_path": "the path or URI cannot be read",
+}
+
+
+def did_you_mean(value: object, choices: Iterable[str]) -> str:
+    """The end of an error message: the nearest choices to ``value``, or all where they are few."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(str(value), known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    if len(known) <= 12:
+        return f"choose one of {', '.join(map(repr, known))}"
+    return f"{len(known)} are known, for example {', '.join(map(repr, known[:3]))}"

@@ -1,0 +1,106 @@
+"""The rows of an Arrow batch to decoded images: bytes, paths, and Spark's image and file structs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from pyarrow import fs
+
+from imagevec.decode import DecodedImage, check_size, decode
+from imagevec.errors import ImageError, OptionError
+from imagevec.spec import ExecutionOptions
+
+IMAGE_FIELDS = ("height", "width", "nChannels", "mode", "data")
+
+# OpenCV's type numbers, of pyspark.ml.image.ImageSchema.ocvTypes: channels of 8 unsigned bits.
+_CHANNELS_OF_MODE = {0: 1, 16: 3, 24: 4}
+
+
+class ImageStruct(NamedTuple):
+    """A row of Spark's ``image`` struct: raw pixels, row by row, grey, BGR or BGRA."""
+
+    height: int
+    width: int
+    n_channels: int
+    mode: int
+    data: bytes
+
+
+Value = bytes | str | ImageStruct | None
+
+
+def values_of(batch: pd.Series | pd.DataFrame) -> Iterator[Value]:
+    """The values of one Arrow batch, as Spark hands it to a pandas UDF.
+
+    Raises:
+        OptionError: The column's type is none that is accepted.
+    """
+    if isinstance(batch, pd.Series):
+        yield from batch
+    elif set(IMAGE_FIELDS) <= set(batch.columns):
+        for row in zip(*(batch[field] for field in IMAGE_FIELDS), strict=True):
+            yield None if row[-1] is None else ImageStruct(*row)
+    elif "content" in batch.columns:
+        yield from batch["content"]
+    else:
+        raise OptionError(f"the input is a struct of {', '.join(batch.columns)}: {ACCEPTED}")
+
+
+ACCEPTED = (
+    "use a column of type binary (an image file's bytes) or string (a path or URI), "
+    "Spark's image struct, or a row struct of the binaryFile source"
+)
+
+
+def load(value: Value, options: ExecutionOptions) -> DecodedImage:
+    """Reads and decodes one value that is not null.
+
+    Raises:
+        ImageError: The value is no image that is accepted.
+        OptionError: The value is of a type that is not accepted.
+    """
+    if isinstance(value, str):
+        value = read(value)
+    if isinstance(value, ImageStruct):
+        return _from_struct(value, options.max_pixels)
+    if not isinstance(value, bytes | bytearray):
+        raise OptionError(f"the input column holds {type(value).__name__} values: {ACCEPTED}")
+    return decode(bytes(value), max_pixels=options.max_pixels, formats=options.formats)
+
+
+def read(path: str) -> bytes:
+    """The bytes of a file: a local path, or a URI that ``pyarrow.fs`` knows (s3, gs, hdfs, file).
+
+    Raises:
+        ImageError: ``unreadable_path``.
+    """
+    try:
+        if ":" not in path:
+            return Path(path).read_bytes()
+        if path.startswith("file:"):  # Spark writes file:/a, where pyarrow knows file:///a alone
+            path = "file:///" + path.removeprefix("file:").lstrip("/")
+        filesystem, path = fs.FileSystem.from_uri(path)
+        with filesystem.open_input_stream(path) as stream:
+            data: bytes = stream.read()
+            return data
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise ImageError("unreadable_path", f"{path}: {error}") from error
+
+
+def _from_struct(image: ImageStruct, max_pixels: int) -> DecodedImage:
+    check_size(image.width, image.height, max_pixels)
+    channels = _CHANNELS_OF_MODE.get(image.mode)
+    shape = (image.height, image.width, image.n_channels)
+    if channels != image.n_channels:
+        raise ImageError("unsupported_format", f"mode {image.mode} with {image.n_channels} channels")
+    if len(image.data) != np.prod(shape):
+        raise ImageError("corrupt", f"{len(image.data)} bytes of pixels for {shape}")
+    pixels = torch.from_numpy(np.frombuffer(image.data, np.uint8).reshape(shape).copy())
+    pixels = pixels.permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    rgb = pixels.expand(3, -1, -1) if channels == 1 else pixels[[2, 1, 0]]  # BGR(A) -> RGB
+    return DecodedImage(rgb, image.width, image.height)

@@ -1,0 +1,360 @@
+"""The registry: a name to a model that yields feature vectors, and the facts that go with it.
+
+torchvision's classification models are known by their torchvision names, timm's as ``timm/<name>``,
+one's own through ``register_model``. Preprocessing travels with the weights: torchvision's preset of
+the weights entry, timm's data config, or what was registered.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torchvision.models
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
+from imagevec.spec import Preprocessing
+
+TIMM_PREFIX = "timm/"
+
+ModelFactory = Callable[[], nn.Module]
+
+
+class Entry(Protocol):
+    """One model: how to build it, and how its images are prepared."""
+
+    @property
+    def name(self) -> str:
+        """What ``FeatureSpec.model`` holds."""
+
+    def build(self, crop_size: int) -> nn.Module:
+        """A new classifier for ``(N, 3, crop_size, crop_size)``, in no particular mode."""
+
+    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+        """What the weights were trained for; they are known by their SHA-256."""
+
+
+@dataclass(frozen=True)
+class TorchvisionEntry:
+    """A model of ``torchvision.models``."""
+
+    name: str
+
+    @property
+    def weights_enum(self) -> Any:
+        """The enumeration of the pretrained weights, with their presets and addresses."""
+        return torchvision.models.get_model_weights(self.name)
+
+    def build(self, crop_size: int) -> nn.Module:
+        kwargs: dict[str, Any] = {}
+        if self.name in ("googlenet", "inception_v3"):
+            # What torchvision sets where it loads its weights, which expect another input scale.
+            kwargs = {"transform_input": True, "init_weights": False}
+        elif self.name.startswith("vit_"):
+            kwargs = {"image_size": crop_size}
+        return torchvision.models.get_model(self.name, weights=None, **kwargs)
+
+    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+        """The preset of the weights entry (``torchvision/transforms/_presets.py``).
+
+        Weights that are not torchvision's, and random ones, take the preset of the default entry.
+        """
+        weights = self.weights_enum.DEFAULT
+        for candidate in self.weights_enum:
+            # The name of a file of torch.hub ends in the first digits of its SHA-256.
+            if weights_digest and weights_digest.startswith(Path(candidate.url).stem.split("-")[-1]):
+                weights = candidate
+        preset = weights.transforms()
+        return Preprocessing(
+            resize_size=preset.resize_size[0],
+            crop_size=preset.crop_size[0],
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+            interpolation=preset.interpolation.value,
+        )
+
+
+@dataclass(frozen=True)
+class TimmEntry:
+    """A model of timm; ``timm_name`` has no prefix."""
+
+    timm_name: str
+
+    @property
+    def name(self) -> str:
+        return TIMM_PREFIX + self.timm_name
+
+    def build(self, crop_size: int, pretrained: bool = False) -> nn.Module:
+        del crop_size  # the one that timm's data config states
+        model: nn.Module = _timm().create_model(self.timm_name, pretrained=pretrained)
+        return model
+
+    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+        """timm's data config (``timm/data/config.py``, ``timm/data/transforms_factory.py``)."""
+        del weights_digest
+        from timm.data import resolve_data_config
+
+        pretrained_cfg = _timm().get_pretrained_cfg(self.timm_name).to_dict()
+        config = resolve_data_config(pretrained_cfg=pretrained_cfg)
+        _, height, width = config["input_size"]
+        if height != width or config["crop_mode"] not in ("center", "squash"):
+            raise OptionError(
+                f"the data config of {self.name!r} is not supported ({config}): only models with "
+                "a square input and a crop_mode of 'center' or 'squash' are"
+            )
+        return Preprocessing(
+            resize_size=math.floor(height / config["crop_pct"]),
+            crop_size=height,
+            mean=config["mean"],
+            std=config["std"],
+            interpolation=config["interpolation"],
+            squash=config["crop_mode"] == "squash",
+        )
+
+
+@dataclass(frozen=True)
+class FactoryEntry:
+    """A zero-argument factory, registered under a name or given directly."""
+
+    factory: ModelFactory
+    preset: Preprocessing = Preprocessing()
+    registered_name: str | None = None
+
+    @property
+    def name(self) -> str:
+        if self.registered_name:
+            return self.registered_name
+        qualname = getattr(self.factory, "__qualname__", type(self.factory).__qualname__)
+        return f"factory:{self.factory.__module__}.{qualname}"
+
+    def build(self, crop_size: int) -> nn.Module:
+        del crop_size  # the factory knows
+        model = self.factory()
+        if not isinstance(model, nn.Module):
+            raise OptionError(
+                f"the factory of {self.name!r} is not valid: "
+                f"it returned {type(model).__name__}, not a torch.nn.Module"
+            )
+        return model
+
+    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+        del weights_digest
+        return self.preset
+
+
+_registered: dict[str, FactoryEntry] = {}
+
+
+def list_models() -> list[str]:
+    """The names that ``model`` accepts, sorted; any ``"timm/<name>"`` is accepted too."""
+    return sorted([*_registered, *torchvision.models.list_models(module=torchvision.models)])
+
+
+def register_model(
+    name: str, factory: ModelFactory, *, preprocessing: Preprocessing = Preprocessing()
+) -> None:
+    """Makes ``model=name`` mean ``factory``, in this process and in the jobs that it starts.
+
+    Args:
+        name: A new name.
+        factory: Returns a new ``nn.Module`` that takes float32 ``(N, 3, S, S)``. It is pickled
+            (by cloudpickle) and called once on the driver and once in each worker process.
+        preprocessing: What happens to the pixels before the model.
+
+    Raises:
+        OptionError: The name is taken, or the factory is not callable.
+    """
+    if name in list_models() or name.startswith(TIMM_PREFIX):
+        raise OptionError(f"the model name {name!r} is taken: choose another")
+    if not callable(factory):
+        raise OptionError(f"factory={factory!r} is not valid: give a function without arguments")
+    _registered[name] = FactoryEntry(factory, preprocessing, name)
+
+
+def find_entry(model: str | ModelFactory) -> TorchvisionEntry | TimmEntry | FactoryEntry:
+    """The entry of a ``model`` option.
+
+    Raises:
+        OptionError: The name is unknown; the message holds the nearest ones.
+        MissingExtraError: A ``timm/`` name without timm.
+    """
+    if isinstance(model, nn.Module):
+        raise OptionError(
+            "model is a live nn.Module, which would be pickled into every task: "
+            "give a zero-argument factory, a function that returns it"
+        )
+    if callable(model):
+        return FactoryEntry(model)
+    if not isinstance(model, str):
+        raise OptionError(f"model={model!r} is not valid: give a name or a zero-argument factory")
+    if model in _registered:
+        return _registered[model]
+    if model.startswith(TIMM_PREFIX):
+        name = model.removeprefix(TIMM_PREFIX)
+        if not _timm().is_model(name.partition(".")[0]):
+            near = did_you_mean(model, (TIMM_PREFIX + known for known in _timm().list_models()))
+            raise OptionError(f"model={model!r} is not known: {near}")
+        return TimmEntry(name)
+    if model not in list_models():
+        raise OptionError(f"model={model!r} is not known: {did_you_mean(model, list_models())}")
+    return TorchvisionEntry(model)
+
+
+def to_feature_model(model: nn.Module, layer: str, normalize: bool) -> nn.Module:
+    """Turns a classifier, which it alters, into a model that yields feature vectors.
+
+    Returns:
+        A module in evaluation mode, float32 ``(N, 3, S, S)`` to ``(N, D)``.
+
+    Raises:
+        OptionError: The model has no such layer; the message holds the nearest ones.
+    """
+    model.eval().requires_grad_(False)
+    if layer == "pooled":
+        model = _without_classifier(model)
+    elif layer != "logits":
+        model = _up_to_node(model, layer)
+    return nn.Sequential(model, _VectorNorm()).eval() if normalize else model
+
+
+def infer_num_features(feature_model: nn.Module, crop_size: int, device: str = "meta") -> int:
+    """The length of a feature vector.
+
+    On PyTorch's ``meta`` device only shapes are computed, and the model is of no use afterwards.
+
+    Raises:
+        OptionError: The model's output is not a tensor of two dimensions.
+    """
+    feature_model.to(device)
+    with torch.device(device), torch.inference_mode():
+        features = feature_model(torch.zeros(1, 3, crop_size, crop_size))
+    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+        shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features)
+        raise OptionError(f"the model's output is not valid: {shape}, not a tensor (N, D)")
+    return features.shape[1]
+
+
+def build_model(entry: Entry, crop_size: int, state_dict: dict[str, Any] | None) -> nn.Module:
+    """A classifier with its weights.
+
+    Args:
+        entry: The model's registry entry.
+        crop_size: The side of its input, in pixels.
+        state_dict: The weights; ``None`` for random ones, the same wherever they are drawn.
+
+    Raises:
+        WeightsError: The weights are of another model.
+    """
+    if state_dict is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return entry.build(crop_size)
+    with no_random_init():
+        model = entry.build(crop_size)
+    if isinstance(model, torchvision.models.DenseNet):
+        # torchvision's files have the names of its first version: norm.1 is norm1 now.
+        state_dict = {
+            re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key): value
+            for key, value in state_dict.items()
+        }
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise WeightsError(
+            f"the weights do not fit {entry.name!r}: {' '.join(' '.join(lines[1:4]).split())[:500]}"
+        ) from error
+    return model
+
+
+class no_random_init(TorchFunctionMode):  # noqa: N801, a context manager
+    """Modules built within start from zeros: the random numbers take most of the time of building.
+
+    Zeros are drawn, not nothing: ``nn.init.trunc_normal_`` draws again until all are in its range.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0].zero_()
+        return func(*args, **(kwargs or {}))
+
+
+class _VectorNorm(nn.Module):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return F.normalize(features.float(), dim=1)  # (N, D) -> (N, D)
+
+
+class _PoolNode(nn.Module):
+    """One node of a traced model, pooled to a vector.
+
+    Attributes:
+        extractor: ``(N, 3, S, S)`` to a dictionary with the one node's output.
+        channels_last: Whether a spatial output is ``(N, H, W, C)``.
+    """
+
+    def __init__(self, extractor: nn.Module, channels_last: bool) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.channels_last = channels_last
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        (node,) = self.extractor(images).values()
+        if node.ndim == 4:  # (N, C, H, W) -> (N, C)
+            return node.mean((1, 2) if self.channels_last else (2, 3))
+        return node[:, 0] if node.ndim == 3 else node  # (N, T, C) -> (N, C), the class token
+
+
+def _without_classifier(model: nn.Module) -> nn.Module:
+    """The model up to the input of its classifier's last linear layer."""
+    if hasattr(model, "reset_classifier"):  # timm
+        model.reset_classifier(0)
+        return model
+    if isinstance(model, torchvision.models.SqueezeNet):  # its classifier is a convolution
+        model.classifier = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)))
+        return model
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        return model  # a factory's backbone that has no classifier
+    parent, _, name = linear[-1].rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.Identity())
+    return model
+
+
+def _up_to_node(model: nn.Module, layer: str) -> nn.Module:
+    _, nodes = get_graph_node_names(model, suppress_diff_warning=True)
+    known = {node[: len(node) - len(rest)] for node in nodes for rest in _suffixes(node)}
+    if layer not in known:
+        raise OptionError(
+            f"layer={layer!r} is not known: {did_you_mean(layer, {*known, 'pooled', 'logits'})}"
+        )
+    is_swin = isinstance(model, torchvision.models.SwinTransformer)
+    channels_last = is_swin and layer.partition(".")[0] in ("features", "norm")
+    extractor = create_feature_extractor(model, [layer], suppress_diff_warning=True)
+    return _PoolNode(extractor, channels_last)
+
+
+def _suffixes(node: str) -> Iterator[str]:
+    """``"layer1.0.conv1"``: ``""``, ``".conv1"`` and ``".0.conv1"``."""
+    yield ""
+    parts = node.split(".")
+    for kept in range(1, len(parts)):
+        yield "." + ".".join(parts[kept:])
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtraError("timm", "timm") from error
+    return timm

@@ -1,0 +1,1 @@
+"""Where imagevec meets Spark."""

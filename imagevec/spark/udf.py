@@ -1,0 +1,119 @@
+"""The pandas UDF: the one place where Spark's rows meet the feature stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from pyspark import TaskContext
+from pyspark.sql import Column, DataFrame
+from pyspark.sql.functions import pandas_udf
+from pyspark.sql.types import (
+    ArrayType,
+    BinaryType,
+    DataType,
+    FloatType,
+    IntegerType,
+    StringType,
+    StructField,
+    StructType,
+)
+
+from imagevec.errors import OptionError, did_you_mean
+from imagevec.inputs import ACCEPTED, IMAGE_FIELDS
+from imagevec.recipe import Recipe, resolve
+from imagevec.spark.ship import active_session, ship, shipped
+from imagevec.spec import ExecutionOptions
+from imagevec.stream import feature_stream
+from imagevec.worker import get_engine, resolve_batch_size, resolve_device
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from imagevec.spec import Options
+
+_FEATURES = ArrayType(FloatType())
+_RETURN_TYPES: dict[str, DataType] = {
+    "array": _FEATURES,
+    "struct": StructType(
+        [
+            StructField("features", _FEATURES),
+            StructField("error", StringType()),
+            StructField("width", IntegerType()),
+            StructField("height", IntegerType()),
+        ]
+    ),
+}
+
+
+def features_udf(column: Column | str, **options: Unpack[Options]) -> Column:
+    """A column of feature vectors of a column of images.
+
+        df.withColumn("features", features_udf("content"))
+
+    Args:
+        column: Of type binary (encoded images) or string (paths or URIs), Spark's image struct, or
+            a row struct of the binaryFile source.
+        **options: See ``imagevec.spec.Options``.
+
+    Returns:
+        ``array<float>`` of ``num_features`` values, null for a null or bad image; or a struct, with
+        ``output="struct"``.
+
+    Raises:
+        OptionError: An option is wrong. The message names the nearest valid choice.
+        WeightsError: The weights cannot be had, or do not fit the model.
+    """
+    column_of: Column = make_features_udf(**options)(column)
+    return column_of
+
+
+def make_features_udf(**options: Unpack[Options]) -> Any:
+    """The pandas UDF of ``features_udf``, to use several times or to register for SQL.
+
+        spark.udf.register("image_features", make_features_udf(model="resnet18"))
+
+    It needs an active session, which ships the weights to the executors.
+    """
+    return udf_of(*resolve(**options))
+
+
+def udf_of(recipe: Recipe, weights_path: Path | None, execution: ExecutionOptions) -> Any:
+    """The pandas UDF of options that are resolved; ships the weights file."""
+    if active_session().conf.get("spark.master", "").startswith("local["):
+        resolve_device(execution.device)  # the workers are on this machine: ask here
+    if weights_path is not None:
+        ship(weights_path)
+
+    @pandas_udf(_RETURN_TYPES[execution.output])  # type: ignore[call-overload]
+    def image_features(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
+        yield from extract_in_worker(batches, recipe, execution)
+
+    return image_features
+
+
+def check_input_column(df: DataFrame, name: str) -> None:
+    """Raises ``OptionError`` unless the data frame has such a column, of an accepted type."""
+    if name not in df.columns:
+        raise OptionError(f"there is no column {name!r}: {did_you_mean(name, df.columns)}")
+    kind = df.schema[name].dataType
+    fields = set(kind.names) if isinstance(kind, StructType) else set()
+    is_struct = fields >= set(IMAGE_FIELDS) or "content" in fields
+    if not (isinstance(kind, BinaryType | StringType) or is_struct):
+        raise OptionError(f"column {name!r} is of type {kind.simpleString()}: {ACCEPTED}")
+
+
+def extract_in_worker(
+    batches: Iterator[pd.Series], recipe: Recipe, execution: ExecutionOptions
+) -> Iterator[pd.Series]:
+    """What runs in a Python worker, once a task."""
+    context = TaskContext.get()
+    gpu = context.resources().get("gpu") if context else None
+    device = resolve_device(execution.device, gpu.addresses if gpu else ())
+    engine = get_engine(recipe, shipped, device)
+    batch_size = resolve_batch_size(execution.batch_size, device)
+    yield from feature_stream(
+        batches, engine, recipe.spec.preprocessing, execution, batch_size
+    )

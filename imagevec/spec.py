@@ -1,0 +1,203 @@
+"""What a feature vector is (``FeatureSpec``) and how it is computed (``ExecutionOptions``).
+
+The first fixes the numbers, the second may only change speed, limits and the form of the result.
+Both are frozen, validated when made, and small: they are what travels to Spark's workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from imagevec.errors import OptionError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+ENGINES = ("torch",)
+
+
+class Options(TypedDict, total=False):
+    """The keyword options of ``features_udf``, ``make_features_udf`` and ``ImageVectorizer``."""
+
+    model: str | Callable[[], nn.Module]
+    """A name of ``list_models()``, ``"timm/<name>"``, or a zero-argument factory of an
+    ``nn.Module``. Default ``"resnet50"``."""
+    weights: str
+    """A torchvision weights name, a path to ``.pth``, ``.pt`` or ``.safetensors``, or
+    ``"random"`` (seeded: the same on every worker). Default ``"DEFAULT"``."""
+    layer: str
+    """``"pooled"`` (the input of the classifier's last linear layer), ``"logits"``, or a node of
+    ``torchvision.models.feature_extraction.get_graph_node_names``. Default ``"pooled"``."""
+    normalize: bool
+    """L2-normalise each vector. Default ``False``."""
+    precision: Literal["float32", "bfloat16", "float16"]
+    """``"float16"`` needs CUDA. Default ``"float32"``."""
+    engine: Literal["auto", "torch"]
+    """What runs the forward pass. Default ``"auto"``."""
+    device: str
+    """``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``. Default ``"auto"``: the GPU that Spark
+    assigned to the task, else any GPU, else the CPU."""
+    batch_size: int | Literal["auto"]
+    """Images in one forward pass. Default ``"auto"``."""
+    max_pixels: int
+    """A larger image is an error row, by its header. Default 89,478,485, which is Pillow's."""
+    formats: Sequence[str]
+    """The formats that are decoded; all others are error rows. Default ``FORMATS``."""
+    decode: Literal["exact"]
+    """Default ``"exact"``."""
+    on_error: Literal["null", "raise"]
+    """A bad image gives a null, or fails the query with its reason. Default ``"null"``."""
+    output: Literal["array", "struct"]
+    """``array<float>``, or ``struct<features: array<float>, error: string, width: int,
+    height: int>``. Default ``"array"``."""
+
+
+DEFAULTS: Options = {
+    "model": "resnet50",
+    "weights": "DEFAULT",
+    "layer": "pooled",
+    "normalize": False,
+    "precision": "float32",
+    "engine": "auto",
+    "device": "auto",
+    "batch_size": "auto",
+    "max_pixels": 89_478_485,
+    "formats": FORMATS,
+    "decode": "exact",
+    "on_error": "null",
+    "output": "array",
+}
+
+
+def check_choice(option: str, value: object, choices: Sequence[str]) -> None:
+    """Raises ``OptionError`` with the nearest choices if ``value`` is none of them."""
+    if value not in choices:
+        raise OptionError(f"{option}={value!r} is not known: {did_you_mean(value, choices)}")
+
+
+def _check_positive(option: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{option}={value!r} is not valid: use an integer of at least 1")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """uint8 ``(3, H, W)`` to float32 ``(3, crop_size, crop_size)``: resize, centre crop, normalise.
+
+    The defaults are the ones of torchvision's ``ImageClassification`` preset.
+
+    Attributes:
+        resize_size: Pixels of the shorter side after the resize, at least ``crop_size``.
+        crop_size: Pixels of each side of the centre crop: the model's ``input_size``.
+        mean: Of each RGB channel, on the 0 to 1 scale.
+        std: Of each RGB channel, on the 0 to 1 scale.
+        interpolation: ``"bilinear"`` or ``"bicubic"``, both antialiased.
+        squash: Resize to a square of ``resize_size`` instead, whatever the aspect ratio.
+    """
+
+    resize_size: int = 256
+    crop_size: int = 224
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    squash: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
+        _check_positive("crop_size", self.crop_size)
+        if self.resize_size < self.crop_size:
+            raise OptionError(
+                f"resize_size={self.resize_size} is not valid: "
+                f"use at least crop_size={self.crop_size}"
+            )
+        for option in ("mean", "std"):
+            if len(getattr(self, option)) != 3:
+                raise OptionError(f"{option} is not valid: give one number a channel, R, G and B")
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """All that fixes the numbers of a feature vector.
+
+    Attributes:
+        model: The model's name; a factory's is ``factory:<module>.<qualname>``.
+        weights: ``sha256:<hex digest of the weights file>``, or ``random``.
+        layer: ``"pooled"``, ``"logits"`` or a node name.
+        num_features: The length of a vector.
+        preprocessing: What happens to the pixels before the model.
+        precision: The arithmetic of the forward pass.
+        normalize: Whether each vector has length 1.
+        decode: How JPEGs are decoded.
+    """
+
+    model: str
+    weights: str
+    layer: str
+    num_features: int
+    preprocessing: Preprocessing
+    precision: str
+    normalize: bool
+    decode: str
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("decode", self.decode, ("exact",))
+        if not isinstance(self.normalize, bool):
+            raise OptionError(f"normalize={self.normalize!r} is not valid: use True or False")
+        _check_positive("num_features", self.num_features)
+
+    def to_json(self) -> str:
+        """The spec as JSON with sorted keys."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> FeatureSpec:
+        """The inverse of ``to_json``."""
+        fields: dict[str, Any] = json.loads(text)
+        pre: dict[str, Any] = fields.pop("preprocessing")
+        pre["mean"], pre["std"] = tuple(pre["mean"]), tuple(pre["std"])
+        return cls(preprocessing=Preprocessing(**pre), **fields)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits: equal for two specs if and only if their vectors are comparable."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """How vectors are computed and handed back. ``Options`` says what each one means."""
+
+    engine: str
+    device: str
+    batch_size: int | Literal["auto"]
+    max_pixels: int
+    formats: tuple[str, ...]
+    on_error: str
+    output: str
+
+    def __post_init__(self) -> None:
+        check_choice("engine", self.engine, ENGINES)
+        kind, _, index = self.device.partition(":")
+        if not (self.device in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal())):
+            choices = ("auto", "cpu", "cuda", "cuda:0")
+            raise OptionError(
+                f"device={self.device!r} is not known: {did_you_mean(self.device, choices)}"
+            )
+        if self.batch_size != "auto":
+            _check_positive("batch_size", self.batch_size)
+        _check_positive("max_pixels", self.max_pixels)
+        if not self.formats:
+            raise OptionError(f"formats is empty: choose from {', '.join(FORMATS)}")
+        for name in self.formats:
+            check_choice("formats", name, FORMATS)
+        check_choice("on_error", self.on_error, ("null", "raise"))
+        check_choice("output", self.output, ("array", "struct"))

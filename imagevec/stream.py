@@ -1,0 +1,112 @@
+"""Arrow batches of images to Arrow batches of feature vectors, in order, one row for one row.
+
+It forms its own batches for the forward pass across Arrow batches, so that neither many small ones
+nor one huge one matters. What it holds is bounded by its batch: rows are decoded as they are needed,
+and results are handed over as soon as a batch is done. It knows nothing of Spark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+
+from imagevec.engines import Engine
+from imagevec.errors import ImageError
+from imagevec.inputs import Value, load, values_of
+from imagevec.preprocess import resize_and_crop
+from imagevec.spec import ExecutionOptions, Preprocessing
+
+_MAX_ROWS_PER_IMAGE = 16  # nulls and errors that may wait for a batch to fill, for each of its images
+
+
+class Row(NamedTuple):
+    """What became of one input row before the forward pass.
+
+    Attributes:
+        image: uint8 ``(3, S, S)``; ``None`` for a null or a bad image.
+        width: Of the image as displayed, in pixels.
+        height: Of the image as displayed, in pixels.
+        error: Why there is no image; ``None`` for a null.
+    """
+
+    image: torch.Tensor | None = None
+    width: int | None = None
+    height: int | None = None
+    error: ImageError | None = None
+
+
+def feature_stream(
+    batches: Iterable[pd.Series | pd.DataFrame],
+    engine: Engine,
+    preprocessing: Preprocessing,
+    options: ExecutionOptions,
+    batch_size: int,
+) -> Iterator[pd.Series | pd.DataFrame]:
+    """Yields as many rows as it takes, in the same order, in batches of other sizes.
+
+    Args:
+        batches: Series of bytes or paths, or data frames of a struct's fields.
+        engine: The forward pass.
+        preprocessing: What happens to the pixels before it.
+        options: Limits, error policy and the form of the result.
+        batch_size: The largest number of images in one forward pass.
+
+    Yields:
+        Series of float32 ``(D,)`` arrays and nulls; with ``output="struct"``, data frames of
+        ``features``, ``error``, ``width`` and ``height``.
+
+    Raises:
+        ImageError: The first bad image, with ``on_error="raise"``.
+        OptionError: The input is of a type that is not accepted.
+    """
+    values = (value for batch in batches for value in values_of(batch))
+    rows = (prepare(value, preprocessing, options) for value in values)
+    for group in _grouped(rows, batch_size):
+        images = [row.image for row in group if row.image is not None]
+        vectors = iter(engine(torch.stack(images)) if images else ())  # (N, 3, S, S) -> (N, D)
+        features = [None if row.image is None else next(vectors) for row in group]
+        yield _to_pandas(group, features, options.output)
+
+
+def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOptions) -> Row:
+    """Decodes, resizes and crops one value; a bad image becomes a row with its error."""
+    if value is None:
+        return Row()
+    try:
+        decoded = load(value, options)
+    except ImageError as error:
+        if options.on_error == "raise":
+            raise
+        return Row(error=error)
+    image = resize_and_crop(decoded.pixels, preprocessing)
+    return Row(image, decoded.width, decoded.height)
+
+
+def _grouped(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    images = 0
+    for row in rows:
+        group.append(row)
+        images += row.image is not None
+        if images == batch_size or len(group) == batch_size * _MAX_ROWS_PER_IMAGE:
+            yield group
+            group, images = [], 0
+    if group:
+        yield group
+
+
+def _to_pandas(group: list[Row], features: list[object], output: str) -> pd.Series | pd.DataFrame:
+    vectors = pd.Series(features, dtype=object)
+    if output == "array":
+        return vectors
+    return pd.DataFrame(
+        {
+            "features": vectors,
+            "error": pd.Series([str(row.error) if row.error else None for row in group], dtype=object),
+            "width": pd.array([row.width for row in group], dtype="Int32"),
+            "height": pd.array([row.height for row in group], dtype="Int32"),
+        }
+    )

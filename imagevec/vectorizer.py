@@ -1,0 +1,83 @@
+"""``ImageVectorizer``: one set of options, for data frames and for single images."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from imagevec.recipe import resolve
+from imagevec.stream import feature_stream
+from imagevec.worker import get_engine, resolve_device
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+    from typing_extensions import Unpack
+
+    from imagevec.spec import Options
+
+
+class ImageVectorizer:
+    """Images to feature vectors. It holds options alone, so it can be pickled and used anywhere.
+
+    Args:
+        **options: See ``imagevec.spec.Options``.
+
+    Raises:
+        OptionError: An option is wrong. The message names the nearest valid choice.
+        WeightsError: The weights cannot be had, or do not fit the model.
+    """
+
+    def __init__(self, **options: Unpack[Options]) -> None:
+        self._recipe, self._weights_path, self._execution = resolve(**options)
+
+    @property
+    def num_features(self) -> int:
+        """The length of a vector."""
+        return self._recipe.spec.num_features
+
+    def process_images(
+        self, df: DataFrame, input_col: str = "content", output_col: str = "features"
+    ) -> DataFrame:
+        """The data frame with a column of feature vectors.
+
+        Args:
+            df: Has a column of images: binary, string, an image struct or a binaryFile row struct.
+            input_col: The name of that column.
+            output_col: The name of the new column.
+
+        Raises:
+            OptionError: The column is missing or of another type.
+        """
+        from imagevec.spark.udf import check_input_column, udf_of
+
+        check_input_column(df, input_col)
+        udf = udf_of(self._recipe, self._weights_path, self._execution)
+        return df.withColumn(output_col, udf(input_col))
+
+    def extract_features(self, image: bytes | str) -> list[float] | None:
+        """The feature vector of one image, in this process and without Spark.
+
+        Args:
+            image: The bytes of an image file, or a path or URI of one.
+
+        Returns:
+            ``num_features`` floats; ``None`` for a bad image, unless ``on_error="raise"``.
+
+        Raises:
+            ImageError: The image is bad, with ``on_error="raise"``.
+        """
+        device = resolve_device(self._execution.device)
+        engine = get_engine(self._recipe, self._locate_weights, device)
+        execution = dataclasses.replace(self._execution, output="array")
+        batches = [pd.Series([image], dtype=object)]
+        preprocessing = self._recipe.spec.preprocessing
+        (features,) = feature_stream(batches, engine, preprocessing, execution, batch_size=1)
+        vector = features[0]
+        return None if vector is None else vector.tolist()
+
+    def _locate_weights(self, name: str) -> Path:
+        assert self._weights_path is not None, name  # random weights have no name
+        return self._weights_path

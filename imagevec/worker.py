@@ -1,0 +1,71 @@
+"""The state of one Python worker process: its engines, its device, its threads.
+
+Spark keeps Python workers alive between tasks (``spark.python.worker.reuse``, its default), so an
+engine is built once in a process and then serves every task, query and re-created UDF with the same
+recipe. A worker that idles for a minute is ended by Spark, and its engines with it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from imagevec.engines import Engine
+from imagevec.errors import OptionError
+from imagevec.recipe import Recipe
+
+_MAX_ENGINES = 3
+_engines: OrderedDict[tuple[str, torch.device], Engine] = OrderedDict()
+
+_AUTO_BATCH_SIZE = {"cpu": 16, "cuda": 128}
+
+
+def get_engine(
+    recipe: Recipe, locate_weights: Callable[[str], Path], device: torch.device
+) -> Engine:
+    """This process's engine for a recipe; the least recently used of several is dropped.
+
+    Args:
+        recipe: What to build.
+        locate_weights: The name of a shipped file to its path on this machine.
+        device: Where it runs.
+    """
+    key = (recipe.key, device)
+    if key not in _engines:
+        path = locate_weights(recipe.weights_file) if recipe.weights_file else None
+        _engines[key] = recipe.build_engine(path, device)
+        if len(_engines) > _MAX_ENGINES:
+            _engines.popitem(last=False)
+    _engines.move_to_end(key)
+    return _engines[key]
+
+
+def resolve_device(device: str, gpu_addresses: Sequence[str] = ()) -> torch.device:
+    """The device that an option means in this process.
+
+    Args:
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        gpu_addresses: The GPUs that Spark assigned to the task; the first one is used.
+
+    Raises:
+        OptionError: An explicit device is not here.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if device in ("auto", "cuda"):
+        device = f"cuda:{gpu_addresses[0]}" if gpu_addresses else "cuda:0"
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(device.partition(":")[2]) >= found:
+        raise OptionError(
+            f"device={device!r} is not there: PyTorch finds {found} CUDA devices on this machine; "
+            "use 'cpu' or 'auto'"
+        )
+    return torch.device(device)
+
+
+def resolve_batch_size(batch_size: int | str, device: torch.device) -> int:
+    """Images in one forward pass."""
+    return batch_size if isinstance(batch_size, int) else _AUTO_BATCH_SIZE[device.type]
