@@ -1,10 +1,10 @@
 """Every exception that imagevec raises on purpose.
 
-    ImageVecError
-    ├── OptionError (also ValueError)         a wrong option or input column
-    ├── MissingExtraError (also ImportError)  an optional dependency is not installed
-    ├── WeightsError                          weights cannot be found, read, verified or fitted
-    └── ImageError                            one image cannot become a feature vector
+ImageVecError
+├── OptionError (also ValueError)         a wrong option or input column
+├── MissingExtraError (also ImportError)  an optional dependency is not installed
+├── WeightsError                          weights cannot be found, read, verified or fitted
+└── ImageError                            one image cannot become a feature vector
 """
 
 from __future__ import annotations

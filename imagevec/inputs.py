@@ -57,8 +57,10 @@ ACCEPTED = (
 )
 
 
-def load(value: Value, options: ExecutionOptions) -> DecodedImage:
+def load(value: Value, options: ExecutionOptions, min_side: int | None = None) -> DecodedImage:
     """Reads and decodes one value that is not null.
+
+    ``min_side`` is the one of ``imagevec.decode.decode``.
 
     Raises:
         ImageError: The value is no image that is accepted.
@@ -70,7 +72,9 @@ def load(value: Value, options: ExecutionOptions) -> DecodedImage:
         return _from_struct(value, options.max_pixels)
     if not isinstance(value, bytes | bytearray):
         raise OptionError(f"the input column holds {type(value).__name__} values: {ACCEPTED}")
-    return decode(bytes(value), max_pixels=options.max_pixels, formats=options.formats)
+    return decode(
+        bytes(value), max_pixels=options.max_pixels, formats=options.formats, min_side=min_side
+    )
 
 
 def read(path: str) -> bytes:
@@ -97,7 +101,9 @@ def _from_struct(image: ImageStruct, max_pixels: int) -> DecodedImage:
     channels = _CHANNELS_OF_MODE.get(image.mode)
     shape = (image.height, image.width, image.n_channels)
     if channels != image.n_channels:
-        raise ImageError("unsupported_format", f"mode {image.mode} with {image.n_channels} channels")
+        raise ImageError(
+            "unsupported_format", f"mode {image.mode} with {image.n_channels} channels"
+        )
     if len(image.data) != np.prod(shape):
         raise ImageError("corrupt", f"{len(image.data)} bytes of pixels for {shape}")
     pixels = torch.from_numpy(np.frombuffer(image.data, np.uint8).reshape(shape).copy())

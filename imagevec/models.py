@@ -71,7 +71,9 @@ class TorchvisionEntry:
         weights = self.weights_enum.DEFAULT
         for candidate in self.weights_enum:
             # The name of a file of torch.hub ends in the first digits of its SHA-256.
-            if weights_digest and weights_digest.startswith(Path(candidate.url).stem.split("-")[-1]):
+            if weights_digest and weights_digest.startswith(
+                Path(candidate.url).stem.split("-")[-1]
+            ):
                 weights = candidate
         preset = weights.transforms()
         return Preprocessing(

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
-PRECISIONS = ("float32", "bfloat16", "float16")
-ENGINES = ("torch",)
+PRECISIONS = ("float32", "bfloat16", "float16", "int8")
+ENGINES = ("auto", "torch", "openvino")
 
 
 class Options(TypedDict, total=False):
     """The keyword options of ``features_udf``, ``make_features_udf`` and ``ImageVectorizer``."""
 
     model: str | Callable[[], nn.Module]
-    """A name of ``list_models()``, ``"timm/<name>"``, or a zero-argument factory of an
-    ``nn.Module``. Default ``"resnet50"``."""
+    """A name of ``list_models()``, ``"timm/<name>"``, a zero-argument factory of an ``nn.Module``,
+    or the path of a saved model. Default ``"resnet50"``."""
     weights: str
     """A torchvision weights name, a path to ``.pth``, ``.pt`` or ``.safetensors``, or
     ``"random"`` (seeded: the same on every worker). Default ``"DEFAULT"``."""
@@ -38,10 +38,12 @@ class Options(TypedDict, total=False):
     ``torchvision.models.feature_extraction.get_graph_node_names``. Default ``"pooled"``."""
     normalize: bool
     """L2-normalise each vector. Default ``False``."""
-    precision: Literal["float32", "bfloat16", "float16"]
-    """``"float16"`` needs CUDA. Default ``"float32"``."""
-    engine: Literal["auto", "torch"]
-    """What runs the forward pass. Default ``"auto"``."""
+    precision: Literal["float32", "bfloat16", "float16", "int8", "auto"]
+    """``"float16"`` needs CUDA; ``"int8"`` is a saved model's, of ``quantize``; ``"auto"`` is
+    bfloat16 where the driver's CPU or GPU has it, else float32. Default ``"float32"``."""
+    engine: Literal["auto", "torch", "openvino"]
+    """What runs the forward pass. Default ``"auto"``: PyTorch on CUDA, and on the CPU OpenVINO if
+    it is installed."""
     device: str
     """``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``. Default ``"auto"``: the GPU that Spark
     assigned to the task, else any GPU, else the CPU."""
@@ -51,8 +53,9 @@ class Options(TypedDict, total=False):
     """A larger image is an error row, by its header. Default 89,478,485, which is Pillow's."""
     formats: Sequence[str]
     """The formats that are decoded; all others are error rows. Default ``FORMATS``."""
-    decode: Literal["exact"]
-    """Default ``"exact"``."""
+    decode: Literal["exact", "scaled"]
+    """``"scaled"`` decodes JPEGs at the smallest scale that keeps twice ``resize_size``, which is
+    faster for large ones. Default ``"exact"``."""
     on_error: Literal["null", "raise"]
     """A bad image gives a null, or fails the query with its reason. Default ``"null"``."""
     output: Literal["array", "struct"]
@@ -90,7 +93,7 @@ def _check_positive(option: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """uint8 ``(3, H, W)`` to float32 ``(3, crop_size, crop_size)``: resize, centre crop, normalise.
+    """A file to float32 ``(3, crop_size, crop_size)``: decode, resize, centre crop, normalise.
 
     The defaults are the ones of torchvision's ``ImageClassification`` preset.
 
@@ -101,6 +104,8 @@ class Preprocessing:
         std: Of each RGB channel, on the 0 to 1 scale.
         interpolation: ``"bilinear"`` or ``"bicubic"``, both antialiased.
         squash: Resize to a square of ``resize_size`` instead, whatever the aspect ratio.
+        decode: ``"exact"``, or ``"scaled"``: JPEGs are decoded at the smallest scale of 1/1, 1/2,
+            1/4 and 1/8 that keeps ``min_decoded_side`` pixels of both sides.
     """
 
     resize_size: int = 256
@@ -109,8 +114,15 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     squash: bool = False
+    decode: Literal["exact", "scaled"] = "exact"
+
+    @property
+    def min_decoded_side(self) -> int | None:
+        """Twice the resize target, which keeps the cosine to the exact path above 0.999."""
+        return 2 * self.resize_size if self.decode == "scaled" else None
 
     def __post_init__(self) -> None:
+        check_choice("decode", self.decode, ("exact", "scaled"))
         check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
         _check_positive("crop_size", self.crop_size)
         if self.resize_size < self.crop_size:
@@ -135,7 +147,6 @@ class FeatureSpec:
         preprocessing: What happens to the pixels before the model.
         precision: The arithmetic of the forward pass.
         normalize: Whether each vector has length 1.
-        decode: How JPEGs are decoded.
     """
 
     model: str
@@ -145,11 +156,9 @@ class FeatureSpec:
     preprocessing: Preprocessing
     precision: str
     normalize: bool
-    decode: str
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
-        check_choice("decode", self.decode, ("exact",))
         if not isinstance(self.normalize, bool):
             raise OptionError(f"normalize={self.normalize!r} is not valid: use True or False")
         _check_positive("num_features", self.num_features)

@@ -19,7 +19,9 @@ from imagevec.inputs import Value, load, values_of
 from imagevec.preprocess import resize_and_crop
 from imagevec.spec import ExecutionOptions, Preprocessing
 
-_MAX_ROWS_PER_IMAGE = 16  # nulls and errors that may wait for a batch to fill, for each of its images
+_MAX_ROWS_PER_IMAGE = (
+    16  # nulls and errors that may wait for a batch to fill, for each of its images
+)
 
 
 class Row(NamedTuple):
@@ -76,7 +78,7 @@ def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOption
     if value is None:
         return Row()
     try:
-        decoded = load(value, options)
+        decoded = load(value, options, preprocessing.min_decoded_side)
     except ImageError as error:
         if options.on_error == "raise":
             raise
@@ -105,7 +107,9 @@ def _to_pandas(group: list[Row], features: list[object], output: str) -> pd.Seri
     return pd.DataFrame(
         {
             "features": vectors,
-            "error": pd.Series([str(row.error) if row.error else None for row in group], dtype=object),
+            "error": pd.Series(
+                [str(row.error) if row.error else None for row in group], dtype=object
+            ),
             "width": pd.array([row.width for row in group], dtype="Int32"),
             "height": pd.array([row.height for row in group], dtype="Int32"),
         }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+import torch
 
 from imagevec.recipe import resolve
 from imagevec.stream import feature_stream
@@ -31,7 +32,7 @@ class ImageVectorizer:
     """
 
     def __init__(self, **options: Unpack[Options]) -> None:
-        self._recipe, self._weights_path, self._execution = resolve(**options)
+        self._recipe, self._paths, self._execution = resolve(**options)
 
     @property
     def num_features(self) -> int:
@@ -54,7 +55,7 @@ class ImageVectorizer:
         from imagevec.spark.udf import check_input_column, udf_of
 
         check_input_column(df, input_col)
-        udf = udf_of(self._recipe, self._weights_path, self._execution)
+        udf = udf_of(self._recipe, self._paths, self._execution)
         return df.withColumn(output_col, udf(input_col))
 
     def extract_features(self, image: bytes | str) -> list[float] | None:
@@ -70,7 +71,7 @@ class ImageVectorizer:
             ImageError: The image is bad, with ``on_error="raise"``.
         """
         device = resolve_device(self._execution.device)
-        engine = get_engine(self._recipe, self._locate_weights, device)
+        engine = get_engine(self._recipe, self._locate, device, torch.get_num_threads())
         execution = dataclasses.replace(self._execution, output="array")
         batches = [pd.Series([image], dtype=object)]
         preprocessing = self._recipe.spec.preprocessing
@@ -78,6 +79,5 @@ class ImageVectorizer:
         vector = features[0]
         return None if vector is None else vector.tolist()
 
-    def _locate_weights(self, name: str) -> Path:
-        assert self._weights_path is not None, name  # random weights have no name
-        return self._weights_path
+    def _locate(self, name: str) -> Path:
+        return next(path for path in self._paths if path.name == name)

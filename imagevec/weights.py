@@ -1,4 +1,4 @@
-"""A ``weights`` option to one local file, named by its content and verified before use.
+"""A ``weights`` option to one local file, and that file to tensors.
 
 Nothing is unpickled but tensors: ``.pth`` and ``.pt`` files are loaded with ``weights_only=True``,
 ``.safetensors`` files hold nothing else.
@@ -6,11 +6,7 @@ Nothing is unpickled but tensors: ``.pth`` and ``.pt`` files are loaded with ``w
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import os
 import pickle
-import shutil
 import tempfile
 import urllib.error
 from pathlib import Path
@@ -20,6 +16,7 @@ import torch
 from torch import nn
 
 from imagevec.errors import OptionError, WeightsError, did_you_mean
+from imagevec.files import cache_dir, content_addressed
 from imagevec.models import FactoryEntry, TimmEntry, TorchvisionEntry
 
 RANDOM = "random"
@@ -72,62 +69,29 @@ def _weights_entry(entry: TorchvisionEntry, weights: str) -> Any:
     return names[weights]
 
 
-def digest_of(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hex digits."""
-    stat = path.stat()
-    return _digest_of_version(path.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _digest_of_version(path: Path, size_bytes: int, modified_ns: int) -> str:
-    del size_bytes, modified_ns  # they tell versions of the file apart
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha256.update(chunk)
-    return sha256.hexdigest()
-
-
-def content_addressed(path: Path) -> Path:
-    """A hard link, or a copy, of a weights file that is named by its digest, in the user's cache."""
-    suffix = ".safetensors" if path.suffix == ".safetensors" else ".pth"
-    target = _cache_dir() / f"imagevec-{digest_of(path)}{suffix}"
-    if not target.exists() or digest_of(target) not in target.name:
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            copy = Path(folder) / target.name
-            try:
-                os.link(path.resolve(), copy)
-            except OSError:  # another file system
-                shutil.copyfile(path, copy)
-            copy.replace(target)
-    return target
-
-
 def save_state_dict(model: nn.Module) -> Path:
-    """Writes a model's weights to the user's cache, as safetensors named by their digest."""
+    """Writes a model's weights as safetensors into the user's cache."""
     from safetensors.torch import save_file
 
-    tensors = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=_cache_dir()) as folder:
+    tensors = {
+        name: value.detach().clone().contiguous() for name, value in model.state_dict().items()
+    }
+    with tempfile.TemporaryDirectory(dir=cache_dir("files")) as folder:
         path = Path(folder) / "weights.safetensors"
         save_file(tensors, path)
         return content_addressed(path)
 
 
-def load_state_dict(path: Path, digest: str) -> dict[str, torch.Tensor]:
+def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a weights file, on the CPU.
 
     Args:
         path: A ``.pth``, ``.pt`` or ``.safetensors`` file; a checkpoint that holds its weights
             under ``state_dict`` or ``model`` is opened.
-        digest: The SHA-256 that the file must have.
 
     Raises:
-        WeightsError: The digest is another one, or the file does not hold tensors alone.
+        WeightsError: The file does not hold tensors alone.
     """
-    found = digest_of(path)
-    if found != digest:
-        raise WeightsError(f"{path.name} was altered: its SHA-256 is {found}, not {digest}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -143,7 +107,9 @@ def load_state_dict(path: Path, digest: str) -> dict[str, torch.Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(v, torch.Tensor) for v in loaded.values()
+    ):
         raise WeightsError(f"{path.name} is not a file of weights: it holds no state_dict")
     nn.modules.utils.consume_prefix_in_state_dict_if_present(loaded, "module.")
     return loaded
@@ -169,11 +135,4 @@ def _hub_file(entry: TorchvisionEntry, weights_entry: Any) -> Path:
                 f"cannot download {weights_entry} of {entry.name} from {url} ({error}). "
                 f"{_OFFLINE}; or put {name} into {path.parent}"
             ) from error
-    return path
-
-
-def _cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    path = Path(base).expanduser() / "imagevec" / "weights"
-    path.mkdir(parents=True, exist_ok=True)
     return path

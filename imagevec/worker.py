@@ -24,19 +24,19 @@ _AUTO_BATCH_SIZE = {"cpu": 16, "cuda": 128}
 
 
 def get_engine(
-    recipe: Recipe, locate_weights: Callable[[str], Path], device: torch.device
+    recipe: Recipe, locate: Callable[[str], Path], device: torch.device, threads: int
 ) -> Engine:
-    """This process's engine for a recipe; the least recently used of several is dropped.
+    """This process's engine for a recipe; of too many, the least recently used is dropped.
 
     Args:
         recipe: What to build.
-        locate_weights: The name of a shipped file to its path on this machine.
+        locate: The name of a shipped file to its path on this machine.
         device: Where it runs.
+        threads: Of one forward pass on the CPU.
     """
     key = (recipe.key, device)
     if key not in _engines:
-        path = locate_weights(recipe.weights_file) if recipe.weights_file else None
-        _engines[key] = recipe.build_engine(path, device)
+        _engines[key] = recipe.build_engine(locate, device, threads)
         if len(_engines) > _MAX_ENGINES:
             _engines.popitem(last=False)
     _engines.move_to_end(key)

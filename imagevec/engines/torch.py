@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import logging
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.fx.experimental import optimization
 
-from imagevec.preprocess import normalize
+from imagevec.engines import PixelModel
 from imagevec.spec import Preprocessing
+
+logger = logging.getLogger(__name__)
 
 
 class TorchEngine:
-    """Runs a feature model eagerly: inference mode, channels_last, autocast below float32.
+    """Runs a feature model eagerly: inference mode, batch norms folded, channels_last, autocast.
+
+    On CUDA, pixels go through pinned memory. A batch that does not fit into the device's memory is
+    halved until it does, and later batches are cut to what did.
 
     Args:
         model: float32 ``(N, 3, S, S)`` to ``(N, D)``, in evaluation mode.
@@ -26,20 +32,54 @@ class TorchEngine:
     def __init__(
         self, model: nn.Module, preprocessing: Preprocessing, device: torch.device, precision: str
     ) -> None:
+        if precision == "bfloat16" and not supports_bfloat16(device.type):
+            logger.warning("%s has no bfloat16 instructions: it will be slow", device)
+        model = PixelModel(_fold_batch_norms(model), preprocessing).eval()
         self._model = model.to(device=device, memory_format=torch.channels_last)
-        self._preprocessing = preprocessing
         self._device = device
         self._dtype = getattr(torch, precision)
+        self._max_batch: int | None = None
+
+    def __call__(self, images: torch.Tensor) -> npt.NDArray[np.float32]:
+        chunks = images.split(self._max_batch or len(images))
+        return np.concatenate([self._forward_or_halve(chunk) for chunk in chunks])
+
+    def _forward_or_halve(self, images: torch.Tensor) -> npt.NDArray[np.float32]:
+        try:
+            return self._forward(images)
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+        # Outside the handler: the exception's traceback held the tensors that did not fit.
+        torch.cuda.empty_cache()
+        self._max_batch = len(images) // 2
+        logger.warning("%d images do not fit into %s: halving", len(images), self._device)
+        return self(images)
 
     @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> npt.NDArray[np.float32]:
-        images = images.to(self._device).contiguous(memory_format=torch.channels_last)
-        autocast = (
-            nullcontext()
-            if self._dtype == torch.float32
-            else torch.autocast(self._device.type, self._dtype)
-        )
-        with autocast:
-            features = self._model(normalize(images, self._preprocessing))  # -> (N, D)
+    def _forward(self, images: torch.Tensor) -> npt.NDArray[np.float32]:
+        if self._device.type == "cuda":
+            images = images.pin_memory()
+        images = images.to(self._device, non_blocking=True)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            features = self._model(images)  # (N, 3, S, S) -> (N, D)
         array: npt.NDArray[np.float32] = features.float().cpu().numpy()
         return array
+
+
+def supports_bfloat16(device_type: str) -> bool:
+    """Whether this machine's ``"cpu"`` or ``"cuda"`` computes bfloat16 natively."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _fold_batch_norms(model: nn.Module) -> nn.Module:
+    """The model with batch norms in the weights of the convolutions before them, where traceable."""
+    try:
+        folded: nn.Module = optimization.fuse(model)
+    except Exception as error:  # a model's own code runs under torch.fx's tracer
+        logger.info("batch norms are not folded, torch.fx cannot trace the model: %s", error)
+        return model
+    return folded

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from pyspark import TaskContext
 from pyspark.sql import Column, DataFrame
 from pyspark.sql.functions import pandas_udf
@@ -80,12 +81,12 @@ def make_features_udf(**options: Unpack[Options]) -> Any:
     return udf_of(*resolve(**options))
 
 
-def udf_of(recipe: Recipe, weights_path: Path | None, execution: ExecutionOptions) -> Any:
-    """The pandas UDF of options that are resolved; ships the weights file."""
+def udf_of(recipe: Recipe, paths: tuple[Path, ...], execution: ExecutionOptions) -> Any:
+    """The pandas UDF of options that are resolved; ships the files."""
     if active_session().conf.get("spark.master", "").startswith("local["):
         resolve_device(execution.device)  # the workers are on this machine: ask here
-    if weights_path is not None:
-        ship(weights_path)
+    for path in paths:
+        ship(path)
 
     @pandas_udf(_RETURN_TYPES[execution.output])  # type: ignore[call-overload]
     def image_features(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
@@ -112,8 +113,8 @@ def extract_in_worker(
     context = TaskContext.get()
     gpu = context.resources().get("gpu") if context else None
     device = resolve_device(execution.device, gpu.addresses if gpu else ())
-    engine = get_engine(recipe, shipped, device)
+    threads = max(context.cpus() if context else 1, 1)
+    torch.set_num_threads(threads)
+    engine = get_engine(recipe, shipped, device, threads)
     batch_size = resolve_batch_size(execution.batch_size, device)
-    yield from feature_stream(
-        batches, engine, recipe.spec.preprocessing, execution, batch_size
-    )
+    yield from feature_stream(batches, engine, recipe.spec.preprocessing, execution, batch_size)
