@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from imagevec.errors import ImageError, ImageVecError, OptionError, WeightsError
     from imagevec.models import list_models, register_model
+    from imagevec.quantization import quantize
     from imagevec.spark.udf import features_udf, make_features_udf
     from imagevec.spec import Preprocessing
     from imagevec.vectorizer import ImageVectorizer
@@ -24,6 +25,7 @@ __all__ = [
     "features_udf",
     "list_models",
     "make_features_udf",
+    "quantize",
     "register_model",
 ]
 
@@ -38,6 +40,7 @@ _MODULES = {
     "features_udf": "spark.udf",
     "list_models": "models",
     "make_features_udf": "spark.udf",
+    "quantize": "quantization",
     "register_model": "models",
 }
 

@@ -58,7 +58,7 @@ class DecodedImage(NamedTuple):
 
 
 def decode(
-    data: bytes, *, max_pixels: int, formats: Sequence[str], min_side: int | None = None
+    data: bytes, *, max_pixels: int, formats: tuple[str, ...], min_side: int | None = None
 ) -> DecodedImage:
     """Decodes one image.
 
@@ -91,7 +91,7 @@ def decode(
 
 
 def _decode(
-    data: bytes, max_pixels: int, formats: Sequence[str], min_side: int | None
+    data: bytes, max_pixels: int, formats: tuple[str, ...], min_side: int | None
 ) -> DecodedImage:
     image = Image.open(io.BytesIO(data), formats=formats)
     width, height = image.size
@@ -120,9 +120,11 @@ def _decode_jpeg(data: bytes) -> torch.Tensor | None:
     Both run libjpeg-turbo with the same settings: pixels and verdicts are the same.
     """
     try:
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        pixels: torch.Tensor = decode_jpeg(encoded, ImageReadMode.RGB)
     except RuntimeError:
         return None
+    return pixels
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

@@ -1,8 +1,10 @@
-"""The rows of an Arrow batch to decoded images: bytes, paths, and Spark's image and file structs."""
+"""The rows of an Arrow batch to decoded images: bytes, paths, Spark's image and file structs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +33,10 @@ class ImageStruct(NamedTuple):
     data: bytes
 
 
-Value = bytes | str | ImageStruct | None
+Value = bytes | str | ImageStruct | ImageError | None
+
+_READ_THREADS = 8
+_MAX_READ_AHEAD = 16  # files that are held in memory before their turn
 
 
 def values_of(batch: pd.Series | pd.DataFrame) -> Iterator[Value]:
@@ -57,8 +62,34 @@ ACCEPTED = (
 )
 
 
+def read_ahead(values: Iterable[Value]) -> Iterator[Value]:
+    """The values in order, with paths replaced by what is read there, or by why it cannot be.
+
+    A few files are read at a time, in threads, so that slow storage overlaps decoding and the
+    forward pass.
+    """
+    with ThreadPoolExecutor(_READ_THREADS) as pool:  # starts no thread where there is no path
+        pending: deque[Future[Value]] = deque()
+        for value in values:
+            if not pending and not isinstance(value, str):
+                yield value
+                continue
+            pending.append(pool.submit(_read_or_error, value))
+            if len(pending) > _MAX_READ_AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _read_or_error(value: Value) -> Value:
+    try:
+        return read(value) if isinstance(value, str) else value
+    except ImageError as error:
+        return error
+
+
 def load(value: Value, options: ExecutionOptions, min_side: int | None = None) -> DecodedImage:
-    """Reads and decodes one value that is not null.
+    """Decodes one value that is not null, after ``read_ahead``.
 
     ``min_side`` is the one of ``imagevec.decode.decode``.
 
@@ -66,8 +97,8 @@ def load(value: Value, options: ExecutionOptions, min_side: int | None = None) -
         ImageError: The value is no image that is accepted.
         OptionError: The value is of a type that is not accepted.
     """
-    if isinstance(value, str):
-        value = read(value)
+    if isinstance(value, ImageError):
+        raise value
     if isinstance(value, ImageStruct):
         return _from_struct(value, options.max_pixels)
     if not isinstance(value, bytes | bytearray):

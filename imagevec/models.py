@@ -1,8 +1,8 @@
 """The registry: a name to a model that yields feature vectors, and the facts that go with it.
 
-torchvision's classification models are known by their torchvision names, timm's as ``timm/<name>``,
-one's own through ``register_model``. Preprocessing travels with the weights: torchvision's preset of
-the weights entry, timm's data config, or what was registered.
+torchvision's classification models are known by their torchvision names, timm's as
+``timm/<name>``, one's own through ``register_model``. Preprocessing travels with the weights:
+torchvision's preset of the weights entry, timm's data config, or what was registered.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from imagevec.spec import Preprocessing
 TIMM_PREFIX = "timm/"
 
 ModelFactory = Callable[[], nn.Module]
+
+_IMAGENET = Preprocessing()
 
 
 class Entry(Protocol):
@@ -61,7 +63,8 @@ class TorchvisionEntry:
             kwargs = {"transform_input": True, "init_weights": False}
         elif self.name.startswith("vit_"):
             kwargs = {"image_size": crop_size}
-        return torchvision.models.get_model(self.name, weights=None, **kwargs)
+        model: nn.Module = torchvision.models.get_model(self.name, weights=None, **kwargs)
+        return model
 
     def preprocessing(self, weights_digest: str | None) -> Preprocessing:
         """The preset of the weights entry (``torchvision/transforms/_presets.py``).
@@ -103,10 +106,8 @@ class TimmEntry:
     def preprocessing(self, weights_digest: str | None) -> Preprocessing:
         """timm's data config (``timm/data/config.py``, ``timm/data/transforms_factory.py``)."""
         del weights_digest
-        from timm.data import resolve_data_config
-
         pretrained_cfg = _timm().get_pretrained_cfg(self.timm_name).to_dict()
-        config = resolve_data_config(pretrained_cfg=pretrained_cfg)
+        config = _timm().data.resolve_data_config(pretrained_cfg=pretrained_cfg)
         _, height, width = config["input_size"]
         if height != width or config["crop_mode"] not in ("center", "squash"):
             raise OptionError(
@@ -128,7 +129,7 @@ class FactoryEntry:
     """A zero-argument factory, registered under a name or given directly."""
 
     factory: ModelFactory
-    preset: Preprocessing = Preprocessing()
+    preset: Preprocessing = _IMAGENET
     registered_name: str | None = None
 
     @property
@@ -162,7 +163,7 @@ def list_models() -> list[str]:
 
 
 def register_model(
-    name: str, factory: ModelFactory, *, preprocessing: Preprocessing = Preprocessing()
+    name: str, factory: ModelFactory, *, preprocessing: Preprocessing = _IMAGENET
 ) -> None:
     """Makes ``model=name`` mean ``factory``, in this process and in the jobs that it starts.
 
@@ -311,6 +312,7 @@ class _PoolNode(nn.Module):
         self.channels_last = channels_last
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        node: torch.Tensor
         (node,) = self.extractor(images).values()
         if node.ndim == 4:  # (N, C, H, W) -> (N, C)
             return node.mean((1, 2) if self.channels_last else (2, 3))
@@ -320,17 +322,16 @@ class _PoolNode(nn.Module):
 def _without_classifier(model: nn.Module) -> nn.Module:
     """The model up to the input of its classifier's last linear layer."""
     if hasattr(model, "reset_classifier"):  # timm
-        model.reset_classifier(0)
-        return model
-    if isinstance(model, torchvision.models.SqueezeNet):  # its classifier is a convolution
+        model.reset_classifier(0)  # type: ignore[operator]
+    elif isinstance(model, torchvision.models.SqueezeNet):  # its classifier is a convolution
         model.classifier = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)))
-        return model
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        return model  # a factory's backbone that has no classifier
-    parent, _, name = linear[-1].rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.Identity())
-    return model
+    else:
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        if linear:  # a factory may give a backbone that has no classifier
+            parent, _, name = linear[-1].rpartition(".")
+            setattr(model.get_submodule(parent), name, nn.Identity())
+    result: nn.Module = model
+    return result
 
 
 def _up_to_node(model: nn.Module, layer: str) -> nn.Module:

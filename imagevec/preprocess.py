@@ -1,8 +1,8 @@
 """uint8 pixels of any size to the model's input: resize, centre crop, normalise.
 
-It follows torchvision's ``ImageClassification`` preset on a Pillow image (``transforms/_presets.py``):
-antialiased resize of the shorter side in uint8, centre crop, scale to 0..1, subtract mean, divide
-by std. Normalisation is of a whole batch, so that uint8 travels to the device, a quarter of float32.
+It follows torchvision's ``ImageClassification`` preset (``transforms/_presets.py``) on a Pillow
+image: antialiased resize of the shorter side in uint8, centre crop, scale to 0..1, subtract mean,
+divide by std. Normalisation is of a whole batch: as uint8 it is a quarter of float32.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def resize_and_crop(pixels: torch.Tensor, preprocessing: Preprocessing) -> torch
     top, left = round((height - crop) / 2), round((width - crop) / 2)  # as torchvision's CenterCrop
     if height * width > _MAX_RESIZED_RATIO * crop * crop:
         return _resize_crop_only(pixels, (height, width), (top, left), preprocessing)
-    resized = F.resize(
+    resized: torch.Tensor = F.resize(
         pixels,
         [height, width],
         interpolation=InterpolationMode(preprocessing.interpolation),

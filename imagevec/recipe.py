@@ -1,4 +1,4 @@
-"""Options to a ``Recipe``: all that a worker needs to build its engine. It is made on the driver."""
+"""Options to a ``Recipe``, on the driver: all that a worker needs to build its engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 from imagevec import saved_model
 from imagevec.engines import Engine, openvino
-from imagevec.engines import torch as torch_engine
+from imagevec.engines.torch import TorchEngine, supports_bfloat16
 from imagevec.errors import OptionError, did_you_mean
 from imagevec.files import cache_dir, content_addressed, digest_of, verified
 from imagevec.models import (
@@ -80,12 +80,12 @@ class Recipe:
         """
         paths = [verified(locate(name)) for name in self.files]
         if self.entry is None:
-            graph, weights = paths
-            return openvino.OpenVINOEngine(graph, weights, self.spec.precision, threads)
+            model = openvino.read(*paths)
+            return openvino.OpenVINOEngine(model, self.spec.precision, threads)
         spec = self.spec
         path = paths[0] if paths else None
         model = _feature_model(self.entry, spec.preprocessing, spec.layer, spec.normalize, path)
-        return torch_engine.TorchEngine(model, spec.preprocessing, device, spec.precision)
+        return TorchEngine(model, spec.preprocessing, device, spec.precision)
 
 
 def resolve(**options: Unpack[Options]) -> tuple[Recipe, tuple[Path, ...], ExecutionOptions]:
@@ -101,16 +101,7 @@ def resolve(**options: Unpack[Options]) -> tuple[Recipe, tuple[Path, ...], Execu
     for name in options.keys() - DEFAULTS.keys():
         raise OptionError(f"the option {name!r} is not known: {did_you_mean(name, DEFAULTS)}")
     chosen: dict[str, Any] = {**DEFAULTS, **options}
-    formats = chosen["formats"]
-    execution = ExecutionOptions(
-        engine=chosen["engine"],
-        device=chosen["device"],
-        batch_size=chosen["batch_size"],
-        max_pixels=chosen["max_pixels"],
-        formats=(formats,) if isinstance(formats, str) else tuple(formats),
-        on_error=chosen["on_error"],
-        output=chosen["output"],
-    )
+    execution = ExecutionOptions.of(chosen)
     if saved_model.is_saved_model(chosen["model"]):
         recipe, paths = _saved_recipe(Path(chosen["model"]), dict(options), execution)
     else:
@@ -236,12 +227,12 @@ def _resolve_precision(precision: str, engine: str, device: str) -> str:
     if precision != "auto":
         return precision
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    native = torch_engine.supports_bfloat16("cpu" if on_cpu else "cuda")
+    native = supports_bfloat16("cpu" if on_cpu else "cuda")
     return "bfloat16" if native else "float32"
 
 
 def _converted(spec: FeatureSpec, entry: Entry, weights_path: Path | None) -> tuple[Path, ...]:
-    """A model's graph and weights for OpenVINO, kept in the user's cache from one call to the next."""
+    """A model's graph and weights for OpenVINO; the user's cache keeps them for the next call."""
     preprocessing = dataclasses.replace(spec.preprocessing, decode="exact")
     graph_spec = dataclasses.replace(spec, preprocessing=preprocessing, precision="float32")
     parts = (graph_spec, entry, openvino.version())

@@ -1,4 +1,4 @@
-"""A saved model: a folder of ``spec.json`` beside a converted model's ``model.xml`` and ``model.bin``.
+"""A saved model: a folder of ``spec.json`` beside a converted ``model.xml`` and ``model.bin``.
 
 ``quantize`` writes it and ``model="<path>"`` reads it. The graph is data that OpenVINO interprets,
 not code; the digests in ``spec.json`` tell damage, not malice.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -192,6 +192,20 @@ class ExecutionOptions:
     formats: tuple[str, ...]
     on_error: str
     output: str
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> ExecutionOptions:
+        """The part of all options that is not ``FeatureSpec``'s."""
+        formats = options["formats"]
+        return cls(
+            engine=options["engine"],
+            device=options["device"],
+            batch_size=options["batch_size"],
+            max_pixels=options["max_pixels"],
+            formats=(formats,) if isinstance(formats, str) else tuple(formats),
+            on_error=options["on_error"],
+            output=options["output"],
+        )
 
     def __post_init__(self) -> None:
         check_choice("engine", self.engine, ENGINES)

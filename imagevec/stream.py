@@ -1,21 +1,25 @@
 """Arrow batches of images to Arrow batches of feature vectors, in order, one row for one row.
 
 It forms its own batches for the forward pass across Arrow batches, so that neither many small ones
-nor one huge one matters. What it holds is bounded by its batch: rows are decoded as they are needed,
-and results are handed over as soon as a batch is done. It knows nothing of Spark.
+nor one huge one matters. What it holds is bounded by its batch: rows are decoded as they are
+needed, and results are handed over as soon as a batch is done. It knows nothing of Spark.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 
 from imagevec.engines import Engine
 from imagevec.errors import ImageError
-from imagevec.inputs import Value, load, values_of
+from imagevec.inputs import Value, load, read_ahead, values_of
+from imagevec.parallel import map_ahead, map_in_turns
 from imagevec.preprocess import resize_and_crop
 from imagevec.spec import ExecutionOptions, Preprocessing
 
@@ -46,6 +50,8 @@ def feature_stream(
     preprocessing: Preprocessing,
     options: ExecutionOptions,
     batch_size: int,
+    decode_threads: int = 1,
+    overlap: bool = False,
 ) -> Iterator[pd.Series | pd.DataFrame]:
     """Yields as many rows as it takes, in the same order, in batches of other sizes.
 
@@ -55,6 +61,9 @@ def feature_stream(
         preprocessing: What happens to the pixels before it.
         options: Limits, error policy and the form of the result.
         batch_size: The largest number of images in one forward pass.
+        decode_threads: How many images are decoded at a time.
+        overlap: Whether the next images are decoded during the forward pass. Without, decoding and
+            the forward pass take turns, which wastes nothing if both use the same cores.
 
     Yields:
         Series of float32 ``(D,)`` arrays and nulls; with ``output="struct"``, data frames of
@@ -64,13 +73,16 @@ def feature_stream(
         ImageError: The first bad image, with ``on_error="raise"``.
         OptionError: The input is of a type that is not accepted.
     """
-    values = (value for batch in batches for value in values_of(batch))
-    rows = (prepare(value, preprocessing, options) for value in values)
+    values = read_ahead(value for batch in batches for value in values_of(batch))
+    prepare_one = functools.partial(prepare, preprocessing=preprocessing, options=options)
+    if overlap:
+        rows = map_ahead(prepare_one, values, decode_threads, ahead=2 * batch_size)
+    elif decode_threads > 1:
+        rows = map_in_turns(prepare_one, values, decode_threads, batch_size)
+    else:
+        rows = map(prepare_one, values)
     for group in _grouped(rows, batch_size):
-        images = [row.image for row in group if row.image is not None]
-        vectors = iter(engine(torch.stack(images)) if images else ())  # (N, 3, S, S) -> (N, D)
-        features = [None if row.image is None else next(vectors) for row in group]
-        yield _to_pandas(group, features, options.output)
+        yield _to_pandas(group, _features(group, engine), options.output)
 
 
 def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOptions) -> Row:
@@ -87,6 +99,13 @@ def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOption
     return Row(image, decoded.width, decoded.height)
 
 
+def _features(group: list[Row], engine: Engine) -> list[npt.NDArray[np.float32] | None]:
+    """The vector ``(D,)`` of each row that has an image."""
+    images = [row.image for row in group if row.image is not None]
+    vectors = iter(engine(torch.stack(images)) if images else ())  # (N, 3, S, S) -> (N, D)
+    return [None if row.image is None else next(vectors) for row in group]
+
+
 def _grouped(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
     group: list[Row] = []
     images = 0
@@ -100,7 +119,9 @@ def _grouped(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
         yield group
 
 
-def _to_pandas(group: list[Row], features: list[object], output: str) -> pd.Series | pd.DataFrame:
+def _to_pandas(
+    group: list[Row], features: list[npt.NDArray[np.float32] | None], output: str
+) -> pd.Series | pd.DataFrame:
     vectors = pd.Series(features, dtype=object)
     if output == "array":
         return vectors

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -20,7 +21,7 @@ from imagevec.recipe import Recipe
 _MAX_ENGINES = 3
 _engines: OrderedDict[tuple[str, torch.device], Engine] = OrderedDict()
 
-_AUTO_BATCH_SIZE = {"cpu": 16, "cuda": 128}
+_AUTO_BATCH_PIXELS = {"cpu": 8 * 224 * 224, "cuda": 128 * 224 * 224}
 
 
 def get_engine(
@@ -66,6 +67,37 @@ def resolve_device(device: str, gpu_addresses: Sequence[str] = ()) -> torch.devi
     return torch.device(device)
 
 
-def resolve_batch_size(batch_size: int | str, device: torch.device) -> int:
-    """Images in one forward pass."""
-    return batch_size if isinstance(batch_size, int) else _AUTO_BATCH_SIZE[device.type]
+class Schedule(NamedTuple):
+    """How one task divides the cores that Spark gave it.
+
+    Attributes:
+        batch_size: Images in one forward pass.
+        forward_threads: Of the forward pass, if it is on the CPU.
+        decode_threads: Images that are decoded at a time.
+        overlap: Whether decoding goes on during the forward pass.
+    """
+
+    batch_size: int
+    forward_threads: int
+    decode_threads: int
+    overlap: bool
+
+
+def schedule(
+    recipe: Recipe, batch_size: int | Literal["auto"], device: torch.device, task_cpus: int
+) -> Schedule:
+    """Never more threads at work than ``task_cpus``, but for one that only feeds a GPU.
+
+    Args:
+        recipe: Its engine and input size matter.
+        batch_size: The option.
+        device: Where the forward pass runs.
+        task_cpus: ``spark.task.cpus``.
+    """
+    on_gpu = device.type == "cuda"
+    pixels = _AUTO_BATCH_PIXELS[device.type] * (1 if on_gpu else task_cpus)
+    fitting = max(1, pixels // recipe.spec.preprocessing.crop_size**2)
+    # PyTorch's own threads resize, where its engine runs on the CPU.
+    decode_threads = 1 if recipe.engine == "torch" and not on_gpu else task_cpus
+    images = fitting if batch_size == "auto" else batch_size
+    return Schedule(images, task_cpus, decode_threads, overlap=on_gpu)

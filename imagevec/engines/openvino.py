@@ -30,18 +30,16 @@ class OpenVINOEngine:
     """A converted model, compiled for this CPU.
 
     Args:
-        graph: The ``.xml`` file.
-        weights: The ``.bin`` file.
+        model: An ``openvino.Model``: uint8 ``(?, 3, S, S)`` to float32 ``(?, D)``.
         precision: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
         threads: Of one forward pass.
     """
 
-    def __init__(self, graph: Path, weights: Path, precision: str, threads: int) -> None:
-        core = _openvino().Core()
+    def __init__(self, model: Any, precision: str, threads: int) -> None:
         if precision == "bfloat16" and not supports_bfloat16():
             logger.warning("this CPU has no bfloat16 instructions: OpenVINO computes in float32")
-        compiled = core.compile_model(
-            core.read_model(graph, weights),
+        compiled = _openvino().compile_model(
+            model,
             "CPU",
             {
                 "INFERENCE_PRECISION_HINT": _HINTS[precision],
@@ -71,6 +69,11 @@ def convert(feature_model: nn.Module, preprocessing: Preprocessing) -> Any:
             example_input=example,
             input=[openvino.PartialShape([-1, 3, size, size])],
         )
+
+
+def read(graph: Path, weights: Path) -> Any:
+    """The ``openvino.Model`` of an ``.xml`` and a ``.bin`` file."""
+    return _openvino().Core().read_model(graph, weights)
 
 
 def save(model: Any, graph: Path) -> None:

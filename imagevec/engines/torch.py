@@ -34,14 +34,14 @@ class TorchEngine:
     ) -> None:
         if precision == "bfloat16" and not supports_bfloat16(device.type):
             logger.warning("%s has no bfloat16 instructions: it will be slow", device)
-        model = PixelModel(_fold_batch_norms(model), preprocessing).eval()
-        self._model = model.to(device=device, memory_format=torch.channels_last)
+        model = PixelModel(_fold_batch_norms(model), preprocessing).eval().to(device)
+        self._model = model.to(memory_format=torch.channels_last)
         self._device = device
         self._dtype = getattr(torch, precision)
         self._max_batch: int | None = None
 
     def __call__(self, images: torch.Tensor) -> npt.NDArray[np.float32]:
-        chunks = images.split(self._max_batch or len(images))
+        chunks = torch.split(images, self._max_batch or len(images))
         return np.concatenate([self._forward_or_halve(chunk) for chunk in chunks])
 
     def _forward_or_halve(self, images: torch.Tensor) -> npt.NDArray[np.float32]:
@@ -71,12 +71,12 @@ class TorchEngine:
 def supports_bfloat16(device_type: str) -> bool:
     """Whether this machine's ``"cpu"`` or ``"cuda"`` computes bfloat16 natively."""
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _fold_batch_norms(model: nn.Module) -> nn.Module:
-    """The model with batch norms in the weights of the convolutions before them, where traceable."""
+    """The model with batch norms folded into the convolutions before them, where traceable."""
     try:
         folded: nn.Module = optimization.fuse(model)
     except Exception as error:  # a model's own code runs under torch.fx's tracer

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from pyspark import TaskContext
 from pyspark.sql import Column, DataFrame
-from pyspark.sql.functions import pandas_udf
+from pyspark.sql.pandas.functions import pandas_udf
 from pyspark.sql.types import (
     ArrayType,
     BinaryType,
@@ -28,7 +28,7 @@ from imagevec.recipe import Recipe, resolve
 from imagevec.spark.ship import active_session, ship, shipped
 from imagevec.spec import ExecutionOptions
 from imagevec.stream import feature_stream
-from imagevec.worker import get_engine, resolve_batch_size, resolve_device
+from imagevec.worker import get_engine, resolve_device, schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,14 +83,16 @@ def make_features_udf(**options: Unpack[Options]) -> Any:
 
 def udf_of(recipe: Recipe, paths: tuple[Path, ...], execution: ExecutionOptions) -> Any:
     """The pandas UDF of options that are resolved; ships the files."""
-    if active_session().conf.get("spark.master", "").startswith("local["):
+    master = active_session().conf.get("spark.master", "")
+    if master == "local" or str(master).startswith("local["):
         resolve_device(execution.device)  # the workers are on this machine: ask here
     for path in paths:
         ship(path)
 
-    @pandas_udf(_RETURN_TYPES[execution.output])  # type: ignore[call-overload]
+    @pandas_udf(_RETURN_TYPES[execution.output])  # type: ignore[untyped-decorator, call-overload]
     def image_features(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
-        yield from extract_in_worker(batches, recipe, execution)
+        # With a struct as the return type, Spark takes data frames for Series.
+        yield from extract_in_worker(batches, recipe, execution)  # type: ignore[misc]
 
     return image_features
 
@@ -108,13 +110,21 @@ def check_input_column(df: DataFrame, name: str) -> None:
 
 def extract_in_worker(
     batches: Iterator[pd.Series], recipe: Recipe, execution: ExecutionOptions
-) -> Iterator[pd.Series]:
+) -> Iterator[pd.Series | pd.DataFrame]:
     """What runs in a Python worker, once a task."""
     context = TaskContext.get()
     gpu = context.resources().get("gpu") if context else None
     device = resolve_device(execution.device, gpu.addresses if gpu else ())
-    threads = max(context.cpus() if context else 1, 1)
-    torch.set_num_threads(threads)
-    engine = get_engine(recipe, shipped, device, threads)
-    batch_size = resolve_batch_size(execution.batch_size, device)
-    yield from feature_stream(batches, engine, recipe.spec.preprocessing, execution, batch_size)
+    plan = schedule(recipe, execution.batch_size, device, context.cpus() if context else 1)
+    on_torch_cpu = recipe.engine == "torch" and device.type == "cpu"
+    torch.set_num_threads(plan.forward_threads if on_torch_cpu else 1)
+    engine = get_engine(recipe, shipped, device, plan.forward_threads)
+    yield from feature_stream(
+        batches,
+        engine,
+        recipe.spec.preprocessing,
+        execution,
+        plan.batch_size,
+        plan.decode_threads,
+        plan.overlap,
+    )
