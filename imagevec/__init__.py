@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from imagevec.errors import ImageError, ImageVecError, OptionError, WeightsError
     from imagevec.models import list_models, register_model
     from imagevec.quantization import quantize
+    from imagevec.spark.conf import recommended_conf
     from imagevec.spark.udf import features_udf, make_features_udf
     from imagevec.spec import Preprocessing
     from imagevec.vectorizer import ImageVectorizer
@@ -26,6 +27,7 @@ __all__ = [
     "list_models",
     "make_features_udf",
     "quantize",
+    "recommended_conf",
     "register_model",
 ]
 
@@ -41,6 +43,7 @@ _MODULES = {
     "list_models": "models",
     "make_features_udf": "spark.udf",
     "quantize": "quantization",
+    "recommended_conf": "spark.conf",
     "register_model": "models",
 }
 

@@ -119,9 +119,10 @@ def _pixels(
     images: Iterable[str | bytes] | DataFrame, spec: FeatureSpec
 ) -> tuple[list[Tensor], int]:
     """The crops, uint8 ``(3, S, S)``, of the images that can be decoded, and how many cannot."""
-    if hasattr(images, "collect"):
-        images = [row[0] for row in images.limit(_MAX_IMAGES).collect()]
-    values: list[Value] = list(itertools.islice(images, _MAX_IMAGES))
+    if isinstance(images, Iterable):
+        values: list[Value] = list(itertools.islice(images, _MAX_IMAGES))
+    else:
+        values = [row[0] for row in images.limit(_MAX_IMAGES).collect()]
     execution = ExecutionOptions.of(DEFAULTS)
     rows = [prepare(value, spec.preprocessing, execution) for value in read_ahead(values)]
     pixels = [row.image for row in rows if row.image is not None]

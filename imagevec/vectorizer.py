@@ -32,6 +32,7 @@ class ImageVectorizer:
     """
 
     def __init__(self, **options: Unpack[Options]) -> None:
+        self._options = options
         self._recipe, self._paths, self._execution = resolve(**options)
 
     @property
@@ -52,11 +53,10 @@ class ImageVectorizer:
         Raises:
             OptionError: The column is missing or of another type.
         """
-        from imagevec.spark.udf import check_input_column, udf_of
+        from imagevec.spark.udf import check_input_column, features_udf
 
         check_input_column(df, input_col)
-        udf = udf_of(self._recipe, self._paths, self._execution)
-        return df.withColumn(output_col, udf(input_col))
+        return df.withColumn(output_col, features_udf(input_col, **self._options))
 
     def extract_features(self, image: bytes | str) -> list[float] | None:
         """The feature vector of one image, in this process and without Spark.

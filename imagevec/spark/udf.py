@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from imagevec.spec import Options
+
+_GPUS_PER_TASK = "spark.task.resource.gpu.amount"
 
 _FEATURES = ArrayType(FloatType())
 _RETURN_TYPES: dict[str, DataType] = {
@@ -78,13 +79,11 @@ def make_features_udf(**options: Unpack[Options]) -> Any:
 
     It needs an active session, which ships the weights to the executors.
     """
-    return udf_of(*resolve(**options))
-
-
-def udf_of(recipe: Recipe, paths: tuple[Path, ...], execution: ExecutionOptions) -> Any:
-    """The pandas UDF of options that are resolved; ships the files."""
-    master = active_session().conf.get("spark.master", "")
-    if master == "local" or str(master).startswith("local["):
+    conf = active_session().conf
+    if options.get("device", "auto") == "auto" and conf.get(_GPUS_PER_TASK, None):
+        options["device"] = "cuda"  # what the driver lacks, the executors have
+    recipe, paths, execution = resolve(**options)
+    if str(conf.get("spark.master", "")).split("[")[0] == "local":
         resolve_device(execution.device)  # the workers are on this machine: ask here
     for path in paths:
         ship(path)

@@ -1,0 +1,59 @@
+"""The Spark settings that image jobs want."""
+
+from __future__ import annotations
+
+from imagevec.errors import OptionError
+
+_ARROW_BATCH_BYTES = 16 << 20  # Spark holds a few Arrow batches a task, in the JVM and in Python
+_MAX_ARROW_RECORDS = 10_000  # Spark's own default
+_WORKER_MEMORY_MB = 1_536
+
+
+def recommended_conf(
+    *, image_bytes: int = 100_000, executor_cores: int = 4, executor_gpus: int = 0
+) -> dict[str, str]:
+    """Spark settings for jobs that extract features, to pass to ``SparkSession.builder.config``.
+
+    On the CPU each core runs a task of its own: workers of one thread each are at least as fast as
+    one worker of several threads, and need no tuning. With GPUs, each one serves a single task,
+    whose cores decode for it.
+
+    Args:
+        image_bytes: The size of a typical image file, in bytes.
+        executor_cores: Cores of an executor.
+        executor_gpus: GPUs of an executor.
+
+    Returns:
+        - ``spark.sql.execution.arrow.maxRecordsPerBatch``: rows that make up about 16 MiB; the
+          default of 10,000 rows is 1 GB of 100 KB images, in the JVM and again in Python.
+        - ``spark.task.cpus`` and ``spark.executor.cores``: see above.
+        - ``spark.python.worker.reuse``: without it, each task loads the model anew.
+        - ``spark.executor.memoryOverhead``: Python workers live outside the JVM's heap, at 1.5 GiB
+          each with a model of the size of ResNet-50.
+        - ``spark.executor.resource.gpu.amount`` and ``spark.task.resource.gpu.amount``, with GPUs.
+
+    Raises:
+        OptionError: A number is below 1, or the cores do not divide among the GPUs.
+    """
+    for name, value in (("image_bytes", image_bytes), ("executor_cores", executor_cores)):
+        if value < 1:
+            raise OptionError(f"{name}={value} is not valid: use an integer of at least 1")
+    if executor_gpus and executor_cores % executor_gpus:
+        raise OptionError(
+            f"executor_cores={executor_cores} is not valid: "
+            f"use a multiple of executor_gpus={executor_gpus}"
+        )
+    task_cpus = executor_cores // executor_gpus if executor_gpus else 1
+    workers = executor_cores // task_cpus
+    records = min(max(_ARROW_BATCH_BYTES // image_bytes, 1), _MAX_ARROW_RECORDS)
+    conf = {
+        "spark.sql.execution.arrow.maxRecordsPerBatch": str(records),
+        "spark.task.cpus": str(task_cpus),
+        "spark.executor.cores": str(executor_cores),
+        "spark.python.worker.reuse": "true",
+        "spark.executor.memoryOverhead": f"{workers * _WORKER_MEMORY_MB}m",
+    }
+    if executor_gpus:
+        conf["spark.executor.resource.gpu.amount"] = str(executor_gpus)
+        conf["spark.task.resource.gpu.amount"] = "1"
+    return conf
