@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from imagevec.models import list_models, register_model
     from imagevec.quantization import quantize
     from imagevec.spark.conf import recommended_conf
+    from imagevec.spark.pickling import explain_pickle
     from imagevec.spark.udf import features_udf, make_features_udf
     from imagevec.spec import Preprocessing
     from imagevec.vectorizer import ImageVectorizer
@@ -23,6 +24,7 @@ __all__ = [
     "OptionError",
     "Preprocessing",
     "WeightsError",
+    "explain_pickle",
     "features_udf",
     "list_models",
     "make_features_udf",
@@ -39,6 +41,7 @@ _MODULES = {
     "OptionError": "errors",
     "Preprocessing": "spec",
     "WeightsError": "errors",
+    "explain_pickle": "spark.pickling",
     "features_udf": "spark.udf",
     "list_models": "models",
     "make_features_udf": "spark.udf",

@@ -4,6 +4,7 @@ ImageVecError
 ├── OptionError (also ValueError)         a wrong option or input column
 ├── MissingExtraError (also ImportError)  an optional dependency is not installed
 ├── WeightsError                          weights cannot be found, read, verified or fitted
+├── SerializationError                    a function captures what must not be pickled
 └── ImageError                            one image cannot become a feature vector
 """
 
@@ -35,6 +36,10 @@ class MissingExtraError(ImageVecError, ImportError):
 
 class WeightsError(ImageVecError):
     """Model weights are missing, unreadable, altered, or of another model."""
+
+
+class SerializationError(ImageVecError):
+    """A function that is to run on workers captures what must not, or cannot, be pickled."""
 
 
 class ImageError(ImageVecError):

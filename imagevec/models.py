@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
+from imagevec.spark.pickling import check_pickle
 from imagevec.spec import Preprocessing
 
 TIMM_PREFIX = "timm/"
@@ -175,11 +176,13 @@ def register_model(
 
     Raises:
         OptionError: The name is taken, or the factory is not callable.
+        SerializationError: The factory captures what must not be pickled, a session for example.
     """
     if name in list_models() or name.startswith(TIMM_PREFIX):
         raise OptionError(f"the model name {name!r} is taken: choose another")
     if not callable(factory):
         raise OptionError(f"factory={factory!r} is not valid: give a function without arguments")
+    check_pickle(factory)
     _registered[name] = FactoryEntry(factory, preprocessing, name)
 
 
@@ -189,6 +192,7 @@ def find_entry(model: str | ModelFactory) -> TorchvisionEntry | TimmEntry | Fact
     Raises:
         OptionError: The name is unknown; the message holds the nearest ones.
         MissingExtraError: A ``timm/`` name without timm.
+        SerializationError: The factory captures what must not be pickled, a session for example.
     """
     if isinstance(model, nn.Module):
         raise OptionError(
@@ -196,6 +200,7 @@ def find_entry(model: str | ModelFactory) -> TorchvisionEntry | TimmEntry | Fact
             "give a zero-argument factory, a function that returns it"
         )
     if callable(model):
+        check_pickle(model)
         return FactoryEntry(model)
     if not isinstance(model, str):
         raise OptionError(f"model={model!r} is not valid: give a name or a zero-argument factory")
