@@ -182,11 +182,9 @@ def _children(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def _pickles_itself(value: Any) -> bool:
     """Whether a class says how it is pickled, as loggers do by their names, and that works."""
-    own = type(value)
-    custom = (
-        own.__reduce__ is not object.__reduce__
-        or own.__reduce_ex__ is not object.__reduce_ex__
-        or getattr(own, "__getstate__", None) is not getattr(object, "__getstate__", None)
+    hooks = ("__reduce__", "__reduce_ex__", "__getstate__")
+    custom = any(
+        getattr(type(value), hook, None) is not getattr(object, hook, None) for hook in hooks
     )
     return isinstance(value, types.ModuleType) or (custom and _pickled_bytes(value) > 0)
 
