@@ -1,0 +1,40 @@
+PYTHON := .venv/bin/python
+
+# The workers run what the driver runs, and Spark is the one in .venv.
+export PYSPARK_PYTHON := $(abspath $(PYTHON))
+export PYSPARK_DRIVER_PYTHON := $(abspath $(PYTHON))
+unexport SPARK_HOME
+
+WITH_JAVA = export JAVA_HOME="$$(bash scripts/java-home.sh)" && [ -n "$$JAVA_HOME" ] &&
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench check format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Make .venv and install everything into it (the others do it when needed)
+	@bash scripts/setup.sh
+
+demo: setup ## Find each photo's nearest neighbours, offline, and draw a contact sheet
+	@$(WITH_JAVA) $(PYTHON) examples/demo.py
+
+test: setup ## Run all tests
+	@$(WITH_JAVA) $(PYTHON) -m pytest
+
+bench: setup ## Compare features_udf with the usual ways of doing it (under 10 minutes)
+	@$(WITH_JAVA) $(PYTHON) -m benchmarks.run
+
+check: setup ## Lint, check the format and the types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: setup ## Format the code, and fix what the linter can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean: ## Remove all that is made: .venv, caches, outputs
+	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf demo_output spark-warehouse metastore_db derby.log artifacts
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
