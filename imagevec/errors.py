@@ -65,6 +65,8 @@ IMAGE_ERROR_CODES: Mapping[str, str] = {
     "too_large": "more pixels than max_pixels, by its header",
     "truncated": "the file ends before the image does",
     "corrupt": "the file says it is an accepted format and cannot be decoded",
+    "crashed": "its decoder killed the process (with isolate=True)",
+    "timed_out": "its decoder did not come to an end (with isolate=True)",
     "unreadable_path": "the path or URI cannot be read",
 }
 

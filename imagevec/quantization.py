@@ -22,8 +22,8 @@ from imagevec.engines import openvino
 from imagevec.errors import ImageVecError, MissingExtraError, OptionError
 from imagevec.inputs import Value, read_ahead
 from imagevec.recipe import convert, feature_spec
+from imagevec.rows import prepare
 from imagevec.spec import DEFAULTS, ExecutionOptions, FeatureSpec
-from imagevec.stream import prepare
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

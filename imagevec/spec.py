@@ -58,6 +58,9 @@ class Options(TypedDict, total=False):
     faster for large ones. Default ``"exact"``."""
     on_error: Literal["null", "raise"]
     """A bad image gives a null, or fails the query with its reason. Default ``"null"``."""
+    isolate: bool
+    """Decode in a child process, so that an image that crashes or hangs its decoder is an error
+    row too. It costs some 300 MB a worker and seconds at its start. Default ``False``."""
     output: Literal["array", "struct"]
     """``array<float>``, or ``struct<features: array<float>, error: string, width: int,
     height: int>``. Default ``"array"``."""
@@ -76,6 +79,7 @@ DEFAULTS: Options = {
     "formats": FORMATS,
     "decode": "exact",
     "on_error": "null",
+    "isolate": False,
     "output": "array",
 }
 
@@ -89,6 +93,11 @@ def check_choice(option: str, value: object, choices: Sequence[str]) -> None:
 def _check_positive(option: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise OptionError(f"{option}={value!r} is not valid: use an integer of at least 1")
+
+
+def _check_bool(option: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise OptionError(f"{option}={value!r} is not valid: use True or False")
 
 
 @dataclass(frozen=True)
@@ -159,8 +168,7 @@ class FeatureSpec:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
-        if not isinstance(self.normalize, bool):
-            raise OptionError(f"normalize={self.normalize!r} is not valid: use True or False")
+        _check_bool("normalize", self.normalize)
         _check_positive("num_features", self.num_features)
 
     def to_json(self) -> str:
@@ -191,6 +199,7 @@ class ExecutionOptions:
     max_pixels: int
     formats: tuple[str, ...]
     on_error: str
+    isolate: bool
     output: str
 
     @classmethod
@@ -204,6 +213,7 @@ class ExecutionOptions:
             max_pixels=options["max_pixels"],
             formats=(formats,) if isinstance(formats, str) else tuple(formats),
             on_error=options["on_error"],
+            isolate=options["isolate"],
             output=options["output"],
         )
 
@@ -223,4 +233,5 @@ class ExecutionOptions:
         for name in self.formats:
             check_choice("formats", name, FORMATS)
         check_choice("on_error", self.on_error, ("null", "raise"))
+        _check_bool("isolate", self.isolate)
         check_choice("output", self.output, ("array", "struct"))

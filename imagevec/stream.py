@@ -8,8 +8,7 @@ needed, and results are handed over as soon as a batch is done. It knows nothing
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -17,31 +16,15 @@ import pandas as pd
 import torch
 
 from imagevec.engines import Engine
-from imagevec.errors import ImageError
-from imagevec.inputs import Value, load, read_ahead, values_of
+from imagevec.inputs import Value, read_ahead, values_of
+from imagevec.isolation import isolated
 from imagevec.parallel import map_ahead, map_in_turns
-from imagevec.preprocess import resize_and_crop
+from imagevec.rows import Row, prepare
 from imagevec.spec import ExecutionOptions, Preprocessing
 
 _MAX_ROWS_PER_IMAGE = (
     16  # nulls and errors that may wait for a batch to fill, for each of its images
 )
-
-
-class Row(NamedTuple):
-    """What became of one input row before the forward pass.
-
-    Attributes:
-        image: uint8 ``(3, S, S)``; ``None`` for a null or a bad image.
-        width: Of the image as displayed, in pixels.
-        height: Of the image as displayed, in pixels.
-        error: Why there is no image; ``None`` for a null.
-    """
-
-    image: torch.Tensor | None = None
-    width: int | None = None
-    height: int | None = None
-    error: ImageError | None = None
 
 
 def feature_stream(
@@ -74,8 +57,12 @@ def feature_stream(
         OptionError: The input is of a type that is not accepted.
     """
     values = read_ahead(value for batch in batches for value in values_of(batch))
-    prepare_one = functools.partial(prepare, preprocessing=preprocessing, options=options)
-    if overlap:
+    prepare_one: Callable[[Value], Row] = functools.partial(
+        prepare, preprocessing=preprocessing, options=options
+    )
+    if options.isolate:
+        rows = map(isolated(prepare_one, options.on_error), values)
+    elif overlap:
         rows = map_ahead(prepare_one, values, decode_threads, ahead=2 * batch_size)
     elif decode_threads > 1:
         rows = map_in_turns(prepare_one, values, decode_threads, batch_size)
@@ -83,20 +70,6 @@ def feature_stream(
         rows = map(prepare_one, values)
     for group in _grouped(rows, batch_size):
         yield _to_pandas(group, _features(group, engine), options.output)
-
-
-def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOptions) -> Row:
-    """Decodes, resizes and crops one value; a bad image becomes a row with its error."""
-    if value is None:
-        return Row()
-    try:
-        decoded = load(value, options, preprocessing.min_decoded_side)
-    except ImageError as error:
-        if options.on_error == "raise":
-            raise
-        return Row(error=error)
-    image = resize_and_crop(decoded.pixels, preprocessing)
-    return Row(image, decoded.width, decoded.height)
 
 
 def _features(group: list[Row], engine: Engine) -> list[npt.NDArray[np.float32] | None]:

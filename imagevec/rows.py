@@ -1,0 +1,42 @@
+"""One value of the input column to what the forward pass needs of it: pixels, or a reason."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from imagevec.errors import ImageError
+from imagevec.inputs import Value, load
+from imagevec.preprocess import resize_and_crop
+from imagevec.spec import ExecutionOptions, Preprocessing
+
+
+class Row(NamedTuple):
+    """What became of one input row before the forward pass.
+
+    Attributes:
+        image: uint8 ``(3, S, S)``; ``None`` for a null or a bad image.
+        width: Of the image as displayed, in pixels.
+        height: Of the image as displayed, in pixels.
+        error: Why there is no image; ``None`` for a null.
+    """
+
+    image: torch.Tensor | None = None
+    width: int | None = None
+    height: int | None = None
+    error: ImageError | None = None
+
+
+def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOptions) -> Row:
+    """Decodes, resizes and crops one value; a bad image becomes a row with its error."""
+    if value is None:
+        return Row()
+    try:
+        decoded = load(value, options, preprocessing.min_decoded_side)
+    except ImageError as error:
+        if options.on_error == "raise":
+            raise
+        return Row(error=error)
+    image = resize_and_crop(decoded.pixels, preprocessing)
+    return Row(image, decoded.width, decoded.height)
