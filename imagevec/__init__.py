@@ -6,7 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imagevec.errors import ImageError, ImageVecError, OptionError, WeightsError
+    from imagevec.errors import (
+        ImageError,
+        ImageVecError,
+        OptionError,
+        SerializationError,
+        WeightsError,
+    )
     from imagevec.models import list_models, register_model
     from imagevec.quantization import quantize
     from imagevec.spark.conf import recommended_conf
@@ -23,6 +29,7 @@ __all__ = [
     "ImageVectorizer",
     "OptionError",
     "Preprocessing",
+    "SerializationError",
     "WeightsError",
     "explain_pickle",
     "features_udf",
@@ -40,6 +47,7 @@ _MODULES = {
     "ImageVectorizer": "vectorizer",
     "OptionError": "errors",
     "Preprocessing": "spec",
+    "SerializationError": "errors",
     "WeightsError": "errors",
     "explain_pickle": "spark.pickling",
     "features_udf": "spark.udf",

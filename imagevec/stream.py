@@ -60,6 +60,7 @@ def feature_stream(
     prepare_one: Callable[[Value], Row] = functools.partial(
         prepare, preprocessing=preprocessing, options=options
     )
+    rows: Iterator[Row]
     if options.isolate:
         rows = map(isolated(prepare_one, options.on_error), values)
     elif overlap:
