@@ -68,6 +68,7 @@ IMAGE_ERROR_CODES: Mapping[str, str] = {
     "crashed": "its decoder killed the process (with isolate=True)",
     "timed_out": "its decoder did not come to an end (with isolate=True)",
     "unreadable_path": "the path or URI cannot be read",
+    "forbidden_path": "the path or URI is under none of allowed_roots",
 }
 
 

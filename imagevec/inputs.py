@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import urllib.parse
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -62,11 +64,11 @@ ACCEPTED = (
 )
 
 
-def read_ahead(values: Iterable[Value]) -> Iterator[Value]:
+def read_ahead(values: Iterable[Value], allowed_roots: Sequence[str] = ()) -> Iterator[Value]:
     """The values in order, with paths replaced by what is read there, or by why it cannot be.
 
     A few files are read at a time, in threads, so that slow storage overlaps decoding and the
-    forward pass.
+    forward pass. ``allowed_roots`` is the one of ``read``.
     """
     with ThreadPoolExecutor(_READ_THREADS) as pool:  # starts no thread where there is no path
         pending: deque[Future[Value]] = deque()
@@ -74,16 +76,16 @@ def read_ahead(values: Iterable[Value]) -> Iterator[Value]:
             if not pending and not isinstance(value, str):
                 yield value
                 continue
-            pending.append(pool.submit(_read_or_error, value))
+            pending.append(pool.submit(_read_or_error, value, allowed_roots))
             if len(pending) > _MAX_READ_AHEAD:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def _read_or_error(value: Value) -> Value:
+def _read_or_error(value: Value, allowed_roots: Sequence[str]) -> Value:
     try:
-        return read(value) if isinstance(value, str) else value
+        return read(value, allowed_roots) if isinstance(value, str) else value
     except ImageError as error:
         return error
 
@@ -108,23 +110,53 @@ def load(value: Value, options: ExecutionOptions, min_side: int | None = None) -
     )
 
 
-def read(path: str) -> bytes:
+def read(path: str, allowed_roots: Sequence[str] = ()) -> bytes:
     """The bytes of a file: a local path, or a URI that ``pyarrow.fs`` knows (s3, gs, hdfs, file).
 
+    Args:
+        path: Relative local paths are of the worker's folder.
+        allowed_roots: Folders, or prefixes of URIs (``"s3://bucket/photos"``, ``"s3://"``), outside
+            of which nothing is read; any file may be, if there are none. Symbolic links and ``..``
+            are followed before the question is asked.
+
     Raises:
-        ImageError: ``unreadable_path``.
+        ImageError: ``unreadable_path`` or ``forbidden_path``.
     """
+    scheme, colon, rest = path.partition(":")
     try:
-        if ":" not in path:
-            return Path(path).read_bytes()
-        if path.startswith("file:"):  # Spark writes file:/a, where pyarrow knows file:///a alone
-            path = "file:///" + path.removeprefix("file:").lstrip("/")
-        filesystem, path = fs.FileSystem.from_uri(path)
-        with filesystem.open_input_stream(path) as stream:
+        if not colon or scheme == "file":
+            return _read_local(rest if colon else path, allowed_roots)
+        uri = urllib.parse.quote(path, safe="/:%@?=&+,;~")  # Spark's paths hold spaces as they are
+        if allowed_roots and not (_is_under(uri, allowed_roots) and ".." not in uri.split("/")):
+            raise ImageError("forbidden_path", f"{path} is under none of allowed_roots")
+        filesystem, path_in_it = fs.FileSystem.from_uri(uri)
+        with filesystem.open_input_stream(path_in_it) as stream:
             data: bytes = stream.read()
             return data
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ImageError("unreadable_path", f"{path}: {error}") from error
+
+
+def _read_local(path: str, allowed_roots: Sequence[str]) -> bytes:
+    path = "/" + path.lstrip("/") if path.startswith("/") else path  # file:/a and file:///a
+    if not os.path.exists(path):
+        path = urllib.parse.unquote(path)  # the file_path of Spark's _metadata is quoted
+    real = os.path.realpath(path)
+    local_roots = [
+        os.path.realpath("/" + root.removeprefix("file:").lstrip("/"))
+        if root.startswith(("file:", "/"))
+        else root
+        for root in allowed_roots
+    ]
+    if allowed_roots and not _is_under(real, local_roots):
+        raise ImageError("forbidden_path", f"{path} is under none of allowed_roots")
+    if os.path.exists(real) and not os.path.isfile(real):  # a pipe or a device would not end
+        raise ImageError("unreadable_path", f"{path}: not a file")
+    return Path(real).read_bytes()
+
+
+def _is_under(path: str, roots: Sequence[str]) -> bool:
+    return any(path == root or path.startswith(root.rstrip("/") + "/") for root in roots)
 
 
 def _from_struct(image: ImageStruct, max_pixels: int) -> DecodedImage:

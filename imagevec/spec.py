@@ -53,6 +53,9 @@ class Options(TypedDict, total=False):
     """A larger image is an error row, by its header. Default 89,478,485, which is Pillow's."""
     formats: Sequence[str]
     """The formats that are decoded; all others are error rows. Default ``FORMATS``."""
+    allowed_roots: Sequence[str]
+    """Where paths in the input column may lead: absolute folders and prefixes of URIs, such as
+    ``"s3://bucket/photos"`` or ``"s3://"``. Default ``()``: anywhere that the worker can read."""
     decode: Literal["exact", "scaled"]
     """``"scaled"`` decodes JPEGs at the smallest scale that keeps twice ``resize_size``, which is
     faster for large ones. Default ``"exact"``."""
@@ -77,6 +80,7 @@ DEFAULTS: Options = {
     "batch_size": "auto",
     "max_pixels": 89_478_485,
     "formats": FORMATS,
+    "allowed_roots": (),
     "decode": "exact",
     "on_error": "null",
     "isolate": False,
@@ -198,6 +202,7 @@ class ExecutionOptions:
     batch_size: int | Literal["auto"]
     max_pixels: int
     formats: tuple[str, ...]
+    allowed_roots: tuple[str, ...]
     on_error: str
     isolate: bool
     output: str
@@ -205,13 +210,14 @@ class ExecutionOptions:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> ExecutionOptions:
         """The part of all options that is not ``FeatureSpec``'s."""
-        formats = options["formats"]
+        formats, roots = options["formats"], options["allowed_roots"]
         return cls(
             engine=options["engine"],
             device=options["device"],
             batch_size=options["batch_size"],
             max_pixels=options["max_pixels"],
             formats=(formats,) if isinstance(formats, str) else tuple(formats),
+            allowed_roots=(roots,) if isinstance(roots, str) else tuple(roots),
             on_error=options["on_error"],
             isolate=options["isolate"],
             output=options["output"],
@@ -232,6 +238,9 @@ class ExecutionOptions:
             raise OptionError(f"formats is empty: choose from {', '.join(FORMATS)}")
         for name in self.formats:
             check_choice("formats", name, FORMATS)
+        for root in self.allowed_roots:
+            if not root.startswith("/") and ":" not in root:
+                raise OptionError(f"allowed_roots={root!r} is not valid: use an absolute path")
         check_choice("on_error", self.on_error, ("null", "raise"))
         _check_bool("isolate", self.isolate)
         check_choice("output", self.output, ("array", "struct"))

@@ -56,7 +56,9 @@ def feature_stream(
         ImageError: The first bad image, with ``on_error="raise"``.
         OptionError: The input is of a type that is not accepted.
     """
-    values = read_ahead(value for batch in batches for value in values_of(batch))
+    values = read_ahead(
+        (value for batch in batches for value in values_of(batch)), options.allowed_roots
+    )
     prepare_one: Callable[[Value], Row] = functools.partial(
         prepare, preprocessing=preprocessing, options=options
     )
