@@ -1,0 +1,33 @@
+"""The environment that every test runs in; it is set before PyTorch or Spark is imported."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_cache = tempfile.mkdtemp(prefix="imagevec-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+
+os.environ["XDG_CACHE_HOME"] = _cache  # never the user's cache
+os.environ["HF_HUB_OFFLINE"] = "1"  # never the network
+for name in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE"):
+    os.environ.pop(name, None)
+
+# Spark's workers and the tests' own subprocesses see the code that the tests see.
+os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part
+)
+
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", derandomize=True, database=None, **_common)
+settings.register_profile("dev", max_examples=500, **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

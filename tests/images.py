@@ -1,0 +1,109 @@
+"""Small images, the same whenever they are made."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from imagevec.spec import FORMATS
+
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")
+
+# What Pillow can write as it is. WEBP and AVIF know colour alone.
+MODES_OF_FORMAT = {
+    "JPEG": ("1", "L", "RGB", "CMYK"),
+    "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+    "WEBP": ("RGB", "RGBA"),
+    "GIF": ("1", "L", "P", "RGB"),
+    "BMP": ("1", "L", "P", "RGB", "RGBA"),
+    "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"),
+    "AVIF": ("RGB", "RGBA"),
+}
+
+FORMATS_AND_MODES = [(format, mode) for format in FORMATS for mode in MODES_OF_FORMAT[format]]
+
+
+def photo(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
+    """An RGB image with large shapes, detail and noise, as photographs have them."""
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((height, width, 3))
+    for cells, amplitude in ((4, 90.0), (16, 30.0)):
+        grid = rng.normal(0, amplitude, (3, cells, cells)).astype(np.float32)
+        planes = [Image.fromarray(plane).resize((width, height), 3) for plane in grid]
+        pixels += np.stack([np.asarray(plane) for plane in planes], axis=2)
+    pixels += rng.normal(0, 5, pixels.shape) + 128
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def of_mode(mode: str, width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
+    """``photo`` in one of ``MODES``; alpha goes from clear to opaque."""
+    image = photo(width, height, seed)
+    if mode == "I;16":
+        grey = np.asarray(image.convert("L")).astype(np.uint16)
+        return Image.fromarray(grey * 256 + 255 - grey)
+    if mode in ("LA", "RGBA"):
+        image = image.convert(mode)
+        image.putalpha(Image.linear_gradient("L").resize((width, height)))
+        return image
+    return image.convert(mode)
+
+
+def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """The bytes of an image file."""
+    if format == "AVIF":
+        options = {"speed": 10, **options}
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG file that ends where its pixels should begin."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + struct.pack(">I", 1 << 20) + b"IDAT"
+
+
+def tiff_16_bit(grey: np.ndarray, byte_order: Literal["<", ">"]) -> bytes:
+    """An uncompressed 16-bit grey TIFF (TIFF 6.0, sections 2 and 4) of uint16 ``(H, W)``."""
+    height, width = grey.shape
+    pixels = grey.astype(f"{byte_order}u2").tobytes()
+    short, long = 3, 4
+    tags = [
+        (256, short, width),
+        (257, short, height),
+        (258, short, 16),  # bits a sample
+        (259, short, 1),  # no compression
+        (262, short, 1),  # black is zero
+        (273, long, 8),  # where the pixels begin
+        (277, short, 1),
+        (278, short, height),
+        (279, long, len(pixels)),
+    ]
+    file = b"II" if byte_order == "<" else b"MM"
+    file += struct.pack(f"{byte_order}HI", 42, 8 + len(pixels)) + pixels
+    file += struct.pack(f"{byte_order}H", len(tags))
+    for tag, kind, value in tags:
+        packed = struct.pack(f"{byte_order}H2x" if kind == short else f"{byte_order}I", value)
+        file += struct.pack(f"{byte_order}HHI", tag, kind, 1) + packed
+    return file + struct.pack(f"{byte_order}I", 0)
+
+
+def cosine(a: Any, b: Any) -> np.ndarray:
+    """Of each row of ``(N, D)`` with the same row of the other, or of two vectors ``(D,)``."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return (a * b).sum(-1) / norms

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
+
+from imagevec import ImageVectorizer, OptionError, Preprocessing
+from imagevec.spec import DEFAULTS, FORMATS, ExecutionOptions, FeatureSpec
+from tests.pipeline import execution_options, recipe_of
+
+MODEL = {"model": "squeezenet1_1", "weights": "random", "engine": "torch"}
+
+
+@pytest.fixture(scope="module")
+def spec() -> FeatureSpec:
+    return recipe_of(**MODEL).spec
+
+
+@pytest.mark.parametrize("frozen", [FeatureSpec, ExecutionOptions, Preprocessing])
+def test_values_are_frozen(frozen):
+    assert frozen.__dataclass_params__.frozen
+
+
+def test_a_spec_survives_json(spec):
+    assert FeatureSpec.from_json(spec.to_json()) == spec
+
+
+def test_a_fingerprint_is_of_the_content(spec):
+    assert spec.fingerprint == FeatureSpec.from_json(spec.to_json()).fingerprint
+    assert len(spec.fingerprint) == 16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "squeezenet1_0"},
+        {"weights": "sha256:" + "0" * 64},
+        {"layer": "logits"},
+        {"num_features": 1000},
+        {"preprocessing": Preprocessing(crop_size=32)},
+        {"precision": "bfloat16"},
+        {"normalize": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_changes_the_numbers_changes_the_fingerprint(spec, change):
+    assert dataclasses.replace(spec, **change).fingerprint != spec.fingerprint
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"batch_size": 3},
+        {"device": "cpu"},
+        {"max_pixels": 10},
+        {"formats": ["PNG"]},
+        {"on_error": "raise"},
+        {"output": "struct"},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_how_it_runs_does_not_change_the_fingerprint(spec, option):
+    assert recipe_of(**MODEL, **option).spec.fingerprint == spec.fingerprint
+
+
+def test_the_defaults_are_the_documented_ones():
+    documented = {
+        "model": "resnet50",
+        "weights": "DEFAULT",
+        "layer": "pooled",
+        "normalize": False,
+        "precision": "float32",
+        "engine": "auto",
+        "device": "auto",
+        "batch_size": "auto",
+        "max_pixels": 89_478_485,
+        "formats": FORMATS,
+        "decode": "exact",
+        "on_error": "null",
+        "output": "array",
+    }
+    assert documented == DEFAULTS
+    assert FORMATS == ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+
+def test_the_default_preprocessing_is_torchvisions():
+    preset = ImageClassification(crop_size=224)
+    ours = Preprocessing()
+    assert [ours.resize_size, ours.crop_size] == [*preset.resize_size, *preset.crop_size]
+    assert (list(ours.mean), list(ours.std)) == (preset.mean, preset.std)
+    assert InterpolationMode(ours.interpolation) == preset.interpolation
+
+
+def test_one_format_may_be_given_alone():
+    assert execution_options(formats="PNG").formats == ("PNG",)
+
+
+WRONG_OPTIONS = [
+    ({"model": "resnet5"}, "'resnet50'"),
+    ({"model": "ResNet50"}, "'resnet50'"),
+    ({"model": "timm/resnet_18"}, "'timm/resnet18'"),
+    ({"model": "timm/resnet18.nope"}, "timm/resnet18"),
+    ({"model": 50}, "a zero-argument factory"),
+    ({"model": torch.nn.Linear(2, 2)}, "a zero-argument factory"),
+    ({"weights": "IMAGENET1K_V9"}, "'IMAGENET1K_V1'"),
+    ({"weights": "randon"}, "'random'"),
+    ({"weights": None}, "'random'"),
+    ({"layer": "poled"}, "'pooled'"),
+    ({"layer": "classifer"}, "'classifier'"),
+    ({"layer": "features.99"}, "'features.9'"),
+    ({"normalize": "yes"}, "use True or False"),
+    ({"precision": "bf16"}, "'bfloat16'"),
+    ({"precision": "float61"}, "'float16'"),
+    ({"precision": None}, "'float32'"),
+    ({"precision": "float16", "device": "cpu"}, "'bfloat16'"),
+    ({"engine": "troch"}, "'torch'"),
+    ({"engine": None}, "'torch'"),
+    ({"device": "cudda"}, "'cuda'"),
+    ({"device": "gpu"}, "'cpu'"),
+    ({"device": "cuda:one"}, "'cuda:0'"),
+    ({"device": 0}, "'cuda:0'"),
+    ({"device": None}, "'auto'"),
+    ({"batch_size": 0}, "an integer of at least 1"),
+    ({"batch_size": -8}, "an integer of at least 1"),
+    ({"batch_size": 2.5}, "an integer of at least 1"),
+    ({"batch_size": True}, "an integer of at least 1"),
+    ({"batch_size": "many"}, "an integer of at least 1"),
+    ({"max_pixels": 0}, "an integer of at least 1"),
+    ({"max_pixels": None}, "an integer of at least 1"),
+    ({"formats": ["JPEG", "JPG"]}, "'JPEG'"),
+    ({"formats": "PGN"}, "'PNG'"),
+    ({"formats": "EPS"}, "formats='EPS'"),
+    ({"formats": []}, "JPEG"),
+    ({"formats": None}, "JPEG"),
+    ({"decode": "exakt"}, "'exact'"),
+    ({"decode": None}, "'exact'"),
+    ({"on_error": "rise"}, "'raise'"),
+    ({"on_error": None}, "'null'"),
+    ({"output": "arry"}, "'array'"),
+    ({"output": None}, "'struct'"),
+    ({"bach_size": 8}, "'batch_size'"),
+    ({"modle": "resnet18"}, "'model'"),
+]
+
+
+def option_id(option: object) -> str | None:
+    return str(option)[:40] if isinstance(option, dict) else ""
+
+
+@pytest.mark.parametrize(("option", "fix"), WRONG_OPTIONS, ids=option_id)
+def test_a_wrong_option_is_refused_with_the_nearest_valid_choice(option, fix):
+    with pytest.raises(OptionError) as refused:
+        ImageVectorizer(**{**MODEL, **option})
+    assert fix in str(refused.value)
+    assert next(iter(option)) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "fix"),
+    [
+        ({"interpolation": "nearest"}, "did you mean 'bilinear'"),
+        ({"crop_size": 0}, "at least 1"),
+        ({"resize_size": 200}, "at least crop_size=224"),
+        ({"mean": (0.5,)}, "one number a channel"),
+        ({"std": (0.5, 0.5)}, "one number a channel"),
+    ],
+    ids=lambda field: next(iter(field)) if isinstance(field, dict) else "",
+)
+def test_wrong_preprocessing_is_refused(field, fix):
+    with pytest.raises(OptionError, match=fix):
+        Preprocessing(**field)

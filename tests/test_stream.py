@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from imagevec import ImageError, OptionError, Preprocessing
+from imagevec.stream import feature_stream
+from tests.images import encode, photo
+from tests.pipeline import engine_of, execution_options, rows, series, stream
+from tests.test_inputs import BGR, image_struct, struct_batch
+
+SMALL = Preprocessing(resize_size=16, crop_size=16)
+
+SCHEDULES = [
+    {},
+    {"decode_threads": 3},
+    {"decode_threads": 1, "overlap": True},
+    {"decode_threads": 3, "overlap": True},
+]
+
+
+def shade(level: int) -> bytes:
+    """A grey image, whose feature is its level."""
+    return encode(photo(20, 20).point(lambda _: level))
+
+
+class MeanEngine:
+    """The mean of each image's pixels, and how many images came at a time."""
+
+    def __init__(self) -> None:
+        self.batch_sizes: list[int] = []
+
+    def __call__(self, images: torch.Tensor) -> np.ndarray:
+        assert images.dtype == torch.uint8
+        assert images.shape[1:] == (3, 16, 16)
+        self.batch_sizes.append(len(images))
+        return images.float().mean((2, 3)).numpy()
+
+
+def levels(batches: list) -> list[int | None]:
+    return [None if vector is None else round(float(vector[0])) for vector in rows(batches)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_rows_come_out_as_they_went_in(schedule):
+    values = [shade(1), None, b"garbage", shade(2), b"", shade(3), shade(4), None, shade(5)]
+    batches = [series(values[:2]), series([]), series(values[2:3]), series(values[3:])]
+    out = stream(batches, MeanEngine(), SMALL, batch_size=2, **schedule)
+    assert levels(out) == [1, None, None, 2, None, 3, 4, None, 5]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("arrow_rows", [1, 7, 100])
+def test_batches_are_formed_across_arrow_batches(arrow_rows, schedule):
+    values = [shade(level) for level in range(20)]
+    batches = [series(values[n : n + arrow_rows]) for n in range(0, 20, arrow_rows)]
+    engine = MeanEngine()
+    assert levels(stream(batches, engine, SMALL, batch_size=6, **schedule)) == list(range(20))
+    assert engine.batch_sizes == [6, 6, 6, 2]
+
+
+def test_bad_images_do_not_make_batches_smaller():
+    values = [value for level in range(8) for value in (b"garbage", None, shade(level))]
+    engine = MeanEngine()
+    stream([series(values)], engine, SMALL, batch_size=4)
+    assert engine.batch_sizes == [4, 4]
+
+
+def test_nothing_in_is_nothing_out():
+    engine = MeanEngine()
+    assert rows(stream([], engine, SMALL)) == rows(stream([series([])], engine, SMALL)) == []
+    assert engine.batch_sizes == []
+
+
+def test_without_an_image_the_engine_is_not_called():
+    engine = MeanEngine()
+    out = stream([series([None, b"", b"garbage"] * 50)], engine, SMALL, batch_size=2)
+    assert levels(out) == [None] * 150
+    assert engine.batch_sizes == []
+
+
+@pytest.mark.parametrize("filler", [None, b"garbage"], ids=["nulls", "garbage"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_what_is_held_is_bounded_by_the_batch(filler, schedule):
+    taken = 0
+
+    def batches() -> Iterator[pd.Series]:
+        nonlocal taken
+        for _ in range(1000):
+            taken += 1
+            yield series([filler])
+
+    options = execution_options()
+    out = feature_stream(batches(), MeanEngine(), SMALL, options, batch_size=2, **schedule)
+    next(out)
+    assert taken < 100
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_images_are_decoded_as_they_are_needed(schedule, monkeypatch):
+    from imagevec import stream as module
+
+    decoded = []
+    load = module.load
+    monkeypatch.setattr(module, "load", lambda *args: decoded.append(0) or load(*args))
+    options = execution_options()
+    batch = series([shade(level) for level in range(100)])
+    next(feature_stream(iter([batch]), MeanEngine(), SMALL, options, batch_size=4, **schedule))
+    assert 4 <= len(decoded) <= 24
+
+
+def test_vectors_are_float32_and_their_own_memory():
+    first, second = rows(stream([series([shade(1), shade(2)])], MeanEngine(), SMALL))
+    assert first.dtype == np.float32
+    assert first.shape == (3,)
+    first[:] = 0
+    assert second[0] == 2
+
+
+def test_a_struct_tells_the_size_and_the_reason():
+    values = [encode(photo(30, 20)), None, b"", b"garbage"]
+    good, null, empty, garbage = rows(
+        stream([series(values)], MeanEngine(), SMALL, output="struct")
+    )
+    assert good["features"].shape == (3,)
+    assert (good["error"], good["width"], good["height"]) == (None, 30, 20)
+    assert null["features"] is None
+    assert null["error"] is None
+    assert empty["features"] is None
+    assert empty["error"].startswith("empty: ")
+    assert garbage["error"].startswith("unsupported_format: ")
+    assert all(pd.isna(row[side]) for row in (null, empty) for side in ("width", "height"))
+
+
+def test_the_size_is_the_one_that_is_shown():
+    exif = photo().getexif()
+    exif[0x0112] = 6
+    data = encode(photo(30, 20), "JPEG", exif=exif)
+    (row,) = rows(stream([series([data])], MeanEngine(), SMALL, output="struct", decode="scaled"))
+    assert (row["width"], row["height"]) == (20, 30)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_on_error_raise_raises_the_reason(schedule):
+    batch = series([shade(1), None, b"garbage", shade(2)])
+    with pytest.raises(ImageError, match="unsupported_format: .*garbage"):
+        stream([batch], MeanEngine(), SMALL, on_error="raise", **schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_on_error_raise_lets_nulls_through(schedule):
+    batch = series([None, shade(1), None])
+    out = stream([batch], MeanEngine(), SMALL, on_error="raise", **schedule)
+    assert levels(out) == [None, 1, None]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_a_column_of_another_type_is_refused(schedule):
+    with pytest.raises(OptionError, match="int values"):
+        stream([series([7])], MeanEngine(), SMALL, **schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_an_engines_error_is_not_a_bad_image(schedule):
+    def engine(images: torch.Tensor) -> np.ndarray:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        stream([series([shade(1)])], engine, SMALL, **schedule)
+
+
+def test_paths_and_structs_are_rows_too(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(shade(9))
+    assert levels(stream([series([str(path), "no such"])], MeanEngine(), SMALL)) == [9, None]
+    struct = image_struct(photo(20, 20).point(lambda _: 8), BGR)
+    assert levels(stream([struct_batch([struct, None])], MeanEngine(), SMALL)) == [8, None]
+
+
+def test_a_bad_image_leaves_its_neighbours_as_they_were():
+    engine = engine_of(model="squeezenet1_1", weights="random")
+    images = [encode(photo(seed=seed)) for seed in range(3)]
+    clean = rows(stream([series(images)], engine))
+    with_bad = [images[0], b"garbage", images[1], encode(photo(), "JPEG")[:300], images[2], None]
+    mixed = [vector for vector in rows(stream([series(with_bad)], engine)) if vector is not None]
+    np.testing.assert_array_equal(np.stack(clean), np.stack(mixed))
