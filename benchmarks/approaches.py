@@ -1,0 +1,109 @@
+"""The table of what is measured: approaches, and the stages that compare some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.baselines import broadcast_udf, guide_pandas_udf, predict_batch, rowwise_udf
+from benchmarks.results import BASELINE
+from imagevec import make_features_udf
+
+
+@dataclass(frozen=True)
+class Approach:
+    """One way to compute the vectors.
+
+    Attributes:
+        name: What the tables call it.
+        make: A torchvision model's name to a UDF of a binary column, with random weights.
+        precision: Of its forward pass: which ceiling it is compared to.
+        lowest_cosine: What its vectors must reach against the baseline's.
+    """
+
+    name: str
+    make: Callable[[str], Any]
+    precision: str = "float32"
+    lowest_cosine: float = 0.9999
+
+
+def _ours(name: str, lowest_cosine: float = 0.9999, **options: Any) -> Approach:
+    def make(model: str) -> Any:
+        return make_features_udf(model=model, weights="random", **options)
+
+    return Approach(name, make, options.get("precision", "float32"), lowest_cosine)
+
+
+APPROACHES = (
+    Approach(BASELINE, broadcast_udf),
+    Approach("plain row-wise UDF", rowwise_udf),
+    Approach("pandas UDF of the guides", guide_pandas_udf),
+    Approach("predict_batch_udf", predict_batch),
+    _ours("features_udf, float32"),
+    _ours("features_udf, bfloat16", precision="bfloat16", lowest_cosine=0.99),
+    _ours(
+        "features_udf, bfloat16, scaled decode",
+        precision="bfloat16",
+        decode="scaled",
+        lowest_cosine=0.99,
+    ),
+)
+
+
+def find(name: str) -> Approach:
+    (approach,) = [approach for approach in APPROACHES if approach.name == name]
+    return approach
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Approaches that are compared: the same images and model, interleaved in rounds.
+
+    Attributes:
+        model: A name of ``torchvision.models``.
+        image_set: A name of ``images.RECIPES``, or ``"folder"``.
+        approaches: Names; the baseline is always among them.
+        ceilings: Engine and precision of the forward passes that are measured beside them.
+        one_worker: The approaches that are measured with one worker too.
+        images: How many images of the set; all of them where ``None``.
+        seconds: What one timed run should last.
+    """
+
+    model: str
+    image_set: str
+    approaches: tuple[str, ...]
+    ceilings: tuple[tuple[str, str], ...] = ()
+    one_worker: tuple[str, ...] = ()
+    images: int | None = None
+    seconds: float = 4
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.image_set}"
+
+
+_EXACT = ("features_udf, float32", "features_udf, bfloat16")
+_OPENVINO = (("openvino", "float32"), ("openvino", "bfloat16"))
+
+STAGES = (
+    Stage(
+        "resnet50",
+        "small",
+        approaches=tuple(approach.name for approach in APPROACHES if "scaled" not in approach.name),
+        ceilings=(*_OPENVINO, ("torch", "float32"), ("torch", "bfloat16")),
+        one_worker=_EXACT,
+        seconds=6,
+    ),
+    Stage("resnet50", "web", (BASELINE, *_EXACT)),
+    Stage("resnet50", "camera", (BASELINE, *_EXACT, "features_udf, bfloat16, scaled decode")),
+    Stage("mobilenet_v3_large", "small", (BASELINE, *_EXACT), _OPENVINO),
+    Stage("vit_b_16", "small", (BASELINE, *_EXACT), _OPENVINO, images=24),
+)
+
+# Approach, model, image set, images.
+MEMORY = (
+    (BASELINE, "resnet50", "small", 400),
+    ("features_udf, float32", "resnet50", "small", 2000),
+    ("features_udf, bfloat16", "resnet50", "small", 2000),
+)

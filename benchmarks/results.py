@@ -1,0 +1,84 @@
+"""The rows of a result, and what is derived from their raw seconds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+BASELINE = "broadcast row-wise UDF"
+
+
+@dataclass
+class Row:
+    """One approach on one image set with one model.
+
+    Attributes:
+        stage: ``<model>, <image set>``: rows are compared within it.
+        approach: What is measured.
+        precision: Of its forward pass.
+        workers: Python worker processes at work.
+        images: Images in one timed run.
+        seconds: Of the timed run, one for each round.
+        lowest_cosine: To the baseline's vectors, over the image set; none for forward passes alone.
+        lowest_centred_cosine: The same after the set's mean vector is taken off, which the vectors
+            of all images share: it tells images apart where the plain cosine hardly does.
+        batch_size: Of forward passes alone.
+    """
+
+    stage: str
+    approach: str
+    precision: str
+    workers: int
+    images: int
+    seconds: list[float] = field(default_factory=list)
+    lowest_cosine: float | None = None
+    lowest_centred_cosine: float | None = None
+    batch_size: int | None = None
+
+    @property
+    def is_ceiling(self) -> bool:
+        return self.lowest_cosine is None
+
+    @property
+    def rates(self) -> list[float]:
+        """images/s, one for each round."""
+        return [self.images / seconds for seconds in self.seconds]
+
+    @property
+    def images_per_second(self) -> float:
+        return statistics.median(self.rates)
+
+
+def derived(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Each row with its figures, round by round: a ratio never mixes two rounds.
+
+    ``ratio_to_baseline`` is to the broadcast row-wise UDF; ``fraction_of_ceiling`` to the faster of
+    the forward passes of the same precision; ``scaling``, two workers to one.
+    """
+    rows = list(rows)
+    return [_derived(row, [other for other in rows if other.stage == row.stage]) for row in rows]
+
+
+def _derived(row: Row, stage: list[Row]) -> dict[str, Any]:
+    figures: dict[str, Any] = {**vars(row), "images_per_second": row.images_per_second}
+    baseline = [other for other in stage if other.approach == BASELINE]
+    if baseline and row.workers == baseline[0].workers:
+        figures["ratio_to_baseline"] = _ratios(row.rates, baseline[0].rates)
+    alone = [
+        other.rates
+        for other in stage
+        if other.is_ceiling and (other.precision, other.workers) == (row.precision, row.workers)
+    ]
+    if alone and not row.is_ceiling:
+        fastest = [max(rates) for rates in zip(*alone, strict=True)]
+        figures["fraction_of_ceiling"] = _ratios(row.rates, fastest)
+    single = [other for other in stage if other.approach == row.approach and other.workers == 1]
+    if single and row.workers > 1:
+        figures["scaling"] = _ratios(row.rates, single[0].rates)
+    return figures
+
+
+def _ratios(rates: list[float], others: list[float]) -> list[float]:
+    return [rate / other for rate, other in zip(rates, others, strict=True)]

@@ -1,0 +1,212 @@
+"""``make bench``: every stage in one run, interleaved in rounds, to JSON, a table and a chart."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pyspark.sql import SparkSession
+
+from benchmarks import memory, report
+from benchmarks.approaches import MEMORY, STAGES, Approach, Stage, find
+from benchmarks.ceiling import Ceiling, Engine
+from benchmarks.images import CACHE, ImageSet, from_folder, generated
+from benchmarks.machine import machine, versions
+from benchmarks.results import BASELINE, Row, derived
+from benchmarks.spark import (
+    ARROW_BATCH_ROWS,
+    collect_vectors,
+    image_frame,
+    session,
+    timed_seconds,
+)
+
+RESULTS = Path("benchmarks/results")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=Path, help="a folder of images instead of generated ones")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2, help="of local[N]")
+    parser.add_argument("--stages", nargs="*", help="those whose name has one of these words")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test: its figures mean nothing"
+    )
+    parser.add_argument("--output", type=Path, help=f"a folder; {RESULTS} where not --quick")
+    arguments = parser.parse_args()
+    stages = list(STAGES)
+    if arguments.images:
+        stages = [dataclasses.replace(STAGES[0], image_set="folder", images=64)]
+    if arguments.stages:
+        stages = [stage for stage in stages if any(w in stage.name for w in arguments.stages)]
+    if arguments.quick:
+        stages = [dataclasses.replace(stage, images=4, seconds=0) for stage in stages]
+        arguments.rounds = 1
+    start = time.perf_counter()
+    result = measure(stages, arguments.rounds, arguments.workers, arguments.images)
+    if not (arguments.quick or arguments.images or arguments.stages):
+        result["memory"] = measure_memory(arguments.workers)
+    result["minutes"] = round((time.perf_counter() - start) / 60, 1)
+    output = arguments.output or (CACHE / "quick" if arguments.quick else RESULTS)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    report.write(output / "bench.json")
+    print(report.markdown(result))
+    print(f"{result['minutes']} minutes; written to {output}")
+    if result["failures"]:
+        raise SystemExit("\n".join(result["failures"]))
+
+
+def measure(
+    stages: list[Stage], rounds: int, workers: int, folder: Path | None = None
+) -> dict[str, Any]:
+    """All stages in one Spark session."""
+    rows: list[Row] = []
+    image_sets = {}
+    failures = []
+    with session(workers) as spark:
+        for stage in stages:
+            images = from_folder(folder, stage.images) if folder else _images(stage)
+            image_sets[stage.name] = images.summary()
+            stage_rows = measure_stage(spark, stage, images.contents(), rounds, workers)
+            failures += [failure for row in stage_rows if (failure := _failure(row))]
+            rows += stage_rows
+        settings = {
+            "master": f"local[{workers}]",
+            "arrow_batch_rows": ARROW_BATCH_ROWS,
+            "python_udfs_through_arrow": spark.conf.get(
+                "spark.sql.execution.pythonUDF.arrow.enabled"
+            ),
+            "rounds": rounds,
+            "java": spark._jvm.System.getProperty("java.version"),
+        }
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "settings": settings,
+        "image_sets": image_sets,
+        "rows": derived(rows),
+        "failures": failures,
+    }
+
+
+def measure_stage(
+    spark: SparkSession, stage: Stage, contents: list[bytes], rounds: int, workers: int
+) -> list[Row]:
+    """Warms every approach up, compares their vectors, then times them in rounds."""
+    print(f"\n{stage.name}: {len(contents)} images", flush=True)
+    # A model may have left a worker's cache since its last run, and idle workers end after a
+    # minute: a run over these few rows, on all workers, puts things right before each timed run.
+    few = image_frame(spark, contents[:workers], workers)
+    frames = {count: image_frame(spark, contents, count) for count in {1, workers}}
+    contestants: list[tuple[Row, Callable[[], float]]] = []
+    with ExitStack() as stack:
+        ceilings = [
+            Ceiling(Engine(engine, precision, stage.model), workers)
+            for engine, precision in stage.ceilings
+        ]
+        reference = None
+        for name in stage.approaches:
+            approach = find(name)
+            features = approach.make(stage.model)
+            timed_seconds(few, features, 1)
+            start = time.perf_counter()
+            vectors = collect_vectors(frames[workers], features)
+            one_pass_seconds = time.perf_counter() - start
+            reference = vectors if reference is None else reference
+            for count in (workers, 1) if name in stage.one_worker else (workers,):
+                seconds_one_pass = one_pass_seconds * workers / count
+                passes = max(1, round(stage.seconds / seconds_one_pass))
+                row = _row(stage, approach, count, passes * len(contents), vectors, reference)
+                contestants.append((row, _spark_run(few, frames[count], features, passes)))
+        for ceiling in ceilings:
+            stack.enter_context(ceiling)
+            contestants.append(_ceiling_run(stage, ceiling, workers))
+        for number in range(rounds):
+            # Each round starts elsewhere, so that none always follows the same neighbour.
+            print(f" round {number + 1}")
+            turn = number * len(contestants) // rounds
+            for row, run in contestants[turn:] + contestants[:turn]:
+                row.seconds.append(run())
+                print(f"  {row.approach}, {row.workers} workers: {row.rates[-1]:.1f}/s", flush=True)
+    for frame in (few, *frames.values()):
+        frame.unpersist(blocking=True)
+    return [row for row, _ in contestants]
+
+
+def measure_memory(workers: int) -> list[dict[str, Any]]:
+    figures = []
+    for approach, model, image_set, images in MEMORY:
+        print(f"memory of {approach}, {images} images", flush=True)
+        figures.append(memory.measure(approach, model, image_set, images, workers))
+    return figures
+
+
+def _images(stage: Stage) -> ImageSet:
+    return generated(stage.image_set, stage.images)
+
+
+def _spark_run(few: Any, frame: Any, features: Any, passes: int) -> Callable[[], float]:
+    def run() -> float:
+        timed_seconds(few, features, 1)
+        return timed_seconds(frame, features, passes)
+
+    return run
+
+
+def _ceiling_run(stage: Stage, ceiling: Ceiling, workers: int) -> tuple[Row, Callable[[], float]]:
+    engine = ceiling.engine
+    name = f"forward alone, {engine.name}, {engine.precision}"
+    images = round(ceiling.images_per_second * max(1, stage.seconds / 2))
+    row = Row(stage.name, name, engine.precision, workers, images, batch_size=ceiling.batch_size)
+    return row, lambda: ceiling.seconds(images)
+
+
+def _row(
+    stage: Stage,
+    approach: Approach,
+    workers: int,
+    images: int,
+    vectors: np.ndarray,
+    reference: np.ndarray,
+) -> Row:
+    mean = reference.mean(axis=0)
+    return Row(
+        stage=stage.name,
+        approach=approach.name,
+        precision=approach.precision,
+        workers=workers,
+        images=images,
+        lowest_cosine=_lowest_cosine(vectors, reference),
+        lowest_centred_cosine=_lowest_cosine(vectors - mean, reference - mean),
+    )
+
+
+def _lowest_cosine(vectors: np.ndarray, reference: np.ndarray) -> float:
+    products = (vectors.astype(np.float64) * reference).sum(axis=1)
+    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(reference, axis=1)
+    return float((products / norms).min())
+
+
+def _failure(row: Row) -> str | None:
+    if row.lowest_cosine is None:
+        return None
+    required = find(row.approach).lowest_cosine
+    if row.lowest_cosine >= required:
+        return None
+    return (
+        f"{row.stage}: the lowest cosine of {row.approach!r} to {BASELINE!r} "
+        f"is {row.lowest_cosine:.5f}, below {required}"
+    )
+
+
+if __name__ == "__main__":
+    main()
