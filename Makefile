@@ -5,10 +5,10 @@ export PYSPARK_PYTHON := $(abspath $(PYTHON))
 export PYSPARK_DRIVER_PYTHON := $(abspath $(PYTHON))
 unexport SPARK_HOME
 
-WITH_JAVA = export JAVA_HOME="$$(bash scripts/java-home.sh)" && [ -n "$$JAVA_HOME" ] &&
+WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench check format clean
+.PHONY: help java setup demo test bench check format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,13 +16,17 @@ help: ## Show this list
 setup: ## Make .venv and install everything into it (the others do it when needed)
 	@bash scripts/setup.sh
 
-demo: setup ## Find each photo's nearest neighbours, offline, and draw a contact sheet
+# Asked for first: what it says comes before minutes of installing.
+java:
+	@bash scripts/java-home.sh >/dev/null
+
+demo: java setup ## Find each photo's nearest neighbours, offline, and draw a contact sheet
 	@$(WITH_JAVA) $(PYTHON) examples/demo.py
 
-test: setup ## Run all tests
+test: java setup ## Run all tests
 	@$(WITH_JAVA) $(PYTHON) -m pytest
 
-bench: setup ## Compare features_udf with the usual ways of doing it (under 10 minutes)
+bench: java setup ## Compare features_udf with the usual ways of doing it (under 10 minutes)
 	@$(WITH_JAVA) $(PYTHON) -m benchmarks.run
 
 check: setup ## Lint, check the format and the types
