@@ -46,11 +46,16 @@ def recipe_of(**options: Any) -> Recipe:
     return recipe
 
 
-def engine_of(**options: Any) -> Engine:
-    """This process's engine for some options, on the CPU."""
+def recipe_and_engine(**options: Any) -> tuple[Recipe, Engine]:
+    """A recipe, and this process's engine for it on the CPU; by PyTorch, if not said otherwise."""
     recipe, paths, _ = resolve(**{"engine": "torch", **options})
     by_name = {path.name: path for path in paths}
-    return get_engine(recipe, by_name.__getitem__, torch.device("cpu"), threads=1)
+    return recipe, get_engine(recipe, by_name.__getitem__, torch.device("cpu"), threads=1)
+
+
+def engine_of(**options: Any) -> Engine:
+    _, engine = recipe_and_engine(**options)
+    return engine
 
 
 def vector_of(image: bytes, **options: Any) -> list[float]:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from imagevec import ImageError, OptionError, Preprocessing
 from imagevec.stream import feature_stream
@@ -102,15 +103,15 @@ def test_what_is_held_is_bounded_by_the_batch(filler, schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_images_are_decoded_as_they_are_needed(schedule, monkeypatch):
-    from imagevec import stream as module
-
-    decoded = []
-    load = module.load
-    monkeypatch.setattr(module, "load", lambda *args: decoded.append(0) or load(*args))
+    opened = []
+    pillow_open = Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda *args, **kwargs: opened.append(0) or pillow_open(*args, **kwargs)
+    )
     options = execution_options()
     batch = series([shade(level) for level in range(100)])
     next(feature_stream(iter([batch]), MeanEngine(), SMALL, options, batch_size=4, **schedule))
-    assert 4 <= len(decoded) <= 24
+    assert 4 <= len(opened) <= 24
 
 
 def test_vectors_are_float32_and_their_own_memory():
