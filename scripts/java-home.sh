@@ -41,7 +41,7 @@ install_java() {
 
 find_java && exit
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    install_java >&2
+    install_java >/dev/null
     find_java && exit
 fi
 echo "setup: Spark needs Java 17 or newer: install a JRE (Debian and Ubuntu:" \

@@ -30,7 +30,7 @@ require_ensurepip() {
         fail "$1 cannot make virtual environments: install the package $package"
     fi
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package"
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null
 }
 
 stamp=.venv/.installed
