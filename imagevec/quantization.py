@@ -92,11 +92,12 @@ def quantize(
     calibration = [image for i, image in enumerate(pixels) if i % _HELD_OUT_EVERY]
     exact = convert(spec, entry, weights_path)
     vectors = _vectors(exact, "float32", held_out)
-    quantized = nncf.quantize(
-        exact,
-        nncf.Dataset([image[None].numpy() for image in calibration]),  # (1, 3, S, S)
-        subset_size=len(calibration),
-    )
+    with openvino.without_telemetry():
+        quantized = nncf.quantize(
+            exact,
+            nncf.Dataset([image[None].numpy() for image in calibration]),  # (1, 3, S, S)
+            subset_size=len(calibration),
+        )
     cosines = _cosines(vectors, _vectors(quantized, "int8", held_out))
     report = QuantizationReport(
         median_cosine=float(np.median(cosines)),
@@ -149,7 +150,8 @@ def _cosines(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDAr
 
 def _nncf() -> Any:
     try:
-        import nncf
+        with openvino.without_telemetry():
+            import nncf
     except ImportError as error:
         raise MissingExtraError("nncf", "quantize") from error
     return nncf

@@ -24,9 +24,8 @@ def active_session() -> SparkSession:
     return session
 
 
-def ship(path: Path) -> None:
+def ship(session: SparkSession, path: Path) -> None:
     """Makes a file available to every executor, under its own name, which must tell its content."""
-    session = active_session()
     if hasattr(session, "_jsc"):  # not under Spark Connect
         session.sparkContext.addFile(str(path))
     else:

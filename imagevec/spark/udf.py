@@ -79,14 +79,15 @@ def make_features_udf(**options: Unpack[Options]) -> Any:
 
     It needs an active session, which ships the weights to the executors.
     """
-    conf = active_session().conf
+    session = active_session()
+    conf = session.conf
     if options.get("device", "auto") == "auto" and conf.get(_GPUS_PER_TASK, None):
         options["device"] = "cuda"  # what the driver lacks, the executors have
     recipe, paths, execution = resolve(**options)
     if str(conf.get("spark.master", "")).split("[")[0] == "local":
         resolve_device(execution.device)  # the workers are on this machine: ask here
     for path in paths:
-        ship(path)
+        ship(session, path)
 
     @pandas_udf(_RETURN_TYPES[execution.output])  # type: ignore[untyped-decorator, call-overload]
     def image_features(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
