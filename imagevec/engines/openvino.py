@@ -78,8 +78,9 @@ def convert(feature_model: nn.Module, preprocessing: Preprocessing) -> Any:
 def without_telemetry() -> Iterator[None]:
     """Keeps OpenVINO and NNCF from reporting their use over the network.
 
-    They do so when imported and when called, from a forked process, whose end also takes along the driver's connection to its
-    JVM. Both have one switch that is not a file in the user's home: to run in CI.
+    They do so when imported and when called, from a forked process, whose end also takes along
+    the driver's connection to its JVM. Both have one switch that is not a file in the user's home:
+    to run in CI.
     """
     before = os.environ.get("CI")
     os.environ["CI"] = "true"
