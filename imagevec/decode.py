@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision.io  # noqa: F401, its import registers torch.ops.image
 from PIL import Image, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from imagevec.errors import ImageError
 
@@ -40,6 +40,7 @@ _SIGNATURES = {
     b"MM\x00+": "TIFF",
 }
 
+_RGB = 3  # of torchvision.io.ImageReadMode
 _ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
 
 
@@ -96,12 +97,12 @@ def _decode(
     image = Image.open(io.BytesIO(data), formats=formats)
     width, height = image.size
     check_size(width, height, max_pixels)
-    orientation = _orientation(image)
     if min_side is not None:
         image.draft(None, (min_side, min_side))  # of no effect but on JPEGs
     pixels = _decode_jpeg(data) if _is_plain_jpeg(image, (width, height)) else None
     if pixels is None:
         pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    orientation = _orientation(image)  # after the pixels: Pillow orients TIFFs as it loads them
     if orientation >= 5:
         width, height = height, width
     return DecodedImage(_apply_orientation(pixels, orientation), width, height)
@@ -117,11 +118,14 @@ def _is_plain_jpeg(image: Image.Image, full_size: tuple[int, int]) -> bool:
 def _decode_jpeg(data: bytes) -> torch.Tensor | None:
     """uint8 RGB ``(3, H, W)`` in half of Pillow's time; ``None`` if Pillow must tell what is wrong.
 
-    Both run libjpeg-turbo with the same settings: pixels and verdicts are the same.
+    Both run libjpeg-turbo with the same settings: pixels and verdicts are the same. torchvision is
+    to lose its decoders, and 0.29 warns of it where they are called by another name than this.
     """
+    if not hasattr(torch.ops.image, "decode_jpeg"):
+        return None
     try:
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        pixels: torch.Tensor = decode_jpeg(encoded, ImageReadMode.RGB)
+        pixels: torch.Tensor = torch.ops.image.decode_jpeg(encoded, _RGB, False)
     except RuntimeError:
         return None
     return pixels
