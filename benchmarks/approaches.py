@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.baselines import broadcast_udf, guide_pandas_udf, predict_batch, rowwise_udf
+from benchmarks.images import CACHE, generated
 from benchmarks.results import BASELINE
-from imagevec import make_features_udf
+from imagevec import make_features_udf, quantize
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,35 @@ def _ours(name: str, lowest_cosine: float = 0.9999, **options: Any) -> Approach:
     return Approach(name, make, options.get("precision", "float32"), lowest_cosine)
 
 
+def int8_model(model: str) -> Path:
+    """A saved model, quantized from random weights on the small images; made once."""
+    folder = CACHE / "int8" / model
+    if not folder.exists():
+        images = [str(path) for path in generated("small").paths]
+        # What its vectors are worth is for real weights to tell: benchmarks/fidelity.py.
+        quantize(images, output=folder, model=model, weights="random", min_median_cosine=0)
+    return folder
+
+
+def model_of(name: str, precision: str) -> str:
+    """What a ``ceiling.Engine`` takes: a torchvision model's name, or an int8 graph's file."""
+    return str(int8_model(name) / "model.xml") if precision == "int8" else name
+
+
 APPROACHES = (
     Approach(BASELINE, broadcast_udf),
     Approach("plain row-wise UDF", rowwise_udf),
     Approach("pandas UDF of the guides", guide_pandas_udf),
     Approach("predict_batch_udf", predict_batch),
+    _ours("features_udf, float32, engine torch", engine="torch"),
     _ours("features_udf, float32"),
     _ours("features_udf, bfloat16", precision="bfloat16", lowest_cosine=0.99),
+    Approach(
+        "features_udf, int8",
+        lambda model: make_features_udf(model=str(int8_model(model))),
+        precision="int8",
+        lowest_cosine=0.95,
+    ),
     _ours(
         "features_udf, bfloat16, scaled decode",
         precision="bfloat16",
@@ -83,8 +107,8 @@ class Stage:
         return f"{self.model}, {self.image_set}"
 
 
-_EXACT = ("features_udf, float32", "features_udf, bfloat16")
-_OPENVINO = (("openvino", "float32"), ("openvino", "bfloat16"))
+_EXACT = ("features_udf, float32", "features_udf, bfloat16", "features_udf, int8")
+_OPENVINO = (("openvino", "float32"), ("openvino", "bfloat16"), ("openvino", "int8"))
 
 STAGES = (
     Stage(

@@ -49,6 +49,8 @@ def markdown(result: dict[str, Any]) -> str:
     parts = [_where(result)]
     for stage in _stages(result):
         parts += [f"## {stage}", _stage_line(result, stage), _table(result, stage)]
+    if result.get("notes"):
+        parts.append("\n".join(f"- {note}" for note in result["notes"]))
     if result.get("memory"):
         parts += ["## Memory", _memory_table(result["memory"])]
     if result.get("failures"):

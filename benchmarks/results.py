@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 BASELINE = "broadcast row-wise UDF"
 
 
@@ -25,6 +27,8 @@ class Row:
         lowest_centred_cosine: The same after the set's mean vector is taken off, which the vectors
             of all images share: it tells images apart where the plain cosine hardly does.
         batch_size: Of forward passes alone.
+        required_cosine: What ``lowest_cosine`` must reach.
+        start_seconds: Until the workers had the model; not in ``seconds``. Of peers alone.
     """
 
     stage: str
@@ -36,10 +40,28 @@ class Row:
     lowest_cosine: float | None = None
     lowest_centred_cosine: float | None = None
     batch_size: int | None = None
+    required_cosine: float | None = None
+    start_seconds: list[float] | None = None
 
     @property
     def is_ceiling(self) -> bool:
         return self.lowest_cosine is None
+
+    @property
+    def failure(self) -> str | None:
+        """What is wrong with its vectors, if anything."""
+        if self.lowest_cosine is None or self.lowest_cosine >= (self.required_cosine or 0):
+            return None
+        return (
+            f"{self.stage}: the lowest cosine of {self.approach!r} to {BASELINE!r} "
+            f"is {self.lowest_cosine:.5f}, below {self.required_cosine}"
+        )
+
+    def compare(self, vectors: np.ndarray, reference: np.ndarray) -> None:
+        """Notes the cosines of its vectors to the baseline's, both ``(N, D)``."""
+        mean = reference.mean(axis=0)
+        self.lowest_cosine = _lowest_cosine(vectors, reference)
+        self.lowest_centred_cosine = _lowest_cosine(vectors - mean, reference - mean)
 
     @property
     def rates(self) -> list[float]:
@@ -82,3 +104,9 @@ def _derived(row: Row, stage: list[Row]) -> dict[str, Any]:
 
 def _ratios(rates: list[float], others: list[float]) -> list[float]:
     return [rate / other for rate, other in zip(rates, others, strict=True)]
+
+
+def _lowest_cosine(vectors: np.ndarray, reference: np.ndarray) -> float:
+    products = (vectors.astype(np.float64) * reference).sum(axis=1)
+    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(reference, axis=1)
+    return float((products / norms).min())

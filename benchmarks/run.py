@@ -15,11 +15,11 @@ import numpy as np
 from pyspark.sql import SparkSession
 
 from benchmarks import memory, report
-from benchmarks.approaches import MEMORY, STAGES, Approach, Stage, find
+from benchmarks.approaches import MEMORY, STAGES, Stage, find, model_of
 from benchmarks.ceiling import Ceiling, Engine
 from benchmarks.images import CACHE, ImageSet, from_folder, generated
 from benchmarks.machine import machine, versions
-from benchmarks.results import BASELINE, Row, derived
+from benchmarks.results import Row, derived
 from benchmarks.spark import (
     ARROW_BATCH_ROWS,
     collect_vectors,
@@ -29,6 +29,9 @@ from benchmarks.spark import (
 )
 
 RESULTS = Path("benchmarks/results")
+
+# What is measured, and what times it once: it returns seconds.
+Contestant = tuple[Row, Callable[[], float]]
 
 
 def main() -> None:
@@ -71,49 +74,60 @@ def measure(
     """All stages in one Spark session."""
     rows: list[Row] = []
     image_sets = {}
-    failures = []
     with session(workers) as spark:
         for stage in stages:
             images = from_folder(folder, stage.images) if folder else _images(stage)
             image_sets[stage.name] = images.summary()
-            stage_rows = measure_stage(spark, stage, images.contents(), rounds, workers)
-            failures += [failure for row in stage_rows if (failure := _failure(row))]
-            rows += stage_rows
-        settings = {
-            "master": f"local[{workers}]",
-            "arrow_batch_rows": ARROW_BATCH_ROWS,
-            "python_udfs_through_arrow": spark.conf.get(
-                "spark.sql.execution.pythonUDF.arrow.enabled"
-            ),
-            "rounds": rounds,
-            "java": spark._jvm.System.getProperty("java.version"),
-        }
+            rows += measure_stage(spark, stage, images.contents(), rounds, workers)
+        return result_of(spark, rows, image_sets, rounds)
+
+
+def result_of(
+    spark: SparkSession, rows: list[Row], image_sets: dict[str, Any], rounds: int
+) -> dict[str, Any]:
+    """All that the JSON holds."""
+    arrow = spark.conf.get("spark.sql.execution.pythonUDF.arrow.enabled")
     return {
         "machine": machine(),
         "versions": versions(),
-        "settings": settings,
+        "settings": {
+            "master": spark.sparkContext.master,
+            "arrow_batch_rows": ARROW_BATCH_ROWS,
+            "row_wise_udfs_through_arrow": arrow,
+            "rounds": rounds,
+            "java": spark._jvm.System.getProperty("java.version"),
+        },
         "image_sets": image_sets,
         "rows": derived(rows),
-        "failures": failures,
+        "failures": [failure for row in rows if (failure := row.failure)],
     }
 
 
 def measure_stage(
-    spark: SparkSession, stage: Stage, contents: list[bytes], rounds: int, workers: int
+    spark: SparkSession,
+    stage: Stage,
+    contents: list[bytes],
+    rounds: int,
+    workers: int,
+    others: Callable[[np.ndarray], list[Contestant]] | None = None,
 ) -> list[Row]:
-    """Warms every approach up, compares their vectors, then times them in rounds."""
+    """Warms every approach up, compares their vectors, then times them in rounds.
+
+    Args:
+        others: What else takes part, from the baseline's vectors.
+    """
     print(f"\n{stage.name}: {len(contents)} images", flush=True)
     # A model may have left a worker's cache since its last run, and idle workers end after a
     # minute: a run over these few rows, on all workers, puts things right before each timed run.
     few = image_frame(spark, contents[:workers], workers)
     frames = {count: image_frame(spark, contents, count) for count in {1, workers}}
-    contestants: list[tuple[Row, Callable[[], float]]] = []
+    contestants: list[Contestant] = []
+    reference = None
     with ExitStack() as stack:
         ceilings = [
-            Ceiling(Engine(engine, precision, stage.model), workers)
+            Ceiling(Engine(engine, precision, model_of(stage.model, precision)), workers)
             for engine, precision in stage.ceilings
         ]
-        reference = None
         for name in stage.approaches:
             approach = find(name)
             features = approach.make(stage.model)
@@ -125,21 +139,28 @@ def measure_stage(
             for count in (workers, 1) if name in stage.one_worker else (workers,):
                 seconds_one_pass = one_pass_seconds * workers / count
                 passes = max(1, round(stage.seconds / seconds_one_pass))
-                row = _row(stage, approach, count, passes * len(contents), vectors, reference)
+                row = Row(stage.name, name, approach.precision, count, passes * len(contents))
+                row.required_cosine = approach.lowest_cosine
+                row.compare(vectors, reference)
                 contestants.append((row, _spark_run(few, frames[count], features, passes)))
         for ceiling in ceilings:
             stack.enter_context(ceiling)
             contestants.append(_ceiling_run(stage, ceiling, workers))
-        for number in range(rounds):
-            # Each round starts elsewhere, so that none always follows the same neighbour.
-            print(f" round {number + 1}")
-            turn = number * len(contestants) // rounds
-            for row, run in contestants[turn:] + contestants[:turn]:
-                row.seconds.append(run())
-                print(f"  {row.approach}, {row.workers} workers: {row.rates[-1]:.1f}/s", flush=True)
+        contestants += others(reference) if others and reference is not None else []
+        take_turns(contestants, rounds)
     for frame in (few, *frames.values()):
         frame.unpersist(blocking=True)
     return [row for row, _ in contestants]
+
+
+def take_turns(contestants: list[Contestant], rounds: int) -> None:
+    """Times each of them once a round; each round starts elsewhere in their order."""
+    for number in range(rounds):
+        print(f" round {number + 1}", flush=True)
+        turn = number * len(contestants) // rounds
+        for row, run in contestants[turn:] + contestants[:turn]:
+            row.seconds.append(run())
+            print(f"  {row.approach}, {row.workers} workers: {row.rates[-1]:.1f}/s", flush=True)
 
 
 def measure_memory(workers: int) -> list[dict[str, Any]]:
@@ -162,50 +183,12 @@ def _spark_run(few: Any, frame: Any, features: Any, passes: int) -> Callable[[],
     return run
 
 
-def _ceiling_run(stage: Stage, ceiling: Ceiling, workers: int) -> tuple[Row, Callable[[], float]]:
+def _ceiling_run(stage: Stage, ceiling: Ceiling, workers: int) -> Contestant:
     engine = ceiling.engine
     name = f"forward alone, {engine.name}, {engine.precision}"
     images = round(ceiling.images_per_second * max(1, stage.seconds / 2))
     row = Row(stage.name, name, engine.precision, workers, images, batch_size=ceiling.batch_size)
     return row, lambda: ceiling.seconds(images)
-
-
-def _row(
-    stage: Stage,
-    approach: Approach,
-    workers: int,
-    images: int,
-    vectors: np.ndarray,
-    reference: np.ndarray,
-) -> Row:
-    mean = reference.mean(axis=0)
-    return Row(
-        stage=stage.name,
-        approach=approach.name,
-        precision=approach.precision,
-        workers=workers,
-        images=images,
-        lowest_cosine=_lowest_cosine(vectors, reference),
-        lowest_centred_cosine=_lowest_cosine(vectors - mean, reference - mean),
-    )
-
-
-def _lowest_cosine(vectors: np.ndarray, reference: np.ndarray) -> float:
-    products = (vectors.astype(np.float64) * reference).sum(axis=1)
-    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(reference, axis=1)
-    return float((products / norms).min())
-
-
-def _failure(row: Row) -> str | None:
-    if row.lowest_cosine is None:
-        return None
-    required = find(row.approach).lowest_cosine
-    if row.lowest_cosine >= required:
-        return None
-    return (
-        f"{row.stage}: the lowest cosine of {row.approach!r} to {BASELINE!r} "
-        f"is {row.lowest_cosine:.5f}, below {required}"
-    )
 
 
 if __name__ == "__main__":

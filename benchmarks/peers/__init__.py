@@ -1,0 +1,1 @@
+"""Other systems on the same images, written the way their own documentation writes them."""
