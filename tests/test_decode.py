@@ -115,7 +115,9 @@ def test_an_orientation_that_does_not_exist_is_none(orientation):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
 def test_a_broken_exif_block_does_not_matter():
-    data = encode(photo(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff" + b"\x01" * 9)
+    data = encode(
+        photo(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff" + b"\x01" * 9
+    )
     assert same_pixels(data, opened(data))
 
 

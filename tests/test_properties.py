@@ -90,9 +90,7 @@ def mean_engine(images: torch.Tensor) -> np.ndarray:
 def split(values: list[Any], cuts: list[int]) -> list[Any]:
     """Arrow batches of the values, cut at some places; two equal cuts make an empty batch."""
     ends = [0, *sorted(min(cut, len(values)) for cut in cuts), len(values)]
-    return [
-        series(values[begin:end]) for begin, end in zip(ends[:-1], ends[1:], strict=True)
-    ]
+    return [series(values[begin:end]) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
 
 
 def vectors_one_by_one(values: list[Any], engine: Any, preprocessing: Preprocessing) -> list[Any]:

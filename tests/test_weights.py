@@ -193,6 +193,17 @@ def test_an_altered_cache_is_repaired_from_the_file(tmp_path):
     assert len(vector_of(PNG, weights=str(path), **SQUEEZENET)) == 512
 
 
+def test_writing_over_the_original_leaves_what_is_in_use(tmp_path):
+    path = tmp_path / "weights.pth"
+    saved(squeezenet1_1, path, seed=9)
+    vectorizer = ImageVectorizer(weights=str(path), **SQUEEZENET)
+    copy = tmp_path / "copy.pth"
+    shutil.copy(path, copy)
+    saved(squeezenet1_1, path, seed=10)
+    expected = vector_of(PNG, weights=str(copy), **SQUEEZENET)
+    assert vectorizer.extract_features(PNG) == expected
+
+
 def test_a_new_file_at_the_same_path_is_another_model(tmp_path):
     path = tmp_path / "weights.pth"
     vectors = []

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from torch import nn
+
+from imagevec import ImageVectorizer, features_udf, make_features_udf
+from tests.factories import Tiny, tiny
+from tests.images import encode, photo
+from tests.pipeline import saved
+
+IMAGES = [encode(photo(seed=seed)) for seed in range(3)]
+
+
+def features(frame, **options) -> np.ndarray:
+    df = frame(IMAGES).select(features_udf("content", **{"engine": "torch", **options}))
+    return np.array([row[0] for row in df.collect()])
+
+
+def without_spark(**options) -> np.ndarray:
+    vectorizer = ImageVectorizer(**{"engine": "torch", **options})
+    return np.array([vectorizer.extract_features(image) for image in IMAGES])
+
+
+@pytest.mark.parametrize("engine", ["torch", "auto"])
+def test_weights_reach_the_workers(frame, tmp_path, engine):
+    saved(tiny, tmp_path / "weights.pth")
+    options = {"model": tiny, "weights": str(tmp_path / "weights.pth"), "engine": engine}
+    np.testing.assert_allclose(features(frame, **options), without_spark(**options), rtol=1e-4)
+
+
+def test_workers_get_the_weights_that_a_factory_drew_on_the_driver(frame):
+    def unseeded() -> nn.Module:
+        return Tiny()
+
+    vectorizer = ImageVectorizer(model=unseeded, engine="torch")
+    df = vectorizer.process_images(frame(IMAGES, partitions=3))
+    ours = np.array([row.features for row in df.collect()])
+    theirs = [vectorizer.extract_features(image) for image in IMAGES]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_the_original_file_may_go_after_the_udf_is_made(frame, tmp_path):
+    path = tmp_path / "weights.pth"
+    saved(tiny, path, seed=2)
+    expected = without_spark(model=tiny, weights=str(path))
+    udf = make_features_udf(model=tiny, weights=str(path), engine="torch")
+    path.unlink()
+    rows = frame(IMAGES).select(udf("content")).collect()
+    np.testing.assert_allclose([row[0] for row in rows], expected, rtol=1e-4)
+
+
+def test_two_files_of_the_same_name_do_not_meet(frame, tmp_path):
+    path = tmp_path / "weights.pth"
+    columns, expected = [], []
+    for seed in (3, 4):
+        saved(tiny, path, seed)
+        expected.append(without_spark(model=tiny, weights=str(path)))
+        udf = make_features_udf(model=tiny, weights=str(path), engine="torch")
+        columns.append(udf("content"))
+        path.unlink()
+    rows = frame(IMAGES).select(*columns).collect()
+    for column in range(2):
+        np.testing.assert_allclose([row[column] for row in rows], expected[column], rtol=1e-4)
+    assert not np.allclose(*expected)
+
+
+def test_a_file_is_shipped_once(spark, tmp_path):
+    saved(tiny, tmp_path / "weights.pth", seed=7)
+    before = len(spark.sparkContext.listFiles)
+    for _ in range(3):
+        make_features_udf(model=tiny, weights=str(tmp_path / "weights.pth"), engine="torch")
+    assert len(spark.sparkContext.listFiles) == before + 1
+
+
+def test_random_weights_need_no_file(spark):
+    before = len(spark.sparkContext.listFiles)
+    make_features_udf(model=tiny, weights="random", engine="torch")
+    assert len(spark.sparkContext.listFiles) == before
