@@ -83,7 +83,7 @@ class Engine:
             model = core.read_model(Path(self.model))
         else:
             example = torch.rand(2, 3, self.input_size, self.input_size)
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # tracing is deprecated
                 net = load_feature_model(self.model)
                 model = openvino.convert_model(net, example_input=example)
