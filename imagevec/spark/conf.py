@@ -28,6 +28,7 @@ def recommended_conf(
           default of 10,000 rows is 1 GB of 100 KB images, in the JVM and again in Python.
         - ``spark.task.cpus`` and ``spark.executor.cores``: see above.
         - ``spark.python.worker.reuse``: without it, each task loads the model anew.
+        - ``spark.python.daemon.module``: workers start with PyTorch imported, once an executor.
         - ``spark.executor.memoryOverhead``: Python workers live outside the JVM's heap, at 1.5 GiB
           each with a model of the size of ResNet-50.
         - ``spark.executor.resource.gpu.amount`` and ``spark.task.resource.gpu.amount``, with GPUs.
@@ -51,6 +52,7 @@ def recommended_conf(
         "spark.task.cpus": str(task_cpus),
         "spark.executor.cores": str(executor_cores),
         "spark.python.worker.reuse": "true",
+        "spark.python.daemon.module": "imagevec.spark.daemon",
         "spark.executor.memoryOverhead": f"{workers * _WORKER_MEMORY_MB}m",
     }
     if executor_gpus:
