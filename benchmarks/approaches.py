@@ -131,4 +131,5 @@ MEMORY = (
     (BASELINE, "resnet50", "small", 400),
     ("features_udf, float32", "resnet50", "small", 2000),
     ("features_udf, bfloat16", "resnet50", "small", 2000),
+    ("features_udf, int8", "resnet50", "small", 2000),
 )
