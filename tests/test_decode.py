@@ -266,6 +266,31 @@ def test_flipped_bytes_are_at_worst_an_image_error(format):
             verdict(bytes(broken))
 
 
+def by_pillow(data: bytes) -> torch.Tensor | None:
+    """The pixels of a JPEG, upright; ``None`` where Pillow refuses it."""
+    try:
+        return pixels_of(ImageOps.exif_transpose(opened(data)).convert("RGB"))
+    except Exception:
+        return None
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=str)
+def test_a_damaged_jpeg_is_what_it_is_to_pillow(mode, options):
+    data = encode(of_mode(mode, 97, 53), "JPEG", **options)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        broken = bytearray(data)
+        broken[rng.integers(2, len(data))] = rng.integers(256)
+        begin = rng.integers(2, len(data))
+        del broken[begin : begin + rng.integers(0, 3)]
+        expected = by_pillow(bytes(broken))
+        if expected is None:
+            assert verdict(bytes(broken)) != "decoded"
+        else:
+            assert torch.equal(decoded(bytes(broken)).pixels, expected)
+
+
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
 def test_a_side_of_no_pixels_is_an_image_error(size):
     assert refused(png_header(*size)).code in ("corrupt", "unsupported_format")

@@ -11,10 +11,12 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
+from pyspark.errors import AnalysisException
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, FloatType, StructType
 
 from imagevec import (
+    ImageVecError,
     ImageVectorizer,
     OptionError,
     Preprocessing,
@@ -119,6 +121,19 @@ def test_no_rows_are_no_rows(frame):
     df = frame(IMAGES[:2]).where("id < 0")
     assert df.select(features_udf("content", **TINY)).collect() == []
     assert df.select(features_udf("content", **TINY, output="struct")).collect() == []
+
+
+def test_a_query_may_stop_early(frame, expected):
+    df = frame(IMAGES * 20, partitions=1).select(features_udf("content", **TINY, batch_size=2))
+    for _ in range(2):
+        assert_vectors([df.first()[0]], [expected[IMAGES[0]]])
+    assert df.count() == 100
+
+
+def test_a_field_of_a_struct_is_a_column(frame, expected):
+    df = frame(IMAGES[:2]).select(F.struct("content").alias("photo"))
+    df = df.withColumn("features", features_udf("photo.content", **TINY))
+    assert_vectors(vectors(df), [expected[image] for image in IMAGES[:2]])
 
 
 def test_paths_are_read_by_the_workers(frame, folder, expected):
@@ -353,12 +368,14 @@ def test_process_images_takes_other_names(frame, expected):
     assert_vectors(vectors(df, "vector"), [expected[image] for image in IMAGES[:2]])
 
 
+@pytest.mark.xfail(reason="a dot is taken for a field of a struct", raises=AnalysisException)
 def test_process_images_takes_any_column_name(frame, expected):
     df = frame(IMAGES[:1]).withColumnRenamed("content", "the.photo")
     df = ImageVectorizer(**TINY).process_images(df, input_col="the.photo")
     assert_vectors(vectors(df), [expected[IMAGES[0]]])
 
 
+@pytest.mark.xfail(reason="a session is active in its own thread alone", raises=ImageVecError)
 def test_process_images_works_in_a_thread(frame, expected):
     df = frame(IMAGES[:1])
     with ThreadPoolExecutor() as pool:

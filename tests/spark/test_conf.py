@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+
+from imagevec import OptionError, recommended_conf
+
+
+def test_an_arrow_batch_is_bounded_in_bytes():
+    for image_bytes in (100, 10_000, 100_000, 10_000_000, 10**9):
+        records = int(
+            recommended_conf(image_bytes=image_bytes)[
+                "spark.sql.execution.arrow.maxRecordsPerBatch"
+            ]
+        )
+        assert 1 <= records <= 10_000
+        assert records == 1 or records * image_bytes <= 32 << 20
+
+
+def test_workers_are_reused():
+    assert recommended_conf()["spark.python.worker.reuse"] == "true"
+
+
+def test_a_gpu_serves_one_task():
+    conf = recommended_conf(executor_cores=8, executor_gpus=2)
+    assert conf["spark.executor.resource.gpu.amount"] == "2"
+    assert conf["spark.task.resource.gpu.amount"] == "1"
+    assert conf["spark.task.cpus"] == "4"
+    assert "spark.task.resource.gpu.amount" not in recommended_conf()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"image_bytes": 0}, {"executor_cores": -1}, {"executor_cores": 3, "executor_gpus": 2}]
+)
+def test_numbers_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(OptionError, match=next(iter(wrong))):
+        recommended_conf(**wrong)
