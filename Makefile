@@ -11,7 +11,7 @@ WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
 .PHONY: help java setup demo test bench check format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make .venv and install everything into it (the others do it when needed)
 	@bash scripts/setup.sh
@@ -28,6 +28,9 @@ test: java setup ## Run all tests
 
 bench: java setup ## Compare features_udf with the usual ways of doing it (under 10 minutes)
 	@$(WITH_JAVA) $(PYTHON) -m benchmarks.run
+
+bench-peers: setup ## Compare it with Ray Data and Daft, in an environment of their own
+	@$(WITH_JAVA) $(PYTHON) -m benchmarks.peers.run
 
 check: setup ## Lint, check the format and the types
 	$(PYTHON) -m ruff check .
