@@ -32,6 +32,11 @@ class MissingExtraError(ImageVecError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed: pip install 'imagevec[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        return type(self), (self.package, self.extra)  # pickled by its arguments, not its text
 
 
 class WeightsError(ImageVecError):

@@ -31,16 +31,13 @@ def _digest_of_version(path: Path, size_bytes: int, modified_ns: int) -> str:
 
 
 def content_addressed(path: Path) -> Path:
-    """A hard link to a file, or a copy, in the user's cache, with the digest as its name."""
+    """A copy of a file in the user's cache, with the digest as its name."""
     digest = digest_of(path)
     target = cache_dir("files") / f"{_PREFIX}{digest}{path.suffix}"
     if not target.exists() or digest_of(target) != digest:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             copy = Path(folder) / target.name
-            try:
-                os.link(path.resolve(), copy)
-            except OSError:  # another file system
-                shutil.copyfile(path, copy)
+            shutil.copyfile(path, copy)  # not a link: the original may be written over
             copy.replace(target)  # at once: no process ever sees half of a file
     return target
 

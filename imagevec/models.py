@@ -208,8 +208,11 @@ def find_entry(model: str | ModelFactory) -> TorchvisionEntry | TimmEntry | Fact
         return _registered[model]
     if model.startswith(TIMM_PREFIX):
         name = model.removeprefix(TIMM_PREFIX)
-        if not _timm().is_model(name.partition(".")[0]):
-            near = did_you_mean(model, (TIMM_PREFIX + known for known in _timm().list_models()))
+        architecture, _, tag = name.partition(".")
+        tagged = [known for known in _timm().list_pretrained() if known.startswith(architecture)]
+        if not _timm().is_model(architecture) or (tag and name not in tagged):
+            known_names = tagged if _timm().is_model(architecture) else _timm().list_models()
+            near = did_you_mean(model, (TIMM_PREFIX + known for known in known_names))
             raise OptionError(f"model={model!r} is not known: {near}")
         return TimmEntry(name)
     if model not in list_models():
@@ -340,7 +343,13 @@ def _without_classifier(model: nn.Module) -> nn.Module:
 
 
 def _up_to_node(model: nn.Module, layer: str) -> nn.Module:
-    _, nodes = get_graph_node_names(model, suppress_diff_warning=True)
+    try:
+        _, nodes = get_graph_node_names(model, suppress_diff_warning=True)
+    except Exception as error:  # a model's own code runs under torch.fx's tracer
+        raise OptionError(
+            f"layer={layer!r} is not available: torch.fx cannot trace the model ({error}); "
+            "use 'pooled' or 'logits', or a factory whose model ends at that layer"
+        ) from error
     known = {node[: len(node) - len(rest)] for node in nodes for rest in _suffixes(node)}
     if layer not in known:
         raise OptionError(

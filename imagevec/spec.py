@@ -138,13 +138,15 @@ class Preprocessing:
         check_choice("decode", self.decode, ("exact", "scaled"))
         check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
         _check_positive("crop_size", self.crop_size)
+        _check_positive("resize_size", self.resize_size)
         if self.resize_size < self.crop_size:
             raise OptionError(
                 f"resize_size={self.resize_size} is not valid: "
                 f"use at least crop_size={self.crop_size}"
             )
         for option in ("mean", "std"):
-            if len(getattr(self, option)) != 3:
+            value = getattr(self, option)
+            if not isinstance(value, tuple) or len(value) != 3:
                 raise OptionError(f"{option} is not valid: give one number a channel, R, G and B")
 
 
@@ -216,7 +218,7 @@ class ExecutionOptions:
             device=options["device"],
             batch_size=options["batch_size"],
             max_pixels=options["max_pixels"],
-            formats=(formats,) if isinstance(formats, str) else tuple(formats),
+            formats=(formats,) if isinstance(formats, str) else tuple(formats or ()),
             allowed_roots=(roots,) if isinstance(roots, str) else tuple(roots),
             on_error=options["on_error"],
             isolate=options["isolate"],
@@ -225,7 +227,7 @@ class ExecutionOptions:
 
     def __post_init__(self) -> None:
         check_choice("engine", self.engine, ENGINES)
-        kind, _, index = self.device.partition(":")
+        kind, _, index = str(self.device).partition(":")
         if not (self.device in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal())):
             choices = ("auto", "cpu", "cuda", "cuda:0")
             raise OptionError(

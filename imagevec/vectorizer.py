@@ -53,10 +53,18 @@ class ImageVectorizer:
         Raises:
             OptionError: The column is missing or of another type.
         """
-        from imagevec.spark.udf import check_input_column, features_udf
+        from pyspark.sql.functions import col
+
+        from imagevec.spark.udf import check_input_column, udf_of, with_spark_gpus
 
         check_input_column(df, input_col)
-        return df.withColumn(output_col, features_udf(input_col, **self._options))
+        options = with_spark_gpus(df.sparkSession, self._options)
+        if options == self._options:
+            udf = udf_of(df.sparkSession, self._recipe, self._paths, self._execution)
+        else:
+            udf = udf_of(df.sparkSession, *resolve(**options))
+        quoted = "`" + input_col.replace("`", "``") + "`"  # else a dot is of a struct's field
+        return df.withColumn(output_col, udf(col(quoted)))
 
     def extract_features(self, image: bytes | str) -> list[float] | None:
         """The feature vector of one image, in this process and without Spark.

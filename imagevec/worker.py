@@ -7,6 +7,7 @@ recipe. A worker that idles for a minute is ended by Spark, and its engines with
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from imagevec.recipe import Recipe
 
 _MAX_ENGINES = 3
 _engines: OrderedDict[tuple[str, torch.device], Engine] = OrderedDict()
+_lock = threading.Lock()
 
 _AUTO_BATCH_PIXELS = {"cpu": 8 * 224 * 224, "cuda": 128 * 224 * 224}
 
@@ -36,12 +38,13 @@ def get_engine(
         threads: Of one forward pass on the CPU.
     """
     key = (recipe.key, device)
-    if key not in _engines:
-        _engines[key] = recipe.build_engine(locate, device, threads)
-        if len(_engines) > _MAX_ENGINES:
-            _engines.popitem(last=False)
-    _engines.move_to_end(key)
-    return _engines[key]
+    with _lock:
+        if key not in _engines:
+            _engines[key] = recipe.build_engine(locate, device, threads)
+            if len(_engines) > _MAX_ENGINES:
+                _engines.popitem(last=False)
+        _engines.move_to_end(key)
+        return _engines[key]
 
 
 def resolve_device(device: str, gpu_addresses: Sequence[str] = ()) -> torch.device:

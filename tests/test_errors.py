@@ -46,7 +46,6 @@ def test_errors_are_also_the_builtin_ones(error, builtin):
     assert issubclass(error, builtin)
 
 
-@pytest.mark.xfail(reason="MissingExtraError is not built from its args", raises=TypeError)
 def test_a_missing_extra_crosses_a_process_boundary():
     test_errors_cross_a_process_boundary(MissingExtraError("timm", "timm"))
 

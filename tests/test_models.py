@@ -11,7 +11,6 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
-from torch.fx.proxy import TraceError
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from imagevec import (
@@ -217,7 +216,6 @@ def test_a_flat_layer_is_taken_as_it_is(tmp_path):
     assert cosine(vector, node[0]) >= 0.9999
 
 
-@pytest.mark.xfail(reason="torch.fx's TraceError escapes", raises=TraceError)
 def test_a_layer_of_a_model_that_cannot_be_traced_is_refused():
     class Branching(Tiny):
         def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -98,15 +98,11 @@ def test_one_format_may_be_given_alone():
     assert execution_options(formats="PNG").formats == ("PNG",)
 
 
-def _escapes(error: type[Exception]) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(raises=error, reason="not yet an OptionError")
-
-
 WRONG_OPTIONS = [
     ({"model": "resnet5"}, "'resnet50'"),
     ({"model": "ResNet50"}, "'resnet50'"),
     ({"model": "timm/resnet_18"}, "'timm/resnet18'"),
-    pytest.param({"model": "timm/resnet18.nope"}, "timm/resnet18", marks=_escapes(RuntimeError)),
+    ({"model": "timm/resnet18.nope"}, "timm/resnet18"),
     ({"model": 50}, "a zero-argument factory"),
     ({"model": torch.nn.Linear(2, 2)}, "a zero-argument factory"),
     ({"weights": "IMAGENET1K_V9"}, "'IMAGENET1K_V1'"),
@@ -125,8 +121,8 @@ WRONG_OPTIONS = [
     ({"device": "cudda"}, "'cuda'"),
     ({"device": "gpu"}, "'cpu'"),
     ({"device": "cuda:one"}, "'cuda:0'"),
-    pytest.param({"device": 0}, "'cuda:0'", marks=_escapes(AttributeError)),
-    pytest.param({"device": None}, "'auto'", marks=_escapes(AttributeError)),
+    ({"device": 0}, "'cuda:0'"),
+    ({"device": None}, "'auto'"),
     ({"batch_size": 0}, "an integer of at least 1"),
     ({"batch_size": -8}, "an integer of at least 1"),
     ({"batch_size": 2.5}, "an integer of at least 1"),
@@ -138,7 +134,7 @@ WRONG_OPTIONS = [
     ({"formats": "PGN"}, "'PNG'"),
     ({"formats": "EPS"}, "formats='EPS'"),
     ({"formats": []}, "JPEG"),
-    pytest.param({"formats": None}, "JPEG", marks=_escapes(TypeError)),
+    ({"formats": None}, "JPEG"),
     ({"decode": "exakt"}, "'exact'"),
     ({"decode": None}, "'exact'"),
     ({"on_error": "rise"}, "'raise'"),
@@ -170,9 +166,9 @@ def test_a_wrong_option_is_refused_with_the_nearest_valid_choice(option, fix):
         ({"resize_size": 200}, "at least crop_size=224"),
         ({"mean": (0.5,)}, "one number a channel"),
         ({"std": (0.5, 0.5)}, "one number a channel"),
-        pytest.param({"mean": 0.5}, "one number a channel", marks=_escapes(TypeError)),
-        pytest.param({"resize_size": "256"}, "an integer", marks=_escapes(TypeError)),
-        pytest.param({"resize_size": 256.5}, "an integer", marks=pytest.mark.xfail),
+        ({"mean": 0.5}, "one number a channel"),
+        ({"resize_size": "256"}, "an integer"),
+        ({"resize_size": 256.5}, "an integer"),
     ],
     ids=lambda field: next(iter(field)) if isinstance(field, dict) else "",
 )

@@ -98,7 +98,6 @@ def test_two_vectorizers_do_not_share_options(vectorizer):
     assert (len(logits.extract_features(JPEG)), len(vectorizer.extract_features(JPEG))) == (5, 8)
 
 
-@pytest.mark.xfail(reason="engines are built and run without a lock", strict=False)
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_several_threads_may_use_it(engine):
     if engine == "openvino":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,11 +54,13 @@ class OpenVINOEngine:
             },
         )
         self._request = compiled.create_infer_request()
+        self._lock = threading.Lock()  # a request runs one inference at a time
 
     def __call__(self, images: torch.Tensor) -> npt.NDArray[np.float32]:
-        self._request.infer({0: images.contiguous().numpy()})
-        features: npt.NDArray[np.float32] = self._request.get_output_tensor(0).data
-        return features.copy()  # the request reuses its memory
+        with self._lock:
+            self._request.infer({0: images.contiguous().numpy()})
+            features: npt.NDArray[np.float32] = self._request.get_output_tensor(0).data
+            return features.copy()  # the request reuses its memory
 
 
 def convert(feature_model: nn.Module, preprocessing: Preprocessing) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyspark import SparkFiles
+from pyspark import SparkContext, SparkFiles
 from pyspark.sql import SparkSession
 
 from imagevec.errors import ImageVecError
@@ -17,6 +17,8 @@ def active_session() -> SparkSession:
         ImageVecError: There is none.
     """
     session = SparkSession.getActiveSession()
+    if session is None and SparkContext._active_spark_context is not None:
+        session = SparkSession.builder.getOrCreate()  # made, but by another thread
     if session is None:
         raise ImageVecError(
             "there is no active SparkSession: call SparkSession.builder.getOrCreate() first"

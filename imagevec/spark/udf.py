@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from pyspark import TaskContext
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql.pandas.functions import pandas_udf
 from pyspark.sql.types import (
     ArrayType,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from imagevec.spec import Options
-
-_GPUS_PER_TASK = "spark.task.resource.gpu.amount"
 
 _FEATURES = ArrayType(FloatType())
 _RETURN_TYPES: dict[str, DataType] = {
@@ -80,11 +79,22 @@ def make_features_udf(**options: Unpack[Options]) -> Any:
     It needs an active session, which ships the weights to the executors.
     """
     session = active_session()
-    conf = session.conf
-    if options.get("device", "auto") == "auto" and conf.get(_GPUS_PER_TASK, None):
-        options["device"] = "cuda"  # what the driver lacks, the executors have
-    recipe, paths, execution = resolve(**options)
-    if str(conf.get("spark.master", "")).split("[")[0] == "local":
+    return udf_of(session, *resolve(**with_spark_gpus(session, options)))
+
+
+def with_spark_gpus(session: SparkSession, options: Options) -> Options:
+    """``device="auto"`` is ``"cuda"`` where tasks get GPUs: the driver may have none itself."""
+    gpus_per_task = session.conf.get("spark.task.resource.gpu.amount", None)
+    if options.get("device", "auto") == "auto" and gpus_per_task:
+        return {**options, "device": "cuda"}
+    return options
+
+
+def udf_of(
+    session: SparkSession, recipe: Recipe, paths: tuple[Path, ...], execution: ExecutionOptions
+) -> Any:
+    """The pandas UDF of resolved options; ships the files."""
+    if str(session.conf.get("spark.master", "")).split("[")[0] == "local":
         resolve_device(execution.device)  # the workers are on this machine: ask here
     for path in paths:
         ship(session, path)

@@ -29,7 +29,6 @@ def test_weights_reach_the_workers(frame, tmp_path, engine):
     np.testing.assert_allclose(features(frame, **options), without_spark(**options), rtol=1e-4)
 
 
-@pytest.mark.xfail(reason="process_images calls the factory again", raises=AssertionError)
 def test_workers_get_the_weights_that_a_factory_drew_on_the_driver(frame):
     def unseeded() -> nn.Module:
         return Tiny()

@@ -11,12 +11,10 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
-from pyspark.errors import AnalysisException
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, FloatType, StructType
 
 from imagevec import (
-    ImageVecError,
     ImageVectorizer,
     OptionError,
     Preprocessing,
@@ -368,14 +366,12 @@ def test_process_images_takes_other_names(frame, expected):
     assert_vectors(vectors(df, "vector"), [expected[image] for image in IMAGES[:2]])
 
 
-@pytest.mark.xfail(reason="a dot is taken for a field of a struct", raises=AnalysisException)
 def test_process_images_takes_any_column_name(frame, expected):
     df = frame(IMAGES[:1]).withColumnRenamed("content", "the.photo")
     df = ImageVectorizer(**TINY).process_images(df, input_col="the.photo")
     assert_vectors(vectors(df), [expected[IMAGES[0]]])
 
 
-@pytest.mark.xfail(reason="a session is active in its own thread alone", raises=ImageVecError)
 def test_process_images_works_in_a_thread(frame, expected):
     df = frame(IMAGES[:1])
     with ThreadPoolExecutor() as pool:
