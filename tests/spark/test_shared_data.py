@@ -105,8 +105,10 @@ def test_every_hostile_file_becomes_a_row(spark):
     paths = sorted(path for path in HOSTILE.rglob("*") if path.is_file())
     files = spark.read.format("binaryFile").option("recursiveFileLookup", True).load(str(HOSTILE))
     df = files.select("path", features_udf("content", output="struct", **REAL).alias("result"))
-    results = {Path(row.path.removeprefix("file:")): row.result for row in df.collect()}
-    assert sorted(results) == [path.resolve() for path in paths]
+    rows = df.collect()
+    results = {Path(row.path.removeprefix("file:")).resolve(): row.result for row in rows}
+    assert sorted(results) == sorted(path.resolve() for path in paths)
+    assert len(rows) == len(paths)
     for path, result in results.items():
         assert (result.features is None) == (result.error is not None), path
         assert (result.features is not None) == pillow_reads(path), (path, result.error)
