@@ -8,7 +8,7 @@ unexport SPARK_HOME
 WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
 
 .DEFAULT_GOAL := help
-.PHONY: help java setup demo test bench bench-all bench-peers check format clean
+.PHONY: help java setup demo test bench bench-peers check format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,10 +26,7 @@ demo: java setup ## Find each photo's nearest neighbours, offline, and draw a co
 test: java setup ## Run all tests
 	@$(WITH_JAVA) $(PYTHON) -m pytest
 
-bench: java setup ## Compare features_udf with the usual ways of doing it (under 10 minutes)
-	@$(WITH_JAVA) $(PYTHON) -m benchmarks.run --stages "resnet50, small"
-
-bench-all: java setup ## The same on larger images and other models, and memory (half an hour)
+bench: java setup ## Compare features_udf with the usual ways of doing it (15 minutes)
 	@$(WITH_JAVA) $(PYTHON) -m benchmarks.run
 
 bench-peers: java setup ## Compare it with Ray Data and Daft, in an environment of their own

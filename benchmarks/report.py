@@ -181,7 +181,7 @@ def _where(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     settings = result["settings"]
     return (
-        f"{_machine_line(result)}; medians of {settings['rounds']} interleaved rounds after a "
+        f"{_machine_line(result)}; medians of interleaved rounds after a "
         f"warm-up; Arrow batches of {settings['arrow_batch_rows']} rows; {versions}."
     )
 

@@ -37,7 +37,7 @@ Contestant = tuple[Row, Callable[[], float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, help="a folder of images instead of generated ones")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="of every stage")
     parser.add_argument("--workers", type=int, default=2, help="of local[N]")
     parser.add_argument("--stages", nargs="*", help="those whose name has one of these words")
     parser.add_argument(
@@ -51,10 +51,11 @@ def main() -> None:
     if arguments.stages:
         stages = [stage for stage in stages if any(w in stage.name for w in arguments.stages)]
     if arguments.quick:
-        stages = [dataclasses.replace(stage, images=4, seconds=0) for stage in stages]
-        arguments.rounds = 1
+        stages = [dataclasses.replace(stage, images=4, seconds=0, rounds=1) for stage in stages]
+    elif arguments.rounds:
+        stages = [dataclasses.replace(stage, rounds=arguments.rounds) for stage in stages]
     start = time.perf_counter()
-    result = measure(stages, arguments.rounds, arguments.workers, arguments.images)
+    result = measure(stages, arguments.workers, arguments.images)
     if not (arguments.quick or arguments.images or arguments.stages):
         result["memory"] = measure_memory(arguments.workers)
     result["minutes"] = round((time.perf_counter() - start) / 60, 1)
@@ -68,9 +69,7 @@ def main() -> None:
         raise SystemExit("\n".join(result["failures"]))
 
 
-def measure(
-    stages: list[Stage], rounds: int, workers: int, folder: Path | None = None
-) -> dict[str, Any]:
+def measure(stages: list[Stage], workers: int, folder: Path | None = None) -> dict[str, Any]:
     """All stages in one Spark session."""
     rows: list[Row] = []
     image_sets = {}
@@ -78,13 +77,11 @@ def measure(
         for stage in stages:
             images = from_folder(folder, stage.images) if folder else _images(stage)
             image_sets[stage.name] = images.summary()
-            rows += measure_stage(spark, stage, images.contents(), rounds, workers)
-        return result_of(spark, rows, image_sets, rounds)
+            rows += measure_stage(spark, stage, images.contents(), workers)
+        return result_of(spark, rows, image_sets)
 
 
-def result_of(
-    spark: SparkSession, rows: list[Row], image_sets: dict[str, Any], rounds: int
-) -> dict[str, Any]:
+def result_of(spark: SparkSession, rows: list[Row], image_sets: dict[str, Any]) -> dict[str, Any]:
     """All that the JSON holds."""
     arrow = spark.conf.get("spark.sql.execution.pythonUDF.arrow.enabled")
     return {
@@ -94,7 +91,6 @@ def result_of(
             "master": spark.sparkContext.master,
             "arrow_batch_rows": ARROW_BATCH_ROWS,
             "row_wise_udfs_through_arrow": arrow,
-            "rounds": rounds,
             "java": spark._jvm.System.getProperty("java.version"),
         },
         "image_sets": image_sets,
@@ -107,7 +103,6 @@ def measure_stage(
     spark: SparkSession,
     stage: Stage,
     contents: list[bytes],
-    rounds: int,
     workers: int,
     others: Callable[[np.ndarray], list[Contestant]] | None = None,
 ) -> list[Row]:
@@ -132,9 +127,8 @@ def measure_stage(
             approach = find(name)
             features = approach.make(stage.model)
             timed_seconds(few, features, 1)
-            start = time.perf_counter()
             vectors = collect_vectors(frames[workers], features)
-            one_pass_seconds = time.perf_counter() - start
+            one_pass_seconds = timed_seconds(frames[workers], features, 1)
             reference = vectors if reference is None else reference
             for count in (workers, 1) if name in stage.one_worker else (workers,):
                 seconds_one_pass = one_pass_seconds * workers / count
@@ -147,7 +141,7 @@ def measure_stage(
             stack.enter_context(ceiling)
             contestants.append(_ceiling_run(stage, ceiling, workers))
         contestants += others(reference) if others and reference is not None else []
-        take_turns(contestants, rounds)
+        take_turns(contestants, stage.rounds)
     for frame in (few, *frames.values()):
         frame.unpersist(blocking=True)
     return [row for row, _ in contestants]

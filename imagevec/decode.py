@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
-import torchvision.io  # noqa: F401, its import registers torch.ops.image
 from PIL import Image, UnidentifiedImageError
 
 from imagevec.errors import ImageError
@@ -40,7 +40,6 @@ _SIGNATURES = {
     b"MM\x00+": "TIFF",
 }
 
-_RGB = 3  # of torchvision.io.ImageReadMode
 _ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
 
 
@@ -99,7 +98,8 @@ def _decode(
     check_size(width, height, max_pixels)
     if min_side is not None:
         image.draft(None, (min_side, min_side))  # of no effect but on JPEGs
-    pixels = _decode_jpeg(data) if _is_plain_jpeg(image, (width, height)) else None
+    is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")  # not CMYK
+    pixels = _decode_jpeg(data, image) if is_plain_jpeg else None
     if pixels is None:
         pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
     orientation = _orientation(image)  # after the pixels: Pillow orients TIFFs as it loads them
@@ -108,27 +108,18 @@ def _decode(
     return DecodedImage(_apply_orientation(pixels, orientation), width, height)
 
 
-def _is_plain_jpeg(image: Image.Image, full_size: tuple[int, int]) -> bool:
-    """Whether torchvision's decoder gives the same pixels as Pillow's: not for CMYK and scaled."""
-    return (
-        image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and image.size == full_size
-    )
+def _decode_jpeg(data: bytes, image: Image.Image) -> torch.Tensor | None:
+    """uint8 RGB ``(3, H, W)``, faster than Pillow; ``None`` if Pillow must tell what is wrong.
 
-
-def _decode_jpeg(data: bytes) -> torch.Tensor | None:
-    """uint8 RGB ``(3, H, W)`` in half of Pillow's time; ``None`` if Pillow must tell what is wrong.
-
-    Both run libjpeg-turbo with the same settings: pixels and verdicts are the same. torchvision is
-    to lose its decoders, and 0.29 warns of it where they are called by another name than this.
+    Both run libjpeg-turbo with the same settings: pixels are the same, at every scale. ``strict``
+    leaves all that libjpeg as much as warns of to Pillow, whose verdict counts.
     """
-    if not hasattr(torch.ops.image, "decode_jpeg"):
-        return None
+    width, height = image.size  # after ``draft``, of the scaled image
     try:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        pixels: torch.Tensor = torch.ops.image.decode_jpeg(encoded, _RGB, False)
-    except RuntimeError:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+    except ValueError:
         return None
-    return pixels
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

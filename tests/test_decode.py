@@ -174,7 +174,7 @@ def test_no_pixel_is_decoded_above_the_limit(format, monkeypatch):
         raise AssertionError("decoded")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    monkeypatch.setattr("torchvision.io.decode_jpeg", load)
+    monkeypatch.setattr("simplejpeg.decode_jpeg", load)
     assert refused(data, max_pixels=1199).code == "too_large"
 
 

@@ -70,7 +70,7 @@ def main() -> None:
 
 def measure(images: ImageSet, rounds: int, workers: int, seconds: float) -> dict[str, Any]:
     python = peers_python()
-    stage = Stage(MODEL, images.name, (BASELINE, *OURS), seconds=seconds / 2)
+    stage = Stage(MODEL, images.name, (BASELINE, *OURS), seconds=seconds / 2, rounds=rounds)
     passes = max(1, round(seconds * IMAGES_PER_SECOND / len(images.paths)))
     paths = [str(path.absolute()) for path in images.paths]
     task = Task(MODEL, paths * passes, workers, BATCH_SIZE, log="")
@@ -79,8 +79,8 @@ def measure(images: ImageSet, rounds: int, workers: int, seconds: float) -> dict
         return [_peer_run(python, name, task, stage.name, reference) for name in PEERS]
 
     with session(workers) as spark:
-        rows = measure_stage(spark, stage, images.contents(), rounds, workers, peers)
-        result = result_of(spark, rows, {stage.name: images.summary()}, rounds)
+        rows = measure_stage(spark, stage, images.contents(), workers, peers)
+        result = result_of(spark, rows, {stage.name: images.summary()})
     result["versions"] |= _peer_versions(python)
     result["notes"] = comparison(result)
     return result
