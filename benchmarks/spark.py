@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,10 +20,10 @@ ARROW_BATCH_ROWS = 64
 
 
 @contextmanager
-def session(workers: int) -> Iterator[SparkSession]:
+def session(workers: int, conf: Mapping[str, str] | None = None) -> Iterator[SparkSession]:
     """``local[workers]``: as many tasks at a time, each with one Python worker process."""
     os.environ["PYSPARK_PYTHON"] = sys.executable
-    spark = (
+    builder = (
         SparkSession.builder.master(f"local[{workers}]")
         .appName("imagevec benchmark")
         .config("spark.driver.memory", "4g")
@@ -32,8 +32,10 @@ def session(workers: int) -> Iterator[SparkSession]:
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", ARROW_BATCH_ROWS)
-        .getOrCreate()
     )
+    for name, value in (conf or {}).items():
+        builder = builder.config(name, value)
+    spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
     try:
         yield spark

@@ -1,0 +1,82 @@
+"""What a start costs: importing imagevec, and a new worker's way to its first vector.
+
+    python -m benchmarks.cold_start
+
+Each figure is the median of three new processes. It writes ``results/cold_start.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.images import generated
+from benchmarks.spark import image_frame, session, timed_seconds
+
+RESULT = Path("benchmarks/results/cold_start.md")
+RUNS = 3
+DAEMON = {"spark.python.daemon.module": "imagevec.spark.daemon"}
+IMPORTS = ("import imagevec", "from imagevec import features_udf")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--queries", action="store_true", help="print the figures of one session")
+    parser.add_argument("--daemon", action="store_true", help="with imagevec.spark.daemon")
+    arguments = parser.parse_args()
+    if arguments.queries:
+        print(*query_seconds(DAEMON if arguments.daemon else {}))
+        return
+    lines = ["| what | seconds |", "|---|---:|"]
+    for code in IMPORTS:
+        lines.append(f"| `{code}` | {statistics.median(import_seconds(code)):.2f} |")
+    for daemon in (False, True):
+        runs = [queries_in_a_new_process(daemon) for _ in range(RUNS)]
+        making, first, second = (statistics.median(figures) for figures in zip(*runs, strict=True))
+        name = "`imagevec.spark.daemon`" if daemon else "Spark's own daemon"
+        lines += [
+            f"| {name}: making the UDF, on the driver (OpenVINO conversion in the cache) | {making:.2f} |",
+            f"| {name}: first query, two new workers, one image each | {first:.2f} |",
+            f"| {name}: second query | {second:.2f} |",
+        ]
+    table = "\n".join(lines) + "\n"
+    RESULT.write_text(table)
+    print(table)
+
+
+def import_seconds(code: str) -> list[float]:
+    timed = f"import time; t = time.perf_counter(); {code}; print(time.perf_counter() - t)"
+    return [float(_output(["-c", timed])) for _ in range(RUNS)]
+
+
+def queries_in_a_new_process(daemon: bool) -> list[float]:
+    arguments = ["-m", "benchmarks.cold_start", "--queries", *(["--daemon"] if daemon else [])]
+    return [float(word) for word in _output(arguments).split()]
+
+
+def query_seconds(conf: dict[str, str]) -> tuple[float, float, float]:
+    """Of making the UDF, of the first query, and of the second, with ResNet-50 in float32."""
+    from imagevec import make_features_udf
+
+    contents = generated("small").contents()[:2]
+    with session(2, conf) as spark:
+        frame = image_frame(spark, contents, 2)
+        start = time.perf_counter()
+        features = make_features_udf(weights="random")
+        making = time.perf_counter() - start
+        return making, timed_seconds(frame, features, 1), timed_seconds(frame, features, 1)
+
+
+def _output(arguments: list[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""PySpark's daemon with a decoder that some bytes kill, as a bug in native code would.
+
+Python's multiprocessing imports the main module in spawned processes, too: the poison also works in
+the child process of ``isolate=True``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from pyspark.daemon import manager
+
+import imagevec.decode
+
+POISON = b"poison"
+
+_decode = imagevec.decode._decode
+
+
+def _deadly(data: bytes, *arguments: Any) -> Any:
+    if data == POISON:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return _decode(data, *arguments)
+
+
+imagevec.decode._decode = _deadly
+
+if __name__ == "__main__":
+    manager()

@@ -1,0 +1,53 @@
+"""An image that kills the process that decodes it, every time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+
+from imagevec import features_udf
+from tests.cluster.conftest import session_of
+from tests.cluster.poison_daemon import POISON
+from tests.factories import tiny
+from tests.images import encode, photo
+from tests.pipeline import vector_of
+
+IMAGES = [POISON if number == 3 else encode(photo(seed=number)) for number in range(8)]
+
+
+@pytest.fixture(scope="module")
+def spark() -> Iterator[SparkSession]:
+    """Two workers, two attempts a task."""
+    daemon = {"spark__python__daemon__module": "tests.cluster.poison_daemon"}
+    with session_of("local[2,2]", **daemon) as session:
+        yield session
+
+
+def results(spark: SparkSession, **options: object) -> list:
+    rows = spark.sparkContext.parallelize(list(enumerate(IMAGES)), 2)
+    frame = spark.createDataFrame(rows, "id int, content binary")
+    column = features_udf(
+        "content", model=tiny, weights="random", engine="torch", output="struct", **options
+    )
+    return [
+        row.result for row in frame.select("id", column.alias("result")).orderBy("id").collect()
+    ]
+
+
+def test_it_fails_the_job_that_decodes_in_the_worker(spark: SparkSession) -> None:
+    with pytest.raises(PySparkException, match="crashed"):
+        results(spark)
+
+
+def test_it_costs_one_row_with_isolate(spark: SparkSession) -> None:
+    for number, result in enumerate(results(spark, isolate=True)):
+        if number == 3:
+            assert result.features is None
+            assert result.error.startswith("crashed:")
+        else:
+            expected = vector_of(IMAGES[number], model=tiny, weights="random")
+            assert result.features == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            assert result.error is None

@@ -1,0 +1,89 @@
+"""Spark Connect: the same names, the same results, and no SparkContext anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from imagevec import ImageVectorizer, OptionError, features_udf, make_features_udf
+from tests.factories import tiny
+from tests.images import encode, photo
+from tests.pipeline import saved, vector_of
+
+IMAGES = [encode(photo(seed=seed)) for seed in range(6)] + [None, b"no image"]
+
+
+@pytest.fixture(scope="module")
+def frame(spark: SparkSession) -> DataFrame:
+    return spark.createDataFrame(list(enumerate(IMAGES)), "id int, content binary")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    saved(tiny, path)
+    return str(path)
+
+
+def check(features: list[list[float] | None], **options: str) -> None:
+    for image, vector in zip(IMAGES, features, strict=True):
+        if image in (None, b"no image"):
+            assert vector is None
+        else:
+            expected = vector_of(image, model=tiny, **options)
+            assert vector == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_the_session_is_a_connect_session(spark: SparkSession) -> None:
+    assert type(spark).__module__.startswith("pyspark.sql.connect")
+    with pytest.raises(Exception, match="(?i)jvm|sparkContext|not supported"):
+        spark.sparkContext  # noqa: B018
+
+
+@pytest.mark.parametrize("engine", ["torch", "auto"])
+def test_features_udf(frame: DataFrame, weights: str, engine: str) -> None:
+    options = {"weights": weights, "engine": engine}
+    df = frame.withColumn("features", features_udf("content", model=tiny, **options))
+    check([row.features for row in df.orderBy("id").collect()], **options)
+
+
+def test_errors_are_told(frame: DataFrame) -> None:
+    column = features_udf("content", model=tiny, weights="random", output="struct")
+    rows = frame.select("id", column.alias("r")).orderBy("id").collect()
+    assert [row.r.error and row.r.error.partition(":")[0] for row in rows] == [None] * 7 + [
+        "unsupported_format"
+    ]
+    assert (rows[0].r.width, rows[0].r.height) == (80, 60)
+
+
+def test_process_images(frame: DataFrame, weights: str) -> None:
+    df = ImageVectorizer(model=tiny, weights=weights).process_images(frame)
+    assert df.columns == ["id", "content", "features"]
+    check([row.features for row in df.orderBy("id").collect()], weights=weights, engine="auto")
+
+
+def test_process_images_asks_for_the_column(frame: DataFrame) -> None:
+    with pytest.raises(OptionError, match="did you mean 'content'"):
+        ImageVectorizer(model=tiny, weights="random").process_images(frame, "contents")
+
+
+def test_sql(spark: SparkSession, frame: DataFrame, weights: str) -> None:
+    spark.udf.register("image_features", make_features_udf(model=tiny, weights=weights))
+    frame.createOrReplaceTempView("images")
+    rows = spark.sql("select id, image_features(content) as f from images order by id").collect()
+    check([row.f for row in rows], weights=weights, engine="auto")
+
+
+def test_paths(spark: SparkSession, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    paths = spark.createDataFrame(
+        [(str(tmp_path / name),) for name in ("a.png", "b.png")], "p string"
+    )
+    column = features_udf("p", model=tiny, weights="random", output="struct")
+    first, second = (row.r for row in paths.select(column.alias("r")).collect())
+    assert first.features == pytest.approx(
+        vector_of(IMAGES[0], model=tiny, weights="random"), rel=1e-4, abs=1e-6
+    )
+    assert second.error.startswith("unreadable_path")
