@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from imagevec.models import list_models, register_model
     from imagevec.quantization import quantize
     from imagevec.spark.conf import recommended_conf
+    from imagevec.spark.metrics import Metrics
     from imagevec.spark.pickling import explain_pickle
     from imagevec.spark.udf import features_udf, make_features_udf
     from imagevec.spec import Preprocessing
@@ -27,6 +28,7 @@ __all__ = [
     "ImageError",
     "ImageVecError",
     "ImageVectorizer",
+    "Metrics",
     "OptionError",
     "Preprocessing",
     "SerializationError",
@@ -45,6 +47,7 @@ _MODULES = {
     "ImageError": "errors",
     "ImageVecError": "errors",
     "ImageVectorizer": "vectorizer",
+    "Metrics": "spark.metrics",
     "OptionError": "errors",
     "Preprocessing": "spec",
     "SerializationError": "errors",

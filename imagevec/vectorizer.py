@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame
     from typing_extensions import Unpack
 
+    from imagevec.spark.metrics import Metrics
     from imagevec.spec import Options
 
 
@@ -41,7 +42,11 @@ class ImageVectorizer:
         return self._recipe.spec.num_features
 
     def process_images(
-        self, df: DataFrame, input_col: str = "content", output_col: str = "features"
+        self,
+        df: DataFrame,
+        input_col: str = "content",
+        output_col: str = "features",
+        metrics: Metrics | None = None,
     ) -> DataFrame:
         """The data frame with a column of feature vectors.
 
@@ -49,6 +54,7 @@ class ImageVectorizer:
             df: Has a column of images: binary, string, an image struct or a binaryFile row struct.
             input_col: The name of that column.
             output_col: The name of the new column.
+            metrics: Where queries add up what they did.
 
         Raises:
             OptionError: The column is missing or of another type.
@@ -60,9 +66,9 @@ class ImageVectorizer:
         check_input_column(df, input_col)
         options = with_spark_gpus(df.sparkSession, self._options)
         if options == self._options:
-            udf = udf_of(df.sparkSession, self._recipe, self._paths, self._execution)
+            udf = udf_of(df.sparkSession, self._recipe, self._paths, self._execution, metrics)
         else:
-            udf = udf_of(df.sparkSession, *resolve(**options))
+            udf = udf_of(df.sparkSession, *resolve(**options), metrics)
         quoted = "`" + input_col.replace("`", "``") + "`"  # else a dot is of a struct's field
         return df.withColumn(output_col, udf(col(quoted)))
 
