@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from imagevec.spark.metrics import Metrics
-    from imagevec.spec import Options
+    from imagevec.spec import FeatureSpec, Options
 
 
 class ImageVectorizer:
@@ -35,6 +35,11 @@ class ImageVectorizer:
     def __init__(self, **options: Unpack[Options]) -> None:
         self._options = options
         self._recipe, self._paths, self._execution = resolve(**options)
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """What fixes the numbers of its vectors."""
+        return self._recipe.spec
 
     @property
     def num_features(self) -> int:
@@ -61,16 +66,15 @@ class ImageVectorizer:
         """
         from pyspark.sql.functions import col
 
-        from imagevec.spark.udf import check_input_column, udf_of, with_spark_gpus
+        from imagevec.spark.udf import check_input_column, column_of, with_spark_gpus
 
         check_input_column(df, input_col)
         options = with_spark_gpus(df.sparkSession, self._options)
-        if options == self._options:
-            udf = udf_of(df.sparkSession, self._recipe, self._paths, self._execution, metrics)
-        else:
-            udf = udf_of(df.sparkSession, *resolve(**options), metrics)
+        resolved = (self._recipe, self._paths, self._execution)
+        if options != self._options:
+            resolved = resolve(**options)
         quoted = "`" + input_col.replace("`", "``") + "`"  # else a dot is of a struct's field
-        return df.withColumn(output_col, udf(col(quoted)))
+        return df.withColumn(output_col, column_of(col(quoted), df.sparkSession, *resolved, metrics))
 
     def extract_features(self, image: bytes | str) -> list[float] | None:
         """The feature vector of one image, in this process and without Spark.

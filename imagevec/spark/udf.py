@@ -28,6 +28,7 @@ from imagevec.errors import OptionError, did_you_mean
 from imagevec.inputs import ACCEPTED, IMAGE_FIELDS
 from imagevec.recipe import Recipe, resolve
 from imagevec.spark.metrics import Metrics
+from imagevec.spark.provenance import metadata_of
 from imagevec.spark.ship import active_session, ship, shipped
 from imagevec.spec import ExecutionOptions
 from imagevec.stream import Counts, feature_stream
@@ -69,14 +70,16 @@ def features_udf(
 
     Returns:
         ``array<float>`` of ``num_features`` values, null for a null or bad image; or a struct, with
-        ``output="struct"``.
+        ``output="struct"``. The column is called ``features``, and its metadata say what made it:
+        see ``imagevec.fingerprint``.
 
     Raises:
         OptionError: An option is wrong. The message names the nearest valid choice.
         WeightsError: The weights cannot be had, or do not fit the model.
     """
-    column_of: Column = make_features_udf(metrics=metrics, **options)(column)
-    return column_of
+    session = active_session()
+    resolved = resolve(**with_spark_gpus(session, options))
+    return column_of(column, session, *resolved, metrics)
 
 
 def make_features_udf(*, metrics: Metrics | None = None, **options: Unpack[Options]) -> Any:
@@ -88,6 +91,36 @@ def make_features_udf(*, metrics: Metrics | None = None, **options: Unpack[Optio
     """
     session = active_session()
     return udf_of(session, *resolve(**with_spark_gpus(session, options)), metrics)
+
+
+def column_of(
+    column: Column | str,
+    session: SparkSession,
+    recipe: Recipe,
+    paths: tuple[Path, ...],
+    execution: ExecutionOptions,
+    metrics: Metrics | None = None,
+) -> Column:
+    """A column of features, with its provenance as metadata."""
+    features: Column = udf_of(session, recipe, paths, execution, metrics)(column)
+    return features.alias("features", metadata=metadata_of(recipe.spec))
+
+
+def register(
+    spark: SparkSession, name: str = "image_features", **options: Unpack[Options]
+) -> None:
+    """Makes ``SELECT image_features(content) FROM photos`` work in a session.
+
+    Args:
+        spark: The session.
+        name: Of the SQL function.
+        **options: See ``imagevec.spec.Options``.
+
+    Raises:
+        OptionError: An option is wrong.
+        WeightsError: The weights cannot be had, or do not fit the model.
+    """
+    spark.udf.register(name, udf_of(spark, *resolve(**with_spark_gpus(spark, options))))
 
 
 def with_spark_gpus(session: SparkSession, options: Options) -> Options:
