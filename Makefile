@@ -8,10 +8,10 @@ unexport SPARK_HOME
 WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
 
 .DEFAULT_GOAL := help
-.PHONY: help java setup demo test bench bench-peers check format clean
+.PHONY: help java setup demo test test-cluster test-matrix bench bench-peers check format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make .venv and install everything into it (the others do it when needed)
 	@bash scripts/setup.sh
@@ -23,8 +23,15 @@ java:
 demo: java setup ## Find each photo's nearest neighbours, offline, and draw a contact sheet
 	@$(WITH_JAVA) $(PYTHON) examples/demo.py
 
-test: java setup ## Run all tests
+test: java setup ## Run the tests
 	@$(WITH_JAVA) $(PYTHON) -m pytest
+
+test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the command line
+	@$(WITH_JAVA) $(PYTHON) -m pytest tests/cluster
+	@$(WITH_JAVA) $(PYTHON) -m pytest tests/connect
+
+test-matrix: java setup ## Run the Spark tests on the oldest and newest PySpark 3.5 and 4
+	@$(WITH_JAVA) bash scripts/test-matrix.sh
 
 bench: java setup ## Compare features_udf with the usual ways of doing it (15 minutes)
 	@$(WITH_JAVA) $(PYTHON) -m benchmarks.run

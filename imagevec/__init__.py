@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from imagevec.errors import (
+        FingerprintError,
         ImageError,
         ImageVecError,
         OptionError,
@@ -16,45 +17,60 @@ if TYPE_CHECKING:
     from imagevec.models import list_models, register_model
     from imagevec.quantization import quantize
     from imagevec.spark.conf import recommended_conf
+    from imagevec.spark.metrics import Metrics
+    from imagevec.spark.featurizer import ImageFeaturizer
     from imagevec.spark.pickling import explain_pickle
-    from imagevec.spark.udf import features_udf, make_features_udf
+    from imagevec.spark.provenance import check_fingerprints, fingerprint
+    from imagevec.spark.udf import features_udf, make_features_udf, register
     from imagevec.spec import Preprocessing
     from imagevec.vectorizer import ImageVectorizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FingerprintError",
     "ImageError",
+    "ImageFeaturizer",
     "ImageVecError",
     "ImageVectorizer",
+    "Metrics",
     "OptionError",
     "Preprocessing",
     "SerializationError",
     "WeightsError",
+    "check_fingerprints",
     "explain_pickle",
     "features_udf",
+    "fingerprint",
     "list_models",
     "make_features_udf",
     "quantize",
     "recommended_conf",
+    "register",
     "register_model",
 ]
 
 # PyTorch and Spark take seconds to import: a name brings them in where it is first used.
 _MODULES = {
+    "FingerprintError": "errors",
     "ImageError": "errors",
+    "ImageFeaturizer": "spark.featurizer",
     "ImageVecError": "errors",
     "ImageVectorizer": "vectorizer",
+    "Metrics": "spark.metrics",
     "OptionError": "errors",
     "Preprocessing": "spec",
     "SerializationError": "errors",
     "WeightsError": "errors",
+    "check_fingerprints": "spark.provenance",
     "explain_pickle": "spark.pickling",
     "features_udf": "spark.udf",
+    "fingerprint": "spark.provenance",
     "list_models": "models",
     "make_features_udf": "spark.udf",
     "quantize": "quantization",
     "recommended_conf": "spark.conf",
+    "register": "spark.udf",
     "register_model": "models",
 }
 

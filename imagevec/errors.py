@@ -4,6 +4,7 @@ ImageVecError
 ├── OptionError (also ValueError)         a wrong option or input column
 ├── MissingExtraError (also ImportError)  an optional dependency is not installed
 ├── WeightsError                          weights cannot be found, read, verified or fitted
+├── FingerprintError                      features that cannot be compared with others
 ├── SerializationError                    a function captures what must not be pickled
 └── ImageError                            one image cannot become a feature vector
 """
@@ -41,6 +42,10 @@ class MissingExtraError(ImageVecError, ImportError):
 
 class WeightsError(ImageVecError):
     """Model weights are missing, unreadable, altered, or of another model."""
+
+
+class FingerprintError(ImageVecError):
+    """Features are of another model, precision or preprocessing, or do not say of which."""
 
 
 class SerializationError(ImageVecError):

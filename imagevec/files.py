@@ -42,6 +42,11 @@ def content_addressed(path: Path) -> Path:
     return target
 
 
+def cached(digest: str) -> Path | None:
+    """The file of the user's cache with this SHA-256, if there is one."""
+    return next(iter(cache_dir("files").glob(f"{_PREFIX}{digest}.*")), None)
+
+
 def verified(path: Path) -> Path:
     """The path of a content-addressed file, once its content is found to be what its name says.
 

@@ -8,6 +8,8 @@ needed, and results are handed over as soon as a batch is done. It knows nothing
 from __future__ import annotations
 
 import functools
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -22,6 +24,8 @@ from imagevec.parallel import map_ahead, map_in_turns
 from imagevec.rows import Row, prepare
 from imagevec.spec import ExecutionOptions, Preprocessing
 
+Counts = defaultdict[str, float]
+
 _MAX_ROWS_PER_IMAGE = (
     16  # nulls and errors that may wait for a batch to fill, for each of its images
 )
@@ -35,6 +39,7 @@ def feature_stream(
     batch_size: int,
     decode_threads: int = 1,
     overlap: bool = False,
+    counts: Counts | None = None,
 ) -> Iterator[pd.Series | pd.DataFrame]:
     """Yields as many rows as it takes, in the same order, in batches of other sizes.
 
@@ -47,6 +52,7 @@ def feature_stream(
         decode_threads: How many images are decoded at a time.
         overlap: Whether the next images are decoded during the forward pass. Without, decoding and
             the forward pass take turns, which wastes nothing if both use the same cores.
+        counts: Where what is done is added up: see ``imagevec.Metrics``.
 
     Yields:
         Series of float32 ``(D,)`` arrays and nulls; with ``output="struct"``, data frames of
@@ -56,9 +62,9 @@ def feature_stream(
         ImageError: The first bad image, with ``on_error="raise"``.
         OptionError: The input is of a type that is not accepted.
     """
-    values = read_ahead(
-        (value for batch in batches for value in values_of(batch)), options.allowed_roots
-    )
+    counts = defaultdict(float) if counts is None else counts
+    in_column = (value for batch in batches for value in values_of(batch))
+    values = _timed(read_ahead(in_column, options.allowed_roots), "seconds.read", counts)
     prepare_one: Callable[[Value], Row] = functools.partial(
         prepare, preprocessing=preprocessing, options=options
     )
@@ -72,14 +78,49 @@ def feature_stream(
     else:
         rows = map(prepare_one, values)
     for group in _grouped(rows, batch_size):
-        yield _to_pandas(group, _features(group, engine), options.output)
+        features = _features(group, engine, counts)
+        _count(group, counts)
+        yield _to_pandas(group, features, options.output)
 
 
-def _features(group: list[Row], engine: Engine) -> list[npt.NDArray[np.float32] | None]:
+def _features(
+    group: list[Row], engine: Engine, counts: Counts
+) -> list[npt.NDArray[np.float32] | None]:
     """The vector ``(D,)`` of each row that has an image."""
     images = [row.image for row in group if row.image is not None]
-    vectors = iter(engine(torch.stack(images)) if images else ())  # (N, 3, S, S) -> (N, D)
+    if not images:
+        return [None] * len(group)
+    start = time.perf_counter()
+    vectors = iter(engine(torch.stack(images)))  # (N, 3, S, S) -> (N, D)
+    counts["seconds.forward"] += time.perf_counter() - start
+    counts["batches"] += 1
     return [None if row.image is None else next(vectors) for row in group]
+
+
+def _count(group: list[Row], counts: Counts) -> None:
+    for row in group:
+        counts["rows"] += 1
+        if row.image is not None:
+            counts["images"] += 1
+        elif row.error is None:
+            counts["nulls"] += 1
+        else:
+            counts[f"errors.{row.error.code}"] += 1
+        counts["seconds.decode"] += row.decode_seconds
+        counts["seconds.preprocess"] += row.preprocess_seconds
+
+
+def _timed(values: Iterator[Value], name: str, counts: Counts) -> Iterator[Value]:
+    """The values, with the time that is spent on waiting for them added up."""
+    while True:
+        start = time.perf_counter()
+        try:
+            value = next(values)
+        except StopIteration:
+            return
+        finally:
+            counts[name] += time.perf_counter() - start
+        yield value
 
 
 def _grouped(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:

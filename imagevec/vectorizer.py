@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame
     from typing_extensions import Unpack
 
-    from imagevec.spec import Options
+    from imagevec.spark.metrics import Metrics
+    from imagevec.spec import FeatureSpec, Options
 
 
 class ImageVectorizer:
@@ -36,12 +37,21 @@ class ImageVectorizer:
         self._recipe, self._paths, self._execution = resolve(**options)
 
     @property
+    def spec(self) -> FeatureSpec:
+        """What fixes the numbers of its vectors."""
+        return self._recipe.spec
+
+    @property
     def num_features(self) -> int:
         """The length of a vector."""
         return self._recipe.spec.num_features
 
     def process_images(
-        self, df: DataFrame, input_col: str = "content", output_col: str = "features"
+        self,
+        df: DataFrame,
+        input_col: str = "content",
+        output_col: str = "features",
+        metrics: Metrics | None = None,
     ) -> DataFrame:
         """The data frame with a column of feature vectors.
 
@@ -49,22 +59,22 @@ class ImageVectorizer:
             df: Has a column of images: binary, string, an image struct or a binaryFile row struct.
             input_col: The name of that column.
             output_col: The name of the new column.
+            metrics: Where queries add up what they did.
 
         Raises:
             OptionError: The column is missing or of another type.
         """
         from pyspark.sql.functions import col
 
-        from imagevec.spark.udf import check_input_column, udf_of, with_spark_gpus
+        from imagevec.spark.udf import check_input_column, column_of, with_spark_gpus
 
         check_input_column(df, input_col)
         options = with_spark_gpus(df.sparkSession, self._options)
-        if options == self._options:
-            udf = udf_of(df.sparkSession, self._recipe, self._paths, self._execution)
-        else:
-            udf = udf_of(df.sparkSession, *resolve(**options))
+        resolved = (self._recipe, self._paths, self._execution)
+        if options != self._options:
+            resolved = resolve(**options)
         quoted = "`" + input_col.replace("`", "``") + "`"  # else a dot is of a struct's field
-        return df.withColumn(output_col, udf(col(quoted)))
+        return df.withColumn(output_col, column_of(col(quoted), df.sparkSession, *resolved, metrics))
 
     def extract_features(self, image: bytes | str) -> list[float] | None:
         """The feature vector of one image, in this process and without Spark.

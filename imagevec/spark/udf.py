@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +27,19 @@ from pyspark.sql.types import (
 from imagevec.errors import OptionError, did_you_mean
 from imagevec.inputs import ACCEPTED, IMAGE_FIELDS
 from imagevec.recipe import Recipe, resolve
+from imagevec.spark.metrics import Metrics
+from imagevec.spark.provenance import metadata_of
 from imagevec.spark.ship import active_session, ship, shipped
 from imagevec.spec import ExecutionOptions
-from imagevec.stream import feature_stream
+from imagevec.stream import Counts, feature_stream
 from imagevec.worker import get_engine, resolve_device, schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from imagevec.spec import Options
+
+logger = logging.getLogger(__name__)
 
 _FEATURES = ArrayType(FloatType())
 _RETURN_TYPES: dict[str, DataType] = {
@@ -49,7 +55,9 @@ _RETURN_TYPES: dict[str, DataType] = {
 }
 
 
-def features_udf(column: Column | str, **options: Unpack[Options]) -> Column:
+def features_udf(
+    column: Column | str, *, metrics: Metrics | None = None, **options: Unpack[Options]
+) -> Column:
     """A column of feature vectors of a column of images.
 
         df.withColumn("features", features_udf("content"))
@@ -57,21 +65,24 @@ def features_udf(column: Column | str, **options: Unpack[Options]) -> Column:
     Args:
         column: Of type binary (encoded images) or string (paths or URIs), Spark's image struct, or
             a row struct of the binaryFile source.
+        metrics: Where queries add up what they did.
         **options: See ``imagevec.spec.Options``.
 
     Returns:
         ``array<float>`` of ``num_features`` values, null for a null or bad image; or a struct, with
-        ``output="struct"``.
+        ``output="struct"``. The column is called ``features``, and its metadata say what made it:
+        see ``imagevec.fingerprint``.
 
     Raises:
         OptionError: An option is wrong. The message names the nearest valid choice.
         WeightsError: The weights cannot be had, or do not fit the model.
     """
-    column_of: Column = make_features_udf(**options)(column)
-    return column_of
+    session = active_session()
+    resolved = resolve(**with_spark_gpus(session, options))
+    return column_of(column, session, *resolved, metrics)
 
 
-def make_features_udf(**options: Unpack[Options]) -> Any:
+def make_features_udf(*, metrics: Metrics | None = None, **options: Unpack[Options]) -> Any:
     """The pandas UDF of ``features_udf``, to use several times or to register for SQL.
 
         spark.udf.register("image_features", make_features_udf(model="resnet18"))
@@ -79,7 +90,37 @@ def make_features_udf(**options: Unpack[Options]) -> Any:
     It needs an active session, which ships the weights to the executors.
     """
     session = active_session()
-    return udf_of(session, *resolve(**with_spark_gpus(session, options)))
+    return udf_of(session, *resolve(**with_spark_gpus(session, options)), metrics)
+
+
+def column_of(
+    column: Column | str,
+    session: SparkSession,
+    recipe: Recipe,
+    paths: tuple[Path, ...],
+    execution: ExecutionOptions,
+    metrics: Metrics | None = None,
+) -> Column:
+    """A column of features, with its provenance as metadata."""
+    features: Column = udf_of(session, recipe, paths, execution, metrics)(column)
+    return features.alias("features", metadata=metadata_of(recipe.spec))
+
+
+def register(
+    spark: SparkSession, name: str = "image_features", **options: Unpack[Options]
+) -> None:
+    """Makes ``SELECT image_features(content) FROM photos`` work in a session.
+
+    Args:
+        spark: The session.
+        name: Of the SQL function.
+        **options: See ``imagevec.spec.Options``.
+
+    Raises:
+        OptionError: An option is wrong.
+        WeightsError: The weights cannot be had, or do not fit the model.
+    """
+    spark.udf.register(name, udf_of(spark, *resolve(**with_spark_gpus(spark, options))))
 
 
 def with_spark_gpus(session: SparkSession, options: Options) -> Options:
@@ -91,7 +132,11 @@ def with_spark_gpus(session: SparkSession, options: Options) -> Options:
 
 
 def udf_of(
-    session: SparkSession, recipe: Recipe, paths: tuple[Path, ...], execution: ExecutionOptions
+    session: SparkSession,
+    recipe: Recipe,
+    paths: tuple[Path, ...],
+    execution: ExecutionOptions,
+    metrics: Metrics | None = None,
 ) -> Any:
     """The pandas UDF of resolved options; ships the files."""
     if str(session.conf.get("spark.master", "")).split("[")[0] == "local":
@@ -102,7 +147,7 @@ def udf_of(
     @pandas_udf(_RETURN_TYPES[execution.output])  # type: ignore[untyped-decorator, call-overload]
     def image_features(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
         # With a struct as the return type, Spark takes data frames for Series.
-        yield from extract_in_worker(batches, recipe, execution)  # type: ignore[misc]
+        yield from extract_in_worker(batches, recipe, execution, metrics)  # type: ignore[misc]
 
     return image_features
 
@@ -119,7 +164,10 @@ def check_input_column(df: DataFrame, name: str) -> None:
 
 
 def extract_in_worker(
-    batches: Iterator[pd.Series], recipe: Recipe, execution: ExecutionOptions
+    batches: Iterator[pd.Series],
+    recipe: Recipe,
+    execution: ExecutionOptions,
+    metrics: Metrics | None = None,
 ) -> Iterator[pd.Series | pd.DataFrame]:
     """What runs in a Python worker, once a task."""
     context = TaskContext.get()
@@ -129,6 +177,7 @@ def extract_in_worker(
     on_torch_cpu = recipe.engine == "torch" and device.type == "cpu"
     torch.set_num_threads(plan.forward_threads if on_torch_cpu else 1)
     engine = get_engine(recipe, shipped, device, plan.forward_threads)
+    counts: Counts = defaultdict(float)
     yield from feature_stream(
         batches,
         engine,
@@ -137,4 +186,8 @@ def extract_in_worker(
         plan.batch_size,
         plan.decode_threads,
         plan.overlap,
+        counts,
     )
+    logger.debug("a task did %s", dict(counts))
+    if metrics is not None:
+        metrics.add(counts)

@@ -1,0 +1,47 @@
+"""The Spark session of a command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+from pyspark import SparkConf
+from pyspark.sql import SparkSession
+
+from imagevec.errors import ImageVecError
+from imagevec.spark.conf import recommended_conf
+
+_IMAGE_BYTES = 200_000  # of a typical file, for the size of an Arrow batch
+
+
+@contextlib.contextmanager
+def spark_session(master: str | None, recommended: bool = True) -> Iterator[SparkSession]:
+    """A session of its own, with ``recommended_conf`` where nothing else was set, if so wished."""
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    submitted = SparkConf()  # what spark-submit passed on
+    builder = SparkSession.builder.appName("imagevec")
+    if master or not submitted.contains("spark.master"):
+        builder = builder.master(master or "local[*]")
+    settings = {
+        "spark.ui.showConsoleProgress": "false",
+        "spark.ui.enabled": "false",
+        "spark.log.level": "ERROR",
+    }
+    if recommended:
+        settings |= recommended_conf(image_bytes=_IMAGE_BYTES, executor_cores=1)
+        # How large executors are is for whoever submits.
+        del settings["spark.executor.cores"], settings["spark.executor.memoryOverhead"]
+    for name, value in settings.items():
+        if not submitted.contains(name):
+            builder = builder.config(name, value)
+    try:
+        spark = builder.getOrCreate()
+    except Exception as error:  # no Java, or no such master: PySpark's own message is a page long
+        first_line = str(error).strip().partition("\n")[0]
+        raise ImageVecError(f"Spark did not start: {first_line}") from error
+    try:
+        yield spark
+    finally:
+        spark.stop()

@@ -1,0 +1,192 @@
+"""``imagevec extract`` and ``similar``: resumed, killed, with files that come, change and go."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+
+from imagevec import ImageVectorizer
+from imagevec.cli import main
+from tests.cluster.conftest import session_of
+from tests.images import encode, photo
+
+MODEL = ["--model", "squeezenet1_1", "--weights", "random", "--engine", "torch"]
+WAIT_SECONDS = 240
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_loopback() -> Iterator[None]:
+    os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
+    yield
+    del os.environ["SPARK_LOCAL_IP"]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Ten images, some in a subfolder or with names that look like globs, and a file that is none."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    names = ["a b.png", "a[1] {x}.png", "star*.png", "100%.png"]
+    names += [f"{number}.png" for number in range(4)] + ["sub/x.png", "sub/y.png"]
+    for seed, name in enumerate(names):
+        (folder / name).write_bytes(encode(photo(seed=seed)))
+    (folder / "bad.png").write_bytes(b"no image")
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
+    """A command that succeeds, by its JSON."""
+    capsys.readouterr()
+    code = main([*map(str, arguments), "--json"])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    return json.loads(printed.out)
+
+
+def extract(capsys: pytest.CaptureFixture[str], photos: Path, table: Path, *more: object) -> dict:
+    options = (*MODEL, "--recursive", "--master", "local[2]")
+    return run(capsys, "extract", photos, table, *options, *more)
+
+
+def rows(table: Path) -> dict[str, list[float]]:
+    read = ds.dataset(table, format="parquet", ignore_prefixes=["_", "."]).to_table().to_pylist()
+    by_path = {row["path"]: row for row in read}
+    assert len(by_path) == len(read), "a file is there twice"
+    return {path: row["features"] for path, row in by_path.items()}
+
+
+def uri(path: Path) -> str:
+    return f"file:{path}"
+
+
+def test_a_folder_becomes_a_table_and_is_kept_up(capsys, photos, tmp_path):
+    table = tmp_path / "table"
+    result = extract(capsys, photos, table, "--chunk-size", 4)
+    assert result["found"], result["done_before"] == (11, 0)
+    assert result["features"] == 10
+    assert result["errors"] == {"unsupported_format": 1}
+    vectors = rows(table)
+    good = [path for path in photos.rglob("*.png") if path.name != "bad.png"]
+    assert set(vectors) == {uri(path) for path in good}
+    vectorizer = ImageVectorizer(model="squeezenet1_1", weights="random", engine="torch")
+    for path in good:
+        expected = vectorizer.extract_features(path.read_bytes())
+        assert vectors[uri(path)] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    (error,) = ds.dataset(table / "_errors").to_table().to_pylist()
+    assert error["path"] == uri(photos / "bad.png")
+    assert error["error"].startswith("unsupported_format:")
+
+    again = extract(capsys, photos, table)
+    assert (again["done_before"], again["features"], again["errors"]) == (11, 0, {})
+
+    (photos / "new.png").write_bytes(encode(photo(seed=20)))
+    (photos / "0.png").write_bytes(encode(photo(90, 60, seed=21)))
+    (photos / "bad.png").write_bytes(encode(photo(seed=22)))
+    (photos / "1.png").unlink()
+    kept_up = extract(capsys, photos, table)
+    assert (kept_up["found"], kept_up["features"], kept_up["errors"]) == (11, 3, {})
+    later = rows(table)
+    assert set(later) == {*vectors, uri(photos / "new.png"), uri(photos / "bad.png")}
+    changed = {path for path in vectors if later[path] != vectors[path]}
+    assert changed == {uri(photos / "0.png")}
+    assert ds.dataset(table / "_errors").to_table().num_rows == 0
+    assert extract(capsys, photos, table)["features"] == 0
+
+
+def test_a_pattern_without_subfolders(capsys, photos, tmp_path):
+    options = (*MODEL, "--pattern", "a*.png", "--master", "local[2]")
+    result = run(capsys, "extract", photos, tmp_path / "table", *options)
+    assert (result["found"], result["features"]) == (2, 2)
+
+
+def test_other_features_are_refused_or_replaced(capsys, photos, tmp_path):
+    table = tmp_path / "table"
+    first = extract(capsys, photos, table)
+    arguments = ["extract", str(photos), str(table), *MODEL, "--recursive", "--master", "local[2]"]
+    assert main([*arguments, "--normalize"]) == 1
+    message = capsys.readouterr().err
+    assert "normalize False and True" in message and "--overwrite" in message
+    assert "Traceback" not in message
+    replaced = extract(capsys, photos, table, "--normalize", "--overwrite")
+    assert replaced["features"] == 10
+    assert replaced["fingerprint"] != first["fingerprint"]
+
+
+def test_overwrite_spares_what_is_no_table_of_features(capsys, photos, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    arguments = ["extract", str(photos), str(tmp_path), *MODEL, "--overwrite", "--master", "local[2]"]
+    assert main(arguments) == 1
+    assert "holds no features" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_source_that_is_not_there(capsys, tmp_path):
+    arguments = ["extract", str(tmp_path / "nothing"), str(tmp_path / "table"), *MODEL]
+    assert main([*arguments, "--master", "local[2]"]) == 1
+    message = capsys.readouterr().err
+    assert "there is nothing at" in message and "Traceback" not in message
+
+
+def test_a_table_of_images(capsys, tmp_path):
+    images = [(f"id{number}", encode(photo(seed=number))) for number in range(5)] + [("none", None)]
+    with session_of("local[2]") as spark:
+        frame = spark.createDataFrame(images, "id string, jpeg binary")
+        frame.write.parquet(str(tmp_path / "images"))
+    options = ("--column", "jpeg", "--key", "id", *MODEL, "--master", "local[2]")
+    result = run(capsys, "extract", tmp_path / "images", tmp_path / "table", *options)
+    assert result["found"] == 6
+    vectors = rows(tmp_path / "table")
+    assert set(vectors) == {name for name, _ in images}
+    assert vectors["none"] is None
+    assert run(capsys, "extract", tmp_path / "images", tmp_path / "table", *options)["features"] == 0
+    assert main(["extract", str(tmp_path / "images"), "t", "--column", "jpg", *MODEL]) == 1
+    assert "did you mean 'jpeg'" in capsys.readouterr().err
+
+
+def test_a_run_that_is_killed_goes_on(capsys, tmp_path):
+    photos, table = tmp_path / "photos", tmp_path / "table"
+    photos.mkdir()
+    for seed in range(24):
+        (photos / f"{seed}.png").write_bytes(encode(photo(seed=seed)))
+    chunk = 4
+    command = [sys.executable, "-m", "imagevec", "extract", str(photos), str(table), *MODEL]
+    command += ["--master", "local[2]", "--chunk-size", str(chunk), "--quiet"]
+    process = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not list(table.glob("part-*.parquet")) and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)  # a group of its own: this process, its JVM, its workers
+    process.wait()
+    survived = rows(table)
+    assert 0 < len(survived) < 24
+    result = extract(capsys, photos, table)
+    assert result["done_before"] == len(survived)
+    assert result["features"] == 24 - len(survived)
+    assert len(rows(table)) == 24
+
+
+def test_similar(capsys, photos, tmp_path):
+    table = tmp_path / "table"
+    extract(capsys, photos, table)
+    query = photos / "2.png"
+    of_table = run(capsys, "similar", table, "--query", query, "-k", 3)["neighbours"]
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(query.read_bytes())
+    of_copy = run(capsys, "similar", table, "--query", copy, "-k", 4)["neighbours"]
+    assert of_copy[0]["path"] == uri(query)
+    assert of_copy[0]["cosine"] == pytest.approx(1, abs=1e-3)
+    assert [row["path"] for row in of_copy[1:]] == [row["path"] for row in of_table]
+    assert uri(query) not in [row["path"] for row in of_table]
+    assert main(["similar", str(tmp_path / "nothing"), "--query", str(query)]) == 1
+    assert main(["similar", str(table), "--query", str(photos / "nothing.png")]) == 1
+    assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from imagevec import ImageVectorizer, Metrics, features_udf
+from tests.factories import tiny
+from tests.images import encode, photo
+
+IMAGES = [encode(photo(seed=seed)) for seed in range(5)] + [None, b"no image", b"", b"none either"]
+OPTIONS = {"model": tiny, "weights": "random", "engine": "torch"}
+EXPECTED = {
+    "rows": 9,
+    "images": 5,
+    "nulls": 1,
+    "errors.empty": 1,
+    "errors.unsupported_format": 2,
+}
+
+
+def counted(metrics: Metrics) -> dict[str, float]:
+    return {name: count for name, count in metrics.value.items() if name in EXPECTED}
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_query_is_counted(frame, isolate):
+    metrics = Metrics()
+    assert metrics.value == {}
+    column = features_udf("content", metrics=metrics, batch_size=2, isolate=isolate, **OPTIONS)
+    frame(IMAGES, partitions=2).select(column).collect()
+    assert counted(metrics) == EXPECTED
+    assert metrics.value["batches"] >= 3
+    steps = ("read", "decode", "preprocess", "forward")
+    assert all(metrics.value[f"seconds.{step}"] > 0 for step in steps)
+
+
+def test_queries_add_up_and_others_are_apart(frame):
+    ours, others = Metrics(), Metrics()
+    vectorizer = ImageVectorizer(**OPTIONS)
+    for metrics in (ours, ours, others):
+        vectorizer.process_images(frame(IMAGES), metrics=metrics).select("features").collect()
+    assert counted(others) == EXPECTED
+    assert counted(ours) == {name: 2 * count for name, count in EXPECTED.items()}

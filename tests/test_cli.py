@@ -1,0 +1,61 @@
+"""The commands that need no Spark, and what all commands have in common."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from imagevec.cli import main
+from tests.pipeline import run_python
+
+
+def test_models_are_listed(capsys):
+    assert main(["models", "--search", "resnet18", "--json"]) == 0
+    (row, *rest) = json.loads(capsys.readouterr().out)["models"]
+    assert (row["model"], row["num_features"], row["input_size"]) == ("resnet18", 512, 224)
+    assert row["parameters"] == 11_689_512  # torchvision's own count
+    assert row["weights_at_hand"] is False
+    assert all("resnet18" in other["model"] for other in rest)
+    assert any(other["model"] == "timm/resnet18" for other in rest)
+
+
+def test_models_as_a_table(capsys):
+    assert main(["models", "--search", "squeezenet1_1"]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.split() == ["squeezenet1_1", "512", "224", "1.2", "M", "to", "download"]
+    assert main(["models", "--search", "no such model"]) == 0
+    assert capsys.readouterr().out == "no model has such a name\n"
+
+
+def test_quiet_prints_nothing(capsys):
+    assert main(["models", "--search", "squeezenet1_1", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_wrong_usage(capsys):
+    for arguments in ([], ["extrakt"], ["extract", "src"]):
+        with pytest.raises(SystemExit) as raised:
+            main(arguments)
+        assert raised.value.code == 2
+    assert "usage: imagevec" in capsys.readouterr().err
+
+
+def test_an_unknown_model_is_told_before_spark_starts(capsys):
+    assert main(["extract", "src", "dest", "--model", "resnet5000"]) == 1
+    message = capsys.readouterr().err
+    assert "did you mean" in message and "Traceback" not in message
+
+
+def test_the_module_runs():
+    code = "import runpy, sys; sys.argv = ['imagevec', '--version']; runpy.run_module('imagevec')"
+    with_exit = f"try:\n    {code}\nexcept SystemExit as end:\n    print(end.code)"
+    assert run_python(with_exit.replace("; ", "\n    ")).splitlines()[0].startswith("imagevec 0.")
+
+
+def test_help_is_quick_to_come():
+    printed = run_python(
+        "import sys; from imagevec.cli import _parser; _parser().format_help(); "
+        "print({'torch', 'pyspark', 'rich'} & sys.modules.keys())"
+    )
+    assert printed.strip() == "set()"
