@@ -39,7 +39,7 @@ def main() -> None:
         making, first, second = (statistics.median(figures) for figures in zip(*runs, strict=True))
         name = "`imagevec.spark.daemon`" if daemon else "Spark's own daemon"
         lines += [
-            f"| {name}: making the UDF, on the driver (OpenVINO conversion in the cache) | {making:.2f} |",
+            f"| {name}: making the UDF (converted model in the cache) | {making:.2f} |",
             f"| {name}: first query, two new workers, one image each | {first:.2f} |",
             f"| {name}: second query | {second:.2f} |",
         ]

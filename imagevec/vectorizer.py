@@ -74,7 +74,9 @@ class ImageVectorizer:
         if options != self._options:
             resolved = resolve(**options)
         quoted = "`" + input_col.replace("`", "``") + "`"  # else a dot is of a struct's field
-        return df.withColumn(output_col, column_of(col(quoted), df.sparkSession, *resolved, metrics))
+        return df.withColumn(
+            output_col, column_of(col(quoted), df.sparkSession, *resolved, metrics)
+        )
 
     def extract_features(self, image: bytes | str) -> list[float] | None:
         """The feature vector of one image, in this process and without Spark.

@@ -60,11 +60,6 @@ def _add(
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser, model: str | None) -> None:
-    parser.add_argument("--model", default=model, help="a name of `imagevec models`, or a saved model")
-    parser.add_argument("--weights", help="a weights name or file, or 'random' (default: DEFAULT)")
-
-
 def _add_extract(commands: Any) -> None:
     def run(options: argparse.Namespace) -> dict[str, Any]:
         from imagevec.cli.extract import extract
@@ -85,12 +80,15 @@ def _add_extract(commands: Any) -> None:
     )
     parser.add_argument("src", help="a folder, glob or URI of images; with --column, of a table")
     parser.add_argument("dest", help="a folder or URI; bad images are listed in DEST/_errors")
-    _add_model_options(parser, DEFAULTS["model"])
-    parser.add_argument("--layer", default=DEFAULTS["layer"])
     parser.add_argument(
-        "--precision", default=DEFAULTS["precision"], choices=[*PRECISIONS, "auto"]
+        "--model", default=DEFAULTS["model"], help="a name of `imagevec models`, or a saved model"
     )
-    parser.add_argument("--engine", default=DEFAULTS["engine"], choices=["auto", "torch", "openvino"])
+    parser.add_argument("--weights", help="a weights name or file, or 'random' (default: DEFAULT)")
+    parser.add_argument("--layer", default=DEFAULTS["layer"])
+    parser.add_argument("--precision", default=DEFAULTS["precision"], choices=[*PRECISIONS, "auto"])
+    parser.add_argument(
+        "--engine", default=DEFAULTS["engine"], choices=["auto", "torch", "openvino"]
+    )
     parser.add_argument("--decode", default=DEFAULTS["decode"], choices=["exact", "scaled"])
     parser.add_argument("--normalize", action="store_true", help="vectors of length 1")
     parser.add_argument("--pattern", help="only files of such names, '*.jpg' for example")
@@ -148,7 +146,7 @@ def _add_gallery(commands: Any) -> None:
     parser = _add(commands, "gallery", run, show, "Write one HTML page to look at the neighbours.")
     parser.add_argument("features", help="a table of `imagevec extract`")
     parser.add_argument("--out", type=Path, default=Path("gallery.html"))
-    parser.add_argument("--max-images", type=int, default=2000, help="the first so many by path")
+    parser.add_argument("--max-images", type=int, default=2000, help="evenly spread")
 
 
 def _add_doctor(commands: Any) -> None:

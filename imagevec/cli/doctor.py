@@ -20,7 +20,16 @@ from imagevec.cli.session import spark_session
 from imagevec.errors import ImageVecError
 from imagevec.spark.udf import features_udf
 
-_PACKAGES = ("imagevec", "pyspark", "torch", "torchvision", "openvino", "pandas", "pyarrow", "pillow")
+_PACKAGES = (
+    "imagevec",
+    "pyspark",
+    "torch",
+    "torchvision",
+    "openvino",
+    "pandas",
+    "pyarrow",
+    "pillow",
+)
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 _IMAGES = 16
 _LARGE_ARROW_ROWS = 1000
@@ -56,7 +65,7 @@ def show(result: dict[str, Any]) -> str:
         f"Python      {result['python']}",
         f"Java        {result['java'] or 'none'}",
         f"packages    {versions}",
-        f"CPU         {result['cores']} cores, {' '.join(result['cpu_instructions']) or 'no vector extensions found'}",
+        f"CPU         {result['cores']} cores ({' '.join(result['cpu_instructions'])})",
         f"GPUs        {', '.join(result['gpus']) or 'none'}",
         *(f"{name:<45} {value}" for name, value in spark.items()),
         "",
@@ -94,15 +103,13 @@ def _examine_spark(master: str | None) -> tuple[dict[str, Any], list[str]]:
     if not reuse:
         advice.append("spark.python.worker.reuse=false: each task loads the model anew; set true")
     if threads and int(threads) > task_cpus:
-        advice.append(f"OMP_NUM_THREADS={threads} is more than spark.task.cpus={task_cpus}: unset it")
+        advice.append(
+            f"OMP_NUM_THREADS={threads} is more than spark.task.cpus={task_cpus}: unset it"
+        )
     available = os.cpu_count() or 1
-    if _is_local(facts["spark.master"]) and cores * task_cpus > available:
+    if str(facts["spark.master"]).startswith("local") and cores * task_cpus > available:
         advice.append(f"Spark runs {cores} tasks on {available} cores: use local[{available}]")
     return facts, advice
-
-
-def _is_local(master: str) -> bool:
-    return master.startswith("local[") or master == "local"
 
 
 def _timing(spark: Any) -> tuple[float, float]:

@@ -102,7 +102,9 @@ class Table:
 
     def known(self) -> DataFrame:
         """``path``, ``length`` and ``modificationTime`` of every row."""
-        empty = self._spark.createDataFrame([], "path string, length long, modificationTime timestamp")
+        empty = self._spark.createDataFrame(
+            [], "path string, length long, modificationTime timestamp"
+        )
         known = empty
         for part in (self.features(), self.errors()):
             if part is not None:
@@ -123,8 +125,8 @@ class Table:
 
     def remove(self) -> None:
         """Deletes the table; what is not a table of features stays."""
-        if self.features() is not None:
-            fingerprint(self.features())
+        there = self.features()
+        if there is not None and fingerprint(there):
             self._fs.delete(self._hadoop(self._path), True)
 
     def append(self, rows: DataFrame, errors: DataFrame) -> None:

@@ -25,7 +25,9 @@ def models(search: str = "") -> list[dict[str, Any]]:
     Of timm's models no more than the first 20 that match are told.
     """
     wanted = search.removeprefix(TIMM_PREFIX)
-    names = [name for name in list_models() if wanted in name and not search.startswith(TIMM_PREFIX)]
+    names = [
+        name for name in list_models() if wanted in name and not search.startswith(TIMM_PREFIX)
+    ]
     if search:
         names += _timm_names(wanted)[:_MAX_TIMM]
     return [_described(name) for name in names]
@@ -63,7 +65,7 @@ def _described(name: str) -> dict[str, Any]:
 
 def _is_at_hand(entry: TorchvisionEntry) -> bool:
     """Whether the default weights are in torch.hub's folder."""
-    name = entry.weights_enum.DEFAULT.url.rpartition("/")[2]
+    name: str = entry.weights_enum.DEFAULT.url.rpartition("/")[2]
     return (Path(torch.hub.get_dir()) / "checkpoints" / name).exists()
 
 

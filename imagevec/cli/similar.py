@@ -31,10 +31,7 @@ def similar(features: str, query: str, k: int, weights: str | None) -> list[dict
     """
     paths, vectors = read_features(features)
     wanted = [path for path in paths if _plain(path) == _plain(query)]
-    if wanted:
-        vector = vectors[paths.index(wanted[0])]
-    else:
-        vector = _vector(features, query, weights)
+    vector = vectors[paths.index(wanted[0])] if wanted else _vector(features, query, weights)
     others = [i for i, path in enumerate(paths) if path not in wanted]
     indices, cosines = nearest(vector[None], vectors[others], min(k, len(others)))
     return [
@@ -59,6 +56,7 @@ def _vector(features: str, query: str, weights: str | None) -> npt.NDArray[np.fl
 
 
 def _weights_at_hand(provenance: dict[str, Any]) -> str:
+    kind: str
     kind, _, digest = provenance["weights"].partition(":")
     if kind == "random":
         return kind
@@ -81,7 +79,7 @@ def _provenance(features: str) -> dict[str, Any]:
 
 
 def _plain(path: str) -> str:
-    """``file:/a``, ``file:///a`` and ``a`` beside us as one absolute path; other URIs as they are."""
+    """A local path or ``file:`` URI as an absolute path; other URIs as they are."""
     if path.startswith("file:"):
         return "/" + path.removeprefix("file:").lstrip("/")
     return path if "://" in path else str(Path(path).absolute())

@@ -106,9 +106,7 @@ def column_of(
     return features.alias("features", metadata=metadata_of(recipe.spec))
 
 
-def register(
-    spark: SparkSession, name: str = "image_features", **options: Unpack[Options]
-) -> None:
+def register(spark: SparkSession, name: str = "image_features", **options: Unpack[Options]) -> None:
     """Makes ``SELECT image_features(content) FROM photos`` work in a session.
 
     Args:

@@ -32,6 +32,7 @@ def session_of(master: str, **conf: str) -> Iterator[SparkSession]:
         .config("spark.sql.shuffle.partitions", "2")
         .config("spark.executor.memory", "512m")
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", "2")
+        .config("spark.python.daemon.module", "imagevec.spark.daemon")  # workers start at once
     )
     for name, value in conf.items():
         builder = builder.config(name.replace("__", "."), value)

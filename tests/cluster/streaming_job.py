@@ -24,7 +24,8 @@ def main(source: str, sink: str, checkpoint: str, once: str = "") -> None:
             .option("maxFilesPerTrigger", 2)
             .load(source)
         )
-        features = features_udf("content", model=tiny, weights="random", output="struct")
+        options = {"model": tiny, "weights": "random", "engine": "torch"}
+        features = features_udf("content", output="struct", **options)
         writer = (
             files.withColumn("result", features)
             .select("path", "result.features", "result.error")

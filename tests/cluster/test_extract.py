@@ -32,7 +32,7 @@ def on_loopback() -> Iterator[None]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Ten images, some in a subfolder or with names that look like globs, and a file that is none."""
+    """Ten images, some with names that look like globs, and a file that is none."""
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
     names = ["a b.png", "a[1] {x}.png", "star*.png", "100%.png"]
@@ -123,7 +123,15 @@ def test_other_features_are_refused_or_replaced(capsys, photos, tmp_path):
 
 def test_overwrite_spares_what_is_no_table_of_features(capsys, photos, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    arguments = ["extract", str(photos), str(tmp_path), *MODEL, "--overwrite", "--master", "local[2]"]
+    arguments = [
+        "extract",
+        str(photos),
+        str(tmp_path),
+        *MODEL,
+        "--overwrite",
+        "--master",
+        "local[2]",
+    ]
     assert main(arguments) == 1
     assert "holds no features" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "mine"
@@ -147,7 +155,9 @@ def test_a_table_of_images(capsys, tmp_path):
     vectors = rows(tmp_path / "table")
     assert set(vectors) == {name for name, _ in images}
     assert vectors["none"] is None
-    assert run(capsys, "extract", tmp_path / "images", tmp_path / "table", *options)["features"] == 0
+    assert (
+        run(capsys, "extract", tmp_path / "images", tmp_path / "table", *options)["features"] == 0
+    )
     assert main(["extract", str(tmp_path / "images"), "t", "--column", "jpg", *MODEL]) == 1
     assert "did you mean 'jpeg'" in capsys.readouterr().err
 

@@ -78,7 +78,7 @@ class Job(threading.Thread):
 
     def run(self) -> None:
         self.frame.sparkSession.sparkContext.setJobGroup(self.name, "cluster test")
-        self.outcome.append([tuple(row) for row in self.frame.orderBy("id").collect()])
+        self.outcome.append(sorted(tuple(row) for row in self.frame.collect()))
 
     def result(self) -> Rows:
         self.join(WAIT_SECONDS)

@@ -79,5 +79,5 @@ def test_every_file_comes_out_once(tmp_path: Path) -> None:
             assert by_name[name].features is None
             assert by_name[name].error.startswith("unsupported_format")
         else:
-            expected = vector_of(content, model=tiny, weights="random", engine="auto")
+            expected = vector_of(content, model=tiny, weights="random")
             assert by_name[name].features == pytest.approx(expected, rel=1e-4, abs=1e-6)

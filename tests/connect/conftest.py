@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -25,6 +26,9 @@ def spark() -> Iterator[SparkSession]:
     builder = SparkSession.builder.remote("local[2]")
     for name, value in SETTINGS.items():
         builder = builder.config(name, value)
-    session = builder.getOrCreate()
+    with warnings.catch_warnings():
+        # The server starts with these settings, and then warns that the client cannot set them.
+        warnings.simplefilter("ignore")
+        session = builder.getOrCreate()
     yield session
     session.stop()

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from imagevec import ImageVectorizer, OptionError, features_udf, make_features_udf
+from imagevec import (
+    ImageVectorizer,
+    Metrics,
+    OptionError,
+    features_udf,
+    fingerprint,
+    make_features_udf,
+    register,
+)
 from tests.factories import tiny
 from tests.images import encode, photo
 from tests.pipeline import saved, vector_of
@@ -74,6 +82,23 @@ def test_sql(spark: SparkSession, frame: DataFrame, weights: str) -> None:
     frame.createOrReplaceTempView("images")
     rows = spark.sql("select id, image_features(content) as f from images order by id").collect()
     check([row.f for row in rows], weights=weights, engine="auto")
+
+
+def test_register_and_fingerprint(spark: SparkSession, frame: DataFrame, weights: str) -> None:
+    register(spark, "registered_features", model=tiny, weights=weights)
+    frame.createOrReplaceTempView("images")
+    rows = spark.sql("select id, registered_features(content) as f from images order by id")
+    check([row.f for row in rows.collect()], weights=weights, engine="auto")
+    vectorizer = ImageVectorizer(model=tiny, weights=weights)
+    provenance = fingerprint(vectorizer.process_images(frame))
+    assert provenance["fingerprint"] == vectorizer.spec.fingerprint
+
+
+def test_metrics_are_absent_and_harmless(frame: DataFrame, weights: str) -> None:
+    metrics = Metrics()
+    column = features_udf("content", metrics=metrics, model=tiny, weights=weights)
+    check([row[0] for row in frame.orderBy("id").select(column).collect()], weights=weights)
+    assert metrics.value == {}
 
 
 def test_paths(spark: SparkSession, tmp_path: Path) -> None:
