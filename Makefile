@@ -8,7 +8,7 @@ unexport SPARK_HOME
 WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
 
 .DEFAULT_GOAL := help
-.PHONY: help java setup demo test test-cluster test-matrix bench bench-peers check format clean
+.PHONY: help java setup demo test test-cluster test-matrix bench bench-peers docs check format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ bench: java setup ## Compare features_udf with the usual ways of doing it (15 mi
 bench-peers: java setup ## Compare it with Ray Data and Daft, in an environment of their own
 	@$(WITH_JAVA) $(PYTHON) -m benchmarks.peers.run
 
+docs: setup ## Build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
 check: setup ## Lint, check the format and the types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -49,6 +52,6 @@ format: setup ## Format the code, and fix what the linter can
 	$(PYTHON) -m ruff format .
 
 clean: ## Remove all that is made: .venv, caches, outputs
-	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info
 	rm -rf demo_output spark-warehouse metastore_db derby.log artifacts
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

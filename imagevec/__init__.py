@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from imagevec.models import list_models, register_model
     from imagevec.quantization import quantize
     from imagevec.spark.conf import recommended_conf
-    from imagevec.spark.metrics import Metrics
     from imagevec.spark.featurizer import ImageFeaturizer
+    from imagevec.spark.metrics import Metrics
     from imagevec.spark.pickling import explain_pickle
     from imagevec.spark.provenance import check_fingerprints, fingerprint
     from imagevec.spark.udf import features_udf, make_features_udf, register

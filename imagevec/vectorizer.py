@@ -66,7 +66,8 @@ class ImageVectorizer:
         """
         from pyspark.sql.functions import col
 
-        from imagevec.spark.udf import check_input_column, column_of, with_spark_gpus
+        from imagevec.spark.provenance import metadata_of
+        from imagevec.spark.udf import check_input_column, udf_of, with_spark_gpus
 
         check_input_column(df, input_col)
         options = with_spark_gpus(df.sparkSession, self._options)
@@ -74,9 +75,11 @@ class ImageVectorizer:
         if options != self._options:
             resolved = resolve(**options)
         quoted = "`" + input_col.replace("`", "``") + "`"  # else a dot is of a struct's field
-        return df.withColumn(
-            output_col, column_of(col(quoted), df.sparkSession, *resolved, metrics)
-        )
+        column = udf_of(df.sparkSession, *resolved, metrics)(col(quoted))
+        features = column.alias(output_col, metadata=metadata_of(self.spec))
+        if output_col in df.columns:
+            return df.withColumn(output_col, features)
+        return df.select("*", features)  # Spark Connect's withColumn would lose the metadata
 
     def extract_features(self, image: bytes | str) -> list[float] | None:
         """The feature vector of one image, in this process and without Spark.

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from pyspark import SparkConf
+from pyspark import SparkConf, SparkContext
 from pyspark.sql import SparkSession
 
 from imagevec.errors import ImageVecError
@@ -20,7 +20,8 @@ _IMAGE_BYTES = 200_000  # of a typical file, for the size of an Arrow batch
 def spark_session(master: str | None, recommended: bool = True) -> Iterator[SparkSession]:
     """A session of its own, with ``recommended_conf`` where nothing else was set, if so wished."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    submitted = SparkConf()  # what spark-submit passed on
+    SparkContext._ensure_initialized()  # the JVM, which knows what spark-submit passed on
+    submitted = SparkConf()
     builder = SparkSession.builder.appName("imagevec")
     if master or not submitted.contains("spark.master"):
         builder = builder.master(master or "local[*]")

@@ -71,15 +71,17 @@ def features_udf(
     Returns:
         ``array<float>`` of ``num_features`` values, null for a null or bad image; or a struct, with
         ``output="struct"``. The column is called ``features``, and its metadata say what made it:
-        see ``imagevec.fingerprint``.
+        see ``imagevec.fingerprint``. (Spark Connect loses them in ``withColumn``, not in
+        ``select``.)
 
     Raises:
         OptionError: An option is wrong. The message names the nearest valid choice.
         WeightsError: The weights cannot be had, or do not fit the model.
     """
     session = active_session()
-    resolved = resolve(**with_spark_gpus(session, options))
-    return column_of(column, session, *resolved, metrics)
+    recipe, paths, execution = resolve(**with_spark_gpus(session, options))
+    features: Column = udf_of(session, recipe, paths, execution, metrics)(column)
+    return features.alias("features", metadata=metadata_of(recipe.spec))
 
 
 def make_features_udf(*, metrics: Metrics | None = None, **options: Unpack[Options]) -> Any:
@@ -91,19 +93,6 @@ def make_features_udf(*, metrics: Metrics | None = None, **options: Unpack[Optio
     """
     session = active_session()
     return udf_of(session, *resolve(**with_spark_gpus(session, options)), metrics)
-
-
-def column_of(
-    column: Column | str,
-    session: SparkSession,
-    recipe: Recipe,
-    paths: tuple[Path, ...],
-    execution: ExecutionOptions,
-    metrics: Metrics | None = None,
-) -> Column:
-    """A column of features, with its provenance as metadata."""
-    features: Column = udf_of(session, recipe, paths, execution, metrics)(column)
-    return features.alias("features", metadata=metadata_of(recipe.spec))
 
 
 def register(spark: SparkSession, name: str = "image_features", **options: Unpack[Options]) -> None:

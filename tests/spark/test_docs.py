@@ -1,21 +1,35 @@
-"""The code of docs/spark-context-errors.md runs, and fails, as it says."""
+"""The code of README.md and of docs/ runs, and what docs/ state as facts of the code is true.
+
+A block of ``python`` is run, one after the other on a page, as in a notebook; one of ``py`` needs
+what is not here (a GPU, a server) and is compiled only.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pyspark.sql import SparkSession
+import torch
+from pyspark.sql import DataFrame, SparkSession
+from safetensors.torch import save_file
 
-from imagevec import explain_pickle
+import imagevec
+from imagevec import ImageVectorizer, errors, explain_pickle, models, recipe, weights
+from imagevec.cli import _parser
+from imagevec.spark import featurizer
 from tests.conftest import ROOT
+from tests.factories import tiny
 from tests.images import encode, photo
 from tests.spark.conftest import Frame
 
-TEXT = (ROOT / "docs" / "spark-context-errors.md").read_text()
+DOCS = ROOT / "docs"
+ARTICLE_PAGE = DOCS / "spark-context-errors.md"
+TEXT = ARTICLE_PAGE.read_text()
 ARTICLE, EXPLAIN, FUNCTION, CLASS, IMAGEVEC = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 IMPORTS = """
 import functools, io, torch, torchvision
@@ -76,3 +90,236 @@ def test_way_out_2_a_pickle_without_the_session(photos: Any) -> None:
 
 def test_way_out_3_imagevec(photos: Any) -> None:
     assert lengths(scope_after(IMAGEVEC, df=photos)["features"]) == [512, 512]
+
+
+PAGES = sorted({ROOT / "README.md", *DOCS.glob("*.md")} - {ARTICLE_PAGE})
+SPARK_PATH = r'\b(?:parquet|load|save|start)\(|"checkpointLocation", '  # of the JVM's folder
+REAL = ("resnet18",)  # small, and of use where the nodes of a model matter
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """With the indentation of those in a list taken off."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
+
+
+def name_of(page: Path) -> str:
+    return page.stem
+
+
+@pytest.fixture
+def reader(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Someone who reads: a folder of photos, the weights of all models, and the session there is.
+
+    Known names mean a tiny model, but for ``REAL``, which get random weights.
+    """
+    (tmp_path / "photos").mkdir()
+    for seed in range(12):
+        (tmp_path / "photos" / f"{seed}.png").write_bytes(encode(photo(seed=seed)))
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
+    save_file(tiny().state_dict(), tmp_path / "lite0.safetensors")
+    for module in (recipe, featurizer):
+        monkeypatch.setattr(module, "find_entry", find_tiny_entry)
+        monkeypatch.setattr(module, "find_weights", find_weights_at_hand)
+    monkeypatch.setattr(models, "_registered", {})
+    monkeypatch.setattr(SparkSession.Builder, "getOrCreate", lambda builder: spark)
+    monkeypatch.chdir(tmp_path)
+    arrow_rows = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    before = spark.conf.get(arrow_rows)
+    yield tmp_path
+    spark.conf.set(arrow_rows, before)
+
+
+def find_tiny_entry(model: Any) -> models.Entry:
+    entry = models.find_entry(model)  # which must know it
+    if isinstance(entry, models.FactoryEntry) or entry.name in REAL:
+        return entry
+    return models.FactoryEntry(tiny, registered_name=entry.name)
+
+
+def find_weights_at_hand(name: str, entry: Any) -> Path | None:
+    if isinstance(entry, models.TorchvisionEntry):
+        return None
+    return weights.find_weights(name, entry)
+
+
+def run(page: Path, folder: Path, **names: Any) -> dict[str, Any]:
+    """The variables that the page's blocks leave; each data frame of theirs can be computed."""
+    scope = {"__name__": "__main__", **names}  # pickled by value, as in a notebook
+    computed: list[Any] = []
+    for code in blocks(page, "python"):
+        there = re.sub(rf'({SPARK_PATH})"(?!\w+:)', rf'\1"{folder}/', code)
+        exec(compile(there, f"{page.name}: {code}", "exec"), scope)
+        for value in list(scope.values()):
+            is_new = isinstance(value, DataFrame) and not any(value is df for df in computed)
+            if is_new and not value.isStreaming:
+                value.write.format("noop").mode("overwrite").save()
+                computed.append(value)
+    return scope
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_a_page_runs(spark: SparkSession, reader: Path, page: Path) -> None:
+    names: dict[str, Any] = {"spark": spark}
+    if page.name == "README.md":  # it is a list of what there is, and does not repeat its imports
+        names |= {name: getattr(imagevec, name) for name in imagevec.__all__}
+        names["jpeg_bytes"] = encode(photo(), "JPEG")
+        names["df"] = spark.read.format("binaryFile").load(str(reader / "photos"))
+        del names["features_udf"]
+    scope = run(page, reader, **names)
+    CHECKS.get(page.stem, lambda scope, folder: None)(scope, reader)
+
+
+def check_index(scope: dict[str, Any], folder: Path) -> None:
+    written = scope["spark"].read.parquet(str(folder / "features"))
+    assert written.where("features IS NOT NULL").count() == 12
+    assert written.where("path LIKE '%broken.jpg' AND features IS NULL").count() == 1
+
+
+def check_models(scope: dict[str, Any], folder: Path) -> None:
+    texture = scope["photos"].where("length > 100").select(scope["texture"])
+    assert len(texture.first().features) == 128
+    assert scope["report"].held_out_images == 3
+
+
+def check_tuning(scope: dict[str, Any], folder: Path) -> None:
+    assert set(imagevec.recommended_conf(executor_gpus=1)) == {
+        name for name in re.findall(r"`(spark\.[\w.]+)`", section("tuning", "Spark settings"))
+    } - {"imagevec.spark.daemon"}
+    value = scope["metrics"].value  # of two queries, the page's and ours
+    told = re.findall(r"`([a-z.<>]+)`", "".join(table(section("tuning", "Metrics"))))
+    assert {name.replace(".unsupported_format", ".<code>") for name in value} <= set(told)
+    assert (value["rows"], value["images"], value["errors.unsupported_format"]) == (26, 24, 2)
+
+
+def check_pipelines(scope: dict[str, Any], folder: Path) -> None:
+    spark, series = scope["spark"], scope["vectors"]
+    assert spark.read.parquet(str(folder / "features/stream")).count() == 13
+    assert {row.prediction for row in scope["predictions"].collect()} <= {0.0, 1.0}
+    assert scope["together"].count() == 2 * 13
+    assert series is not None
+
+
+def check_errors(scope: dict[str, Any], folder: Path) -> None:
+    codes = {row.code for row in scope["codes"].collect()}
+    assert codes == {None, "unsupported_format"}
+
+
+CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "index": check_index,
+    "models": check_models,
+    "tuning": check_tuning,
+    "pipelines": check_pipelines,
+    "errors": check_errors,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`to_list` loads all data")
+def test_the_pandas_recipe_keeps_rows_and_index(spark: SparkSession, reader: Path) -> None:
+    (code,) = (code for code in blocks(DOCS / "pipelines.md", "python") if "to_spark" in code)
+    function = code.partition("\n\n\n")[0]
+    scope = {"__name__": "__main__", "features_udf": imagevec.features_udf}
+    exec(function, scope)
+    with_features = scope["with_features"]
+
+    images = [encode(photo(seed=1)), b"no image", encode(photo(seed=2))]
+    rows = list(zip([30, 10, 20], images, "abc", strict=True))
+    frame = spark.createDataFrame(rows, "key long, content binary, name string").pandas_api("key")
+    result = with_features(frame, model=tiny, weights="random").sort_index()
+    assert result.index.name == "key"
+    assert result.index.to_list() == [10, 20, 30]
+    assert result["name"].to_list() == ["b", "c", "a"]
+    expected = ImageVectorizer(model=tiny, weights="random")
+    bad, *good = result["features"].to_list()
+    assert bad is None
+    for vector, image in zip(good, (images[2], images[0]), strict=True):
+        assert list(vector) == pytest.approx(expected.extract_features(image), rel=1e-4, abs=1e-6)
+
+    series = frame["content"]
+    alone = with_features(series.to_frame("content"), model=tiny, weights="random")["features"]
+    assert sorted(alone.index.to_list()) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_cannot_run_compiles(page: Path) -> None:
+    for code in blocks(page, "py"):
+        compile(code, page.name, "exec")
+
+
+def section(page: str, heading: str) -> str:
+    """The text under a heading, to the next one."""
+    text = (DOCS / f"{page}.md").read_text()
+    return re.split(r"^#+ ", text.partition(f"# {heading}\n")[2], flags=re.MULTILINE)[0]
+
+
+def table(text: str) -> list[str]:
+    """The rows of all tables in a text, without their headings."""
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    rules = [i for i, row in enumerate(rows) if set(row) <= set("|-: ")]
+    return [row for i, row in enumerate(rows) if i not in rules and i + 1 not in rules]
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row[1:-1].split("|")]
+
+
+def test_the_codes_and_the_tree_are_those_of_the_module() -> None:
+    rows = [cells(row) for row in table(section("errors", "Image errors"))]
+    assert {code.strip("`"): meaning for code, meaning, _ in rows} == dict(errors.IMAGE_ERROR_CODES)
+    assert (errors.__doc__ or "").partition("\n\n")[2].strip() in section("errors", "Exceptions")
+
+
+def test_the_models_are_as_told() -> None:
+    rows = [cells(row) for row in table(section("models", "Which one")) if row.count("|") == 4]
+    assert len(rows) > 10
+    for quoted, features, size in rows:
+        entry = models.find_entry(quoted.strip("`"))
+        input_size = entry.preprocessing(None).crop_size
+        with torch.device("meta"):
+            model = models.to_feature_model(entry.build(input_size), "pooled", normalize=False)
+        assert models.infer_num_features(model, input_size) == int(features.replace(",", "")), (
+            quoted
+        )
+        assert input_size == int(size), quoted
+
+
+def test_the_command_line_is_as_told() -> None:
+    text = (DOCS / "command-line.md").read_text()
+    told = set(re.findall(r"--[a-z][a-z-]+", text))
+    known = {"--version"}
+    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for name, parser in commands.choices.items():
+        assert f"## {name}\n" in text
+        known |= {option for action in parser._actions for option in action.option_strings}
+    assert told == {option for option in known if option.startswith("--")}
+
+
+def test_the_sums_are_right() -> None:
+    rows = [cells(row) for row in table(section("scaling", "Core-hours"))]
+    per_core = {}
+    for precision, images, of_a_core, *core_hours in (row for row in rows if len(row) == 6):
+        per_core[precision] = float(of_a_core)
+        assert float(images) == pytest.approx(2 * per_core[precision], rel=0.01)
+        hours = [number / (per_core[precision] * 3600) for number in (1e6, 1e8, 1e10)]
+        assert [number_of(cell) for cell in core_hours] == pytest.approx(hours, rel=0.01)
+    for precision, cores, *told in (row for row in rows if len(row) == 5):
+        core_hours = [number / (per_core[precision] * 3600) for number in (1e6, 1e8, 1e10)]
+        expected = [hours / number_of(cores) for hours in core_hours]
+        assert [number_of(cell) for cell in told] == pytest.approx(expected, rel=0.05)
+    assert len(per_core) == 3
+    for features, _, *told in (
+        cells(row) for row in table(section("scaling", "Storage of vectors"))
+    ):
+        sizes = [4 * number_of(features) * number for number in (1e6, 1e8, 1e10)]
+        units = {"GB": 1e9, "TB": 1e12}
+        bytes_told = [float(cell.split()[0]) * units[cell.split()[1]] for cell in told]
+        assert bytes_told == pytest.approx(sizes, rel=0.05)
+
+
+def number_of(cell: str) -> float:
+    return float(cell.replace(",", ""))
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (DOCS / "api.md").read_text()
+    assert set(re.findall(r"^::: imagevec\.(\w+)$", text, re.MULTILINE)) == set(imagevec.__all__)
