@@ -36,6 +36,7 @@ from imagevec.spec import (
     Options,
     Preprocessing,
     check_choice,
+    check_layer,
 )
 from imagevec.weights import RANDOM, find_weights, load_state_dict
 
@@ -116,18 +117,20 @@ def feature_spec(chosen: dict[str, Any], precision: str) -> tuple[FeatureSpec, E
         chosen: All of ``Options``.
         precision: What ``chosen["precision"]`` comes to.
     """
+    layer = check_layer(chosen["layer"])
     entry = find_entry(chosen["model"])
     weights_path = find_weights(chosen["weights"], entry)
     digest = digest_of(weights_path) if weights_path else None
     preprocessing = dataclasses.replace(entry.preprocessing(digest), decode=chosen["decode"])
-    model = _feature_model(entry, preprocessing, chosen["layer"], chosen["normalize"], weights_path)
+    model = _feature_model(entry, preprocessing, layer, chosen["normalize"], weights_path)
     # A registered model's shapes tell; a factory's model is run once, on a black image.
     device = "cpu" if isinstance(entry, FactoryEntry) else "meta"
+    num_features = infer_num_features(model, preprocessing.crop_size, device)
     spec = FeatureSpec(
         model=entry.name,
         weights=f"sha256:{digest}" if digest else RANDOM,
-        layer=chosen["layer"],
-        num_features=infer_num_features(model, preprocessing.crop_size, device),
+        layer=layer,
+        num_features=num_features if isinstance(layer, tuple) else num_features[0],
         preprocessing=preprocessing,
         precision=precision,
         normalize=chosen["normalize"],
@@ -164,6 +167,8 @@ def _saved_recipe(
     folder: Path, options: dict[str, Any], execution: ExecutionOptions
 ) -> tuple[Recipe, tuple[Path, ...]]:
     spec, paths = saved_model.read(folder)
+    if "layer" in options:
+        options["layer"] = check_layer(options["layer"])
     for name in ("layer", "normalize", "precision"):
         saved = getattr(spec, name)
         if options.get(name, saved) not in (saved, "auto"):
@@ -184,7 +189,7 @@ def _saved_recipe(
 def _feature_model(
     entry: Entry,
     preprocessing: Preprocessing,
-    layer: str,
+    layer: str | tuple[str, ...],
     normalize: bool,
     weights_path: Path | None,
 ) -> nn.Module:
