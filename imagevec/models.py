@@ -7,6 +7,7 @@ torchvision's preset of the weights entry, timm's data config, or what was regis
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -16,11 +17,12 @@ from typing import Any, Protocol
 
 import torch
 import torchvision.models
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from imagevec import exported
 from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
 from imagevec.spark.pickling import check_pickle
 from imagevec.spec import Preprocessing
@@ -155,7 +157,39 @@ class FactoryEntry:
         return self.preset
 
 
-_registered: dict[str, FactoryEntry] = {}
+@dataclass(frozen=True)
+class ExportedEntry:
+    """A file of ``torch.export.save``: see ``imagevec.exported``."""
+
+    path: Path
+    preset: Preprocessing | None = None
+    registered_name: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.registered_name or f"pt2:{self.path.stem}"
+
+    def build(self, crop_size: int) -> nn.Module:
+        """The program, which yields features already."""
+        del crop_size  # the program knows
+        return exported.load(self.path)
+
+    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+        """What was registered, else torchvision's preset for the program's input size."""
+        del weights_digest
+        size = exported.input_size(self.path)
+        if self.preset is None:
+            crop_size = size or _IMAGENET.crop_size
+            # 256 to 224, as torchvision's
+            return Preprocessing(resize_size=math.floor(crop_size / 0.875), crop_size=crop_size)
+        if size not in (None, self.preset.crop_size):
+            raise OptionError(
+                f"crop_size={self.preset.crop_size} is not valid: {self.path.name} takes {size}"
+            )
+        return self.preset
+
+
+_registered: dict[str, FactoryEntry | ExportedEntry] = {}
 
 
 def list_models() -> list[str]:
@@ -164,29 +198,36 @@ def list_models() -> list[str]:
 
 
 def register_model(
-    name: str, factory: ModelFactory, *, preprocessing: Preprocessing = _IMAGENET
+    name: str, factory: ModelFactory | str | Path, *, preprocessing: Preprocessing | None = None
 ) -> None:
     """Makes ``model=name`` mean ``factory``, in this process and in the jobs that it starts.
 
     Args:
         name: A new name.
         factory: Returns a new ``nn.Module`` that takes float32 ``(N, 3, S, S)``. It is pickled
-            (by cloudpickle) and called once on the driver and once in each worker process.
-        preprocessing: What happens to the pixels before the model.
+            (by cloudpickle) and called once on the driver and once in each worker process. Or the
+            path of a ``.pt2`` file, whose loading can run code: see ``imagevec.exported``.
+        preprocessing: What happens to the pixels before the model; by default that of
+            torchvision's ``ImageClassification`` preset, for a ``.pt2`` file in its input size.
 
     Raises:
-        OptionError: The name is taken, or the factory is not callable.
+        OptionError: The name is taken, the factory is not callable, or there is no such file.
         SerializationError: The factory captures what must not be pickled, a session for example.
     """
     if name in list_models() or name.startswith(TIMM_PREFIX):
         raise OptionError(f"the model name {name!r} is taken: choose another")
+    if exported.is_exported(factory):
+        _registered[name] = ExportedEntry(_existing(factory), preprocessing, name)
+        return
     if not callable(factory):
         raise OptionError(f"factory={factory!r} is not valid: give a function without arguments")
     check_pickle(factory)
-    _registered[name] = FactoryEntry(factory, preprocessing, name)
+    _registered[name] = FactoryEntry(factory, preprocessing or _IMAGENET, name)
 
 
-def find_entry(model: str | ModelFactory) -> TorchvisionEntry | TimmEntry | FactoryEntry:
+def find_entry(
+    model: str | ModelFactory,
+) -> TorchvisionEntry | TimmEntry | FactoryEntry | ExportedEntry:
     """The entry of a ``model`` option.
 
     Raises:
@@ -202,10 +243,12 @@ def find_entry(model: str | ModelFactory) -> TorchvisionEntry | TimmEntry | Fact
     if callable(model):
         check_pickle(model)
         return FactoryEntry(model)
-    if not isinstance(model, str):
-        raise OptionError(f"model={model!r} is not valid: give a name or a zero-argument factory")
     if model in _registered:
         return _registered[model]
+    if exported.is_exported(model):
+        return ExportedEntry(_existing(model))
+    if not isinstance(model, str):
+        raise OptionError(f"model={model!r} is not valid: give a name or a zero-argument factory")
     if model.startswith(TIMM_PREFIX):
         name = model.removeprefix(TIMM_PREFIX)
         architecture, _, tag = name.partition(".")
@@ -220,11 +263,19 @@ def find_entry(model: str | ModelFactory) -> TorchvisionEntry | TimmEntry | Fact
     return TorchvisionEntry(model)
 
 
-def to_feature_model(model: nn.Module, layer: str, normalize: bool) -> nn.Module:
+def _existing(path: Any) -> Path:
+    absolute = Path(path).expanduser().absolute()
+    if not absolute.is_file():
+        raise OptionError(f"model={str(path)!r}: there is no such file")
+    return absolute
+
+
+def to_feature_model(model: nn.Module, layer: str | tuple[str, ...], normalize: bool) -> nn.Module:
     """Turns a classifier, which it alters, into a model that yields feature vectors.
 
     Returns:
-        A module in evaluation mode, float32 ``(N, 3, S, S)`` to ``(N, D)``.
+        A module in evaluation mode, float32 ``(N, 3, S, S)`` to ``(N, D)``. The vectors of several
+        layers, each normalised by itself, are one after the other: D is the sum of their lengths.
 
     Raises:
         OptionError: The model has no such layer; the message holds the nearest ones.
@@ -233,12 +284,14 @@ def to_feature_model(model: nn.Module, layer: str, normalize: bool) -> nn.Module
     if layer == "pooled":
         model = _without_classifier(model)
     elif layer != "logits":
-        model = _up_to_node(model, layer)
+        return _up_to_nodes(model, layer if isinstance(layer, tuple) else (layer,), normalize)
     return nn.Sequential(model, _VectorNorm()).eval() if normalize else model
 
 
-def infer_num_features(feature_model: nn.Module, crop_size: int, device: str = "meta") -> int:
-    """The length of a feature vector.
+def infer_num_features(
+    feature_model: nn.Module, crop_size: int, device: str = "meta"
+) -> tuple[int, ...]:
+    """The length of the feature vector, or of each of several layers' vectors.
 
     On PyTorch's ``meta`` device only shapes are computed, and the model is of no use afterwards.
 
@@ -247,11 +300,16 @@ def infer_num_features(feature_model: nn.Module, crop_size: int, device: str = "
     """
     feature_model.to(device)
     with torch.device(device), torch.inference_mode():
-        features = feature_model(torch.zeros(1, 3, crop_size, crop_size))
-    if not isinstance(features, torch.Tensor) or features.ndim != 2:
-        shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features)
-        raise OptionError(f"the model's output is not valid: {shape}, not a tensor (N, D)")
-    return features.shape[1]
+        image = torch.zeros(1, 3, crop_size, crop_size)
+        if isinstance(feature_model, _Layers):
+            outputs = feature_model.vectors(image)
+        else:
+            outputs = [feature_model(image)]
+    for output in outputs:
+        if not isinstance(output, torch.Tensor) or output.ndim != 2:
+            shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output)
+            raise OptionError(f"the model's output is not valid: {shape}, not a tensor (N, D)")
+    return tuple(output.shape[1] for output in outputs)
 
 
 def build_model(entry: Entry, crop_size: int, state_dict: dict[str, Any] | None) -> nn.Module:
@@ -306,25 +364,48 @@ class _VectorNorm(nn.Module):
         return F.normalize(features.float(), dim=1)  # (N, D) -> (N, D)
 
 
-class _PoolNode(nn.Module):
-    """One node of a traced model, pooled to a vector.
+class _Whole(nn.Module):
+    """A model whose output is a node of its own, ``output``; all others begin with ``model.``."""
 
-    Attributes:
-        extractor: ``(N, 3, S, S)`` to a dictionary with the one node's output.
-        channels_last: Whether a spatial output is ``(N, H, W, C)``.
-    """
-
-    def __init__(self, extractor: nn.Module, channels_last: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.extractor = extractor
-        self.channels_last = channels_last
+        self.model = model
+        self.output = nn.Identity()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        node: torch.Tensor
-        (node,) = self.extractor(images).values()
-        if node.ndim == 4:  # (N, C, H, W) -> (N, C)
-            return node.mean((1, 2) if self.channels_last else (2, 3))
-        return node[:, 0] if node.ndim == 3 else node  # (N, T, C) -> (N, C), the class token
+        output: torch.Tensor = self.output(self.model(images))
+        return output
+
+
+class _Layers(nn.Module):
+    """Layers of a model, each a vector.
+
+    Attributes:
+        extractor: ``(N, 3, S, S)`` to a dictionary of vectors, ``(N, D)`` each.
+        names: In that dictionary, in order.
+        norm: What becomes of each vector.
+    """
+
+    def __init__(self, extractor: nn.Module, names: list[str], normalize: bool) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.names = names
+        self.norm = _VectorNorm() if normalize else nn.Identity()
+
+    def vectors(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """``(N, D)`` of each layer."""
+        vectors = self.extractor(images)
+        return [self.norm(vectors[name]) for name in self.names]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self.vectors(images), dim=1)  # (N, D) each -> (N, sum of D)
+
+
+def _to_vector(node: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """A node's output as a vector in memory of its own."""
+    if node.ndim == 4:  # (N, C, H, W) -> (N, C)
+        return node.mean((1, 2) if channels_last else (2, 3))
+    return (node[:, 0] if node.ndim == 3 else node).clone()  # (N, T, C) -> (N, C), class token
 
 
 def _without_classifier(model: nn.Module) -> nn.Module:
@@ -342,31 +423,68 @@ def _without_classifier(model: nn.Module) -> nn.Module:
     return result
 
 
-def _up_to_node(model: nn.Module, layer: str) -> nn.Module:
+def _up_to_nodes(model: nn.Module, layers: tuple[str, ...], normalize: bool) -> nn.Module:
+    """The model up to the layers, which one forward pass computes."""
+    is_swin = isinstance(model, torchvision.models.SwinTransformer)
+    special = {"logits": "output"}
+    if "pooled" in layers:
+        special["pooled"] = _mark_pooled(model)
+    whole = _Whole(model).eval()
     try:
-        _, nodes = get_graph_node_names(model, suppress_diff_warning=True)
+        _, nodes = get_graph_node_names(whole, suppress_diff_warning=True)
     except Exception as error:  # a model's own code runs under torch.fx's tracer
+        layer = layers[0] if len(layers) == 1 else layers
         raise OptionError(
             f"layer={layer!r} is not available: torch.fx cannot trace the model ({error}); "
-            "use 'pooled' or 'logits', or a factory whose model ends at that layer"
+            "use 'pooled' or 'logits' alone, or a factory whose model ends at that layer"
         ) from error
-    known = {node[: len(node) - len(rest)] for node in nodes for rest in _suffixes(node)}
-    if layer not in known:
-        raise OptionError(
-            f"layer={layer!r} is not known: {did_you_mean(layer, {*known, 'pooled', 'logits'})}"
-        )
-    is_swin = isinstance(model, torchvision.models.SwinTransformer)
-    channels_last = is_swin and layer.partition(".")[0] in ("features", "norm")
-    extractor = create_feature_extractor(model, [layer], suppress_diff_warning=True)
-    return _PoolNode(extractor, channels_last)
+    # A module's name means the last node in it. torchvision finds that, too, but of two names that
+    # mean the same node it gives another one to the second.
+    last = {prefix: node for node in nodes for prefix in _prefixes(node)}
+    known = {name.removeprefix("model."): node for name, node in last.items() if "." in name}
+    known |= {layer: last[name] for layer, name in special.items() if name in last}
+    for layer in layers:
+        if layer not in known:
+            near = did_you_mean(layer, {*known, "pooled", "logits"} - {layer})
+            raise OptionError(f"layer={layer!r} is not known: {near}")
+    names = [known[layer] for layer in layers]
+    graph = create_feature_extractor(whole, names, suppress_diff_warning=True).graph
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    vectors = {}
+    for name, node in output.args[0].items():
+        channels_last = is_swin and name.startswith(("model.features.", "model.norm"))
+        # Not at the end: an in-place operation that comes next would write over the node's output.
+        with graph.inserting_after(node):
+            vectors[name] = graph.call_function(_to_vector, (node, channels_last))
+    output.args = (vectors,)
+    return _Layers(fx.GraphModule(whole, graph), names, normalize).eval()
 
 
-def _suffixes(node: str) -> Iterator[str]:
-    """``"layer1.0.conv1"``: ``""``, ``".conv1"`` and ``".0.conv1"``."""
-    yield ""
-    parts = node.split(".")
-    for kept in range(1, len(parts)):
-        yield "." + ".".join(parts[kept:])
+def _mark_pooled(model: nn.Module) -> str:
+    """Gives the pooled layer a node of its own; returns the node's name in ``_Whole``."""
+    if isinstance(model, torchvision.models.SqueezeNet):  # its classifier is a convolution
+        return "model.features"
+    if hasattr(model, "get_classifier"):  # timm
+        classifier = model.get_classifier()  # type: ignore[operator]
+    else:
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            return "output"
+        classifier = linear[-1]
+    for name, module in model.named_modules():
+        if module is classifier:
+            parent, _, attribute = name.rpartition(".")
+            marked = nn.Sequential(nn.Identity(), module)
+            setattr(model.get_submodule(parent), attribute, marked)
+            return f"model.{name}.0"
+    raise OptionError(
+        "layer='pooled' is not available beside others: the model has two classifiers"
+    )
+
+
+def _prefixes(node: str) -> Iterator[str]:
+    """``"layer1.0.conv1"``: ``"layer1"``, ``"layer1.0"`` and ``"layer1.0.conv1"``."""
+    return itertools.accumulate(node.split("."), "{}.{}".format)
 
 
 def _timm() -> Any:

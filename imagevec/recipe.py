@@ -23,6 +23,7 @@ from imagevec.errors import OptionError, did_you_mean
 from imagevec.files import cache_dir, content_addressed, digest_of, verified
 from imagevec.models import (
     Entry,
+    ExportedEntry,
     FactoryEntry,
     build_model,
     find_entry,
@@ -36,6 +37,7 @@ from imagevec.spec import (
     Options,
     Preprocessing,
     check_choice,
+    check_layer,
 )
 from imagevec.weights import RANDOM, find_weights, load_state_dict
 
@@ -116,18 +118,20 @@ def feature_spec(chosen: dict[str, Any], precision: str) -> tuple[FeatureSpec, E
         chosen: All of ``Options``.
         precision: What ``chosen["precision"]`` comes to.
     """
+    layer = check_layer(chosen["layer"])
     entry = find_entry(chosen["model"])
     weights_path = find_weights(chosen["weights"], entry)
     digest = digest_of(weights_path) if weights_path else None
     preprocessing = dataclasses.replace(entry.preprocessing(digest), decode=chosen["decode"])
-    model = _feature_model(entry, preprocessing, chosen["layer"], chosen["normalize"], weights_path)
-    # A registered model's shapes tell; a factory's model is run once, on a black image.
-    device = "cpu" if isinstance(entry, FactoryEntry) else "meta"
+    model = _feature_model(entry, preprocessing, layer, chosen["normalize"], weights_path)
+    # A library model's shapes tell; one of the user's own is run once, on a black image.
+    device = "cpu" if isinstance(entry, FactoryEntry | ExportedEntry) else "meta"
+    num_features = infer_num_features(model, preprocessing.crop_size, device)
     spec = FeatureSpec(
         model=entry.name,
         weights=f"sha256:{digest}" if digest else RANDOM,
-        layer=chosen["layer"],
-        num_features=infer_num_features(model, preprocessing.crop_size, device),
+        layer=layer,
+        num_features=num_features if isinstance(layer, tuple) else num_features[0],
         preprocessing=preprocessing,
         precision=precision,
         normalize=chosen["normalize"],
@@ -164,6 +168,8 @@ def _saved_recipe(
     folder: Path, options: dict[str, Any], execution: ExecutionOptions
 ) -> tuple[Recipe, tuple[Path, ...]]:
     spec, paths = saved_model.read(folder)
+    if "layer" in options:
+        options["layer"] = check_layer(options["layer"])
     for name in ("layer", "normalize", "precision"):
         saved = getattr(spec, name)
         if options.get(name, saved) not in (saved, "auto"):
@@ -184,10 +190,18 @@ def _saved_recipe(
 def _feature_model(
     entry: Entry,
     preprocessing: Preprocessing,
-    layer: str,
+    layer: str | tuple[str, ...],
     normalize: bool,
     weights_path: Path | None,
 ) -> nn.Module:
+    if isinstance(entry, ExportedEntry):
+        if layer != "pooled":
+            raise OptionError(
+                f"layer={layer!r} is not valid: a .pt2 file has its output alone, use 'pooled'"
+            )
+        # On a worker the file is at another place.
+        model = dataclasses.replace(entry, path=weights_path or entry.path).build(0)
+        return to_feature_model(model, layer, normalize)
     state_dict = load_state_dict(weights_path) if weights_path else None
     model = build_model(entry, preprocessing.crop_size, state_dict)
     return to_feature_model(model, layer, normalize)

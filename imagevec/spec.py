@@ -29,13 +29,15 @@ class Options(TypedDict, total=False):
 
     model: str | Callable[[], nn.Module]
     """A name of ``list_models()``, ``"timm/<name>"``, a zero-argument factory of an ``nn.Module``,
-    or the path of a saved model. Default ``"resnet50"``."""
+    the path of a saved model, or of a ``.pt2`` file, whose loading can run code that is in it: see
+    ``imagevec.exported``. Default ``"resnet50"``."""
     weights: str
     """A torchvision weights name, a path to ``.pth``, ``.pt`` or ``.safetensors``, or
     ``"random"`` (seeded: the same on every worker). Default ``"DEFAULT"``."""
-    layer: str
+    layer: str | Sequence[str]
     """``"pooled"`` (the input of the classifier's last linear layer), ``"logits"``, or a node of
-    ``torchvision.models.feature_extraction.get_graph_node_names``. Default ``"pooled"``."""
+    ``torchvision.models.feature_extraction.get_graph_node_names``. Several, all of one forward
+    pass, give a struct with a vector a layer. Default ``"pooled"``."""
     normalize: bool
     """L2-normalise each vector. Default ``False``."""
     precision: Literal["float32", "bfloat16", "float16", "int8", "auto"]
@@ -66,7 +68,9 @@ class Options(TypedDict, total=False):
     row too. It costs some 300 MB a worker and seconds at its start. Default ``False``."""
     output: Literal["array", "struct"]
     """``array<float>``, or ``struct<features: array<float>, error: string, width: int,
-    height: int>``. Default ``"array"``."""
+    height: int>``. With several layers, ``struct<<layer>: array<float>, ...>`` takes the place of
+    ``array<float>``; it is never null itself, since no pandas UDF can return a null struct: where
+    there is no image, each of its fields is. Default ``"array"``."""
 
 
 DEFAULTS: Options = {
@@ -102,6 +106,24 @@ def _check_positive(option: str, value: object) -> None:
 def _check_bool(option: str, value: object) -> None:
     if not isinstance(value, bool):
         raise OptionError(f"{option}={value!r} is not valid: use True or False")
+
+
+def check_layer(layer: Any) -> Any:
+    """A ``layer`` option: one name as it is, several as a tuple.
+
+    Raises:
+        OptionError: There are none, or one is there twice. Names are the model's to know.
+    """
+    if not isinstance(layer, list | tuple):
+        return layer
+    if not layer or not all(isinstance(name, str) for name in layer):
+        raise OptionError(
+            f"layer={layer!r} is not valid: give names, ('layer3', 'pooled') for example"
+        )
+    for name in layer:
+        if layer.count(name) > 1:
+            raise OptionError(f"layer={layer!r} is not valid: give {name!r} once")
+    return tuple(layer)
 
 
 @dataclass(frozen=True)
@@ -155,10 +177,11 @@ class FeatureSpec:
     """All that fixes the numbers of a feature vector.
 
     Attributes:
-        model: The model's name; a factory's is ``factory:<module>.<qualname>``.
-        weights: ``sha256:<hex digest of the weights file>``, or ``random``.
-        layer: ``"pooled"``, ``"logits"`` or a node name.
-        num_features: The length of a vector.
+        model: The model's name; a factory's is ``factory:<module>.<qualname>``, a ``.pt2`` file's
+            ``pt2:<name without suffix>``.
+        weights: ``sha256:<hex digest of the weights file>`` (the ``.pt2`` file), or ``random``.
+        layer: ``"pooled"``, ``"logits"`` or a node name; several as a tuple.
+        num_features: The length of a vector; of each layer's, in order, if there are several.
         preprocessing: What happens to the pixels before the model.
         precision: The arithmetic of the forward pass.
         normalize: Whether each vector has length 1.
@@ -166,8 +189,8 @@ class FeatureSpec:
 
     model: str
     weights: str
-    layer: str
-    num_features: int
+    layer: str | tuple[str, ...]
+    num_features: int | tuple[int, ...]
     preprocessing: Preprocessing
     precision: str
     normalize: bool
@@ -175,7 +198,16 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
         _check_bool("normalize", self.normalize)
-        _check_positive("num_features", self.num_features)
+        sizes = self.num_features
+        for size in sizes if isinstance(sizes, tuple) else (sizes,):
+            _check_positive("num_features", size)
+
+    @property
+    def layer_sizes(self) -> dict[str, int] | None:
+        """The length of each layer's vector, in order; ``None`` for one layer alone."""
+        if isinstance(self.num_features, int):
+            return None
+        return dict(zip(self.layer, self.num_features, strict=True))
 
     def to_json(self) -> str:
         """The spec as JSON with sorted keys."""
@@ -187,6 +219,9 @@ class FeatureSpec:
         fields: dict[str, Any] = json.loads(text)
         pre: dict[str, Any] = fields.pop("preprocessing")
         pre["mean"], pre["std"] = tuple(pre["mean"]), tuple(pre["std"])
+        for name in ("layer", "num_features"):
+            if isinstance(fields[name], list):
+                fields[name] = tuple(fields[name])
         return cls(preprocessing=Preprocessing(**pre), **fields)
 
     @property

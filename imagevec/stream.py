@@ -8,6 +8,7 @@ needed, and results are handed over as soon as a batch is done. It knows nothing
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,7 @@ def feature_stream(
     decode_threads: int = 1,
     overlap: bool = False,
     counts: Counts | None = None,
+    layer_sizes: dict[str, int] | None = None,
 ) -> Iterator[pd.Series | pd.DataFrame]:
     """Yields as many rows as it takes, in the same order, in batches of other sizes.
 
@@ -53,10 +55,11 @@ def feature_stream(
         overlap: Whether the next images are decoded during the forward pass. Without, decoding and
             the forward pass take turns, which wastes nothing if both use the same cores.
         counts: Where what is done is added up: see ``imagevec.Metrics``.
+        layer_sizes: Of ``FeatureSpec``: several layers, into which vectors are split.
 
     Yields:
-        Series of float32 ``(D,)`` arrays and nulls; with ``output="struct"``, data frames of
-        ``features``, ``error``, ``width`` and ``height``.
+        Series of float32 ``(D,)`` arrays and nulls, or data frames of such for each layer; with
+        ``output="struct"``, data frames of ``features``, ``error``, ``width`` and ``height``.
 
     Raises:
         ImageError: The first bad image, with ``on_error="raise"``.
@@ -80,7 +83,20 @@ def feature_stream(
     for group in _grouped(rows, batch_size):
         features = _features(group, engine, counts)
         _count(group, counts)
-        yield _to_pandas(group, features, options.output)
+        yield _to_pandas(group, features, options.output, layer_sizes)
+
+
+def split(
+    vector: npt.NDArray[np.float32], layer_sizes: dict[str, int]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """The vectors of several layers, which come one after the other.
+
+    Args:
+        vector: float32 ``(D,)``, D being the sum of the sizes.
+        layer_sizes: Of ``FeatureSpec``.
+    """
+    ends = list(itertools.accumulate(layer_sizes.values()))
+    return dict(zip(layer_sizes, np.split(vector, ends[:-1]), strict=True))
 
 
 def _features(
@@ -137,9 +153,18 @@ def _grouped(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
 
 
 def _to_pandas(
-    group: list[Row], features: list[npt.NDArray[np.float32] | None], output: str
+    group: list[Row],
+    features: list[npt.NDArray[np.float32] | None],
+    output: str,
+    layer_sizes: dict[str, int] | None,
 ) -> pd.Series | pd.DataFrame:
     vectors = pd.Series(features, dtype=object)
+    if layer_sizes is not None:
+        nulls = dict.fromkeys(layer_sizes)
+        by_layer = [nulls if v is None else split(v, layer_sizes) for v in features]
+        if output == "array":
+            return pd.DataFrame(by_layer, columns=list(layer_sizes), dtype=object)
+        vectors = pd.Series(by_layer, dtype=object)
     if output == "array":
         return vectors
     return pd.DataFrame(

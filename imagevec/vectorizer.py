@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 
 from imagevec.recipe import resolve
-from imagevec.stream import feature_stream
+from imagevec.stream import feature_stream, split
 from imagevec.worker import get_engine, resolve_device
 
 if TYPE_CHECKING:
@@ -42,9 +44,10 @@ class ImageVectorizer:
         return self._recipe.spec
 
     @property
-    def num_features(self) -> int:
-        """The length of a vector."""
-        return self._recipe.spec.num_features
+    def num_features(self) -> int | dict[str, int]:
+        """The length of a vector; of several layers, by name."""
+        spec = self._recipe.spec
+        return cast(int, spec.num_features) if spec.layer_sizes is None else spec.layer_sizes
 
     def process_images(
         self,
@@ -81,14 +84,15 @@ class ImageVectorizer:
             return df.withColumn(output_col, features)
         return df.select("*", features)  # Spark Connect's withColumn would lose the metadata
 
-    def extract_features(self, image: bytes | str) -> list[float] | None:
+    def extract_features(self, image: bytes | str) -> list[float] | dict[str, list[float]] | None:
         """The feature vector of one image, in this process and without Spark.
 
         Args:
             image: The bytes of an image file, or a path or URI of one.
 
         Returns:
-            ``num_features`` floats; ``None`` for a bad image, unless ``on_error="raise"``.
+            ``num_features`` floats, or a dictionary of such lists if there are several layers;
+            ``None`` for a bad image, unless ``on_error="raise"``.
 
         Raises:
             ImageError: The image is bad, with ``on_error="raise"``.
@@ -99,8 +103,11 @@ class ImageVectorizer:
         batches = [pd.Series([image], dtype=object)]
         preprocessing = self._recipe.spec.preprocessing
         (features,) = feature_stream(batches, engine, preprocessing, execution, batch_size=1)
-        vector = features[0]
-        return None if vector is None else vector.tolist()
+        vector: npt.NDArray[np.float32] | None = features.array[0]
+        sizes = self._recipe.spec.layer_sizes
+        if vector is None or sizes is None:
+            return None if vector is None else vector.tolist()
+        return {layer: part.tolist() for layer, part in split(vector, sizes).items()}
 
     def _locate(self, name: str) -> Path:
         return next(path for path in self._paths if path.name == name)

@@ -58,7 +58,7 @@ def engine_of(**options: Any) -> Engine:
     return engine
 
 
-def vector_of(image: bytes, **options: Any) -> list[float]:
+def vector_of(image: bytes, **options: Any) -> Any:
     """``ImageVectorizer.extract_features``, by PyTorch unless ``engine`` says otherwise."""
     vector = ImageVectorizer(**{"engine": "torch", **options}).extract_features(image)
     assert vector is not None
@@ -72,6 +72,7 @@ def stream(
     batch_size: int = 4,
     decode_threads: int = 1,
     overlap: bool = False,
+    layer_sizes: dict[str, int] | None = None,
     **options: Any,
 ) -> list[Batch]:
     """The Arrow batches that ``feature_stream`` makes of some, an iterator of them as in Spark."""
@@ -84,6 +85,7 @@ def stream(
             batch_size,
             decode_threads,
             overlap,
+            layer_sizes=layer_sizes,
         )
     )
 

@@ -226,6 +226,63 @@ def test_a_layer_of_a_model_that_cannot_be_traced_is_refused():
         ImageVectorizer(model=Branching, layer="conv", **RANDOM)
 
 
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        ("resnet18", ("layer3", "pooled", "logits", "layer1.0.bn2", "fc")),
+        ("squeezenet1_1", ("features.3", "logits", "features", "pooled")),
+        ("tiny_vit", ("pooled", "encoder.layers.encoder_layer_0")),
+        ("tiny_swin", ["features.1", "permute", "pooled"]),
+        (tiny, ("conv", "relu", "pooled")),
+    ],
+    ids=["resnet18", "squeezenet1_1", "tiny_vit", "tiny_swin", "tiny"],
+)
+def test_several_layers_are_the_same_as_each_alone(model, layers, engine):
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    options = {"model": model, "weights": "random", "engine": engine}
+    vectorizer = ImageVectorizer(**options, layer=layers)
+    vectors = vectorizer.extract_features(PNG)
+    assert list(vectors) == list(vectorizer.num_features) == list(layers)
+    for layer, vector in vectors.items():
+        alone = np.array(vector_of(PNG, **{**options, "engine": "torch"}, layer=layer))
+        assert len(vector) == vectorizer.num_features[layer]
+        np.testing.assert_allclose(vector, alone, atol=1e-4 * np.abs(alone).max())
+
+
+def test_names_of_the_same_node_give_the_same_vector():
+    layers = ("layer4", "layer4.1", "layer4.1.relu_1")
+    vectors = vector_of(PNG, model="resnet18", weights="random", layer=layers)
+    assert vectors["layer4"] == vectors["layer4.1"] == vectors["layer4.1.relu_1"]
+
+
+def test_an_in_place_operation_does_not_reach_the_layer_before_it():
+    vectors = vector_of(
+        PNG, model="alexnet", weights="random", layer=("classifier.1", "classifier.2")
+    )
+    before, after = (np.array(vector) for vector in vectors.values())
+    assert before.min() < 0
+    np.testing.assert_array_equal(np.maximum(before, 0), after)
+
+
+def test_the_layers_of_a_model_that_cannot_be_traced_are_refused():
+    class Branching(Tiny):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images) if images.sum() > 0 else super().forward(-images)
+
+    with pytest.raises(OptionError, match=r"layer=\('pooled', 'logits'\).*'logits' alone"):
+        ImageVectorizer(model=Branching, layer=("pooled", "logits"), **RANDOM)
+
+
+def test_a_backbone_without_a_classifier_is_its_pooled_layer():
+    def backbone() -> nn.Module:
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    vectors = vector_of(PNG, model=backbone, weights="random", layer=("0", "pooled"))
+    assert vectors["0"] == vectors["pooled"]
+
+
 TIMM_WITH_WEIGHTS = ["tf_efficientnet_lite0", "vit_tiny_patch16_224"]
 
 
@@ -254,6 +311,15 @@ def test_timms_features_are_the_ones_of_no_classes(name, tmp_path):
     vectorizer = ImageVectorizer(model=f"timm/{name}", weights=str(weights), engine="torch")
     assert vectorizer.num_features == headless.num_features == len(expected)
     assert cosine(vectorizer.extract_features(PNG), expected) >= 0.9999
+
+
+def test_timms_layers_are_the_same_as_each_alone():
+    pytest.importorskip("timm")
+    options = {"model": "timm/vit_tiny_patch16_224", "weights": "random"}
+    layers = ("blocks.2", "pooled", "logits")
+    for layer, vector in vector_of(PNG, **options, layer=layers).items():
+        alone = vector_of(PNG, **options, layer=layer)
+        np.testing.assert_allclose(vector, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["deepseek_vit_412m", "vit_base_patch16_sapiens2"])

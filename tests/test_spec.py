@@ -28,6 +28,19 @@ def test_a_spec_survives_json(spec):
     assert FeatureSpec.from_json(spec.to_json()) == spec
 
 
+def test_a_spec_of_several_layers_survives_json(spec):
+    layers = dataclasses.replace(spec, layer=("pooled", "a.b"), num_features=(8, 3))
+    assert FeatureSpec.from_json(layers.to_json()) == layers
+    assert list(layers.layer_sizes.items()) == [("pooled", 8), ("a.b", 3)]
+    assert spec.layer_sizes is None
+
+
+def test_a_fingerprint_stays_what_it_was():
+    weights = "sha256:" + "0" * 64
+    spec = FeatureSpec("resnet50", weights, "pooled", 2048, Preprocessing(), "float32", False)
+    assert spec.fingerprint == "b5d7556550dedaed"
+
+
 def test_a_fingerprint_is_of_the_content(spec):
     assert spec.fingerprint == FeatureSpec.from_json(spec.to_json()).fingerprint
     assert len(spec.fingerprint) == 16
@@ -39,6 +52,7 @@ def test_a_fingerprint_is_of_the_content(spec):
         {"model": "squeezenet1_0"},
         {"weights": "sha256:" + "0" * 64},
         {"layer": "logits"},
+        {"layer": ("pooled",), "num_features": (512,)},
         {"num_features": 1000},
         {"preprocessing": Preprocessing(crop_size=32)},
         {"precision": "bfloat16"},
@@ -111,6 +125,13 @@ WRONG_OPTIONS = [
     ({"layer": "poled"}, "'pooled'"),
     ({"layer": "classifer"}, "'classifier'"),
     ({"layer": "features.99"}, "'features.9'"),
+    ({"layer": ("pooled", "features.99")}, "'features.9'"),
+    ({"layer": ["logits", "poled"]}, "'pooled'"),
+    ({"layer": ()}, "('layer3', 'pooled')"),
+    ({"layer": []}, "('layer3', 'pooled')"),
+    ({"layer": ("pooled", 3)}, "('layer3', 'pooled')"),
+    ({"layer": ("pooled", "logits", "pooled")}, "give 'pooled' once"),
+    ({"layer": None}, "layer=None"),
     ({"normalize": "yes"}, "use True or False"),
     ({"precision": "bf16"}, "'bfloat16'"),
     ({"precision": "float61"}, "'float16'"),

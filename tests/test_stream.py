@@ -137,6 +137,22 @@ def test_a_struct_tells_the_size_and_the_reason():
     assert all(pd.isna(row[side]) for row in (null, empty) for side in ("width", "height"))
 
 
+def test_several_layers_are_split():
+    values = [encode(photo(30, 20)), None, b"garbage"]
+    sizes = {"a.b": 1, "c": 2}
+    (whole, *_) = rows(stream([series(values)], MeanEngine(), SMALL))
+    (batch,) = stream([series(values)], MeanEngine(), SMALL, layer_sizes=sizes)
+    assert list(batch.columns) == ["a.b", "c"]
+    good, *nulls = batch.to_dict("records")
+    np.testing.assert_array_equal(np.concatenate([good["a.b"], good["c"]]), whole)
+    assert good["a.b"].dtype == np.float32
+    assert nulls == [{"a.b": None, "c": None}] * 2
+    (struct,) = stream([series(values)], MeanEngine(), SMALL, layer_sizes=sizes, output="struct")
+    assert list(struct["features"][0]) == ["a.b", "c"]
+    np.testing.assert_array_equal(struct["features"][0]["c"], whole[1:])
+    assert list(struct["features"][1:]) == nulls
+
+
 def test_the_size_is_the_one_that_is_shown():
     exif = photo().getexif()
     exif[0x0112] = 6

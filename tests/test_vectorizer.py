@@ -84,6 +84,25 @@ def test_normalized_vectors_have_length_one(precision):
     assert cosine(vector, normalized) >= 0.9999
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_each_of_several_layers_is_normalized(engine, precision):
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    options = {"model": tiny, "weights": "random", "engine": engine, "precision": precision}
+    vectorizer = ImageVectorizer(**options, layer=("conv", "logits"), normalize=True)
+    assert vectorizer.num_features == {"conv": 8, "logits": 5}
+    for layer, vector in vectorizer.extract_features(JPEG).items():
+        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-2)
+        exact = vector_of(JPEG, model=tiny, weights="random", layer=layer)
+        assert cosine(vector, exact) >= 0.999
+
+
+def test_several_layers_of_a_bad_image_are_none():
+    vectorizer = ImageVectorizer(**TINY, layer=["conv", "pooled"])
+    assert vectorizer.extract_features(b"garbage") is None
+
+
 def test_a_scaled_decode_is_close_to_an_exact_one():
     large = encode(photo(2000, 1500), "JPEG", quality=90)
     options = {"model": "squeezenet1_1", "weights": "random"}

@@ -54,9 +54,10 @@ def _described(name: str) -> dict[str, Any]:
         model = entry.build(input_size).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     feature_model = to_feature_model(model, "pooled", normalize=False)
+    (num_features,) = infer_num_features(feature_model, input_size)
     return {
         "model": name,
-        "num_features": infer_num_features(feature_model, input_size),
+        "num_features": num_features,
         "input_size": input_size,
         "parameters": parameters,
         "weights_at_hand": isinstance(entry, TorchvisionEntry) and _is_at_hand(entry),

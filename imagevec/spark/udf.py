@@ -30,7 +30,7 @@ from imagevec.recipe import Recipe, resolve
 from imagevec.spark.metrics import Metrics
 from imagevec.spark.provenance import metadata_of
 from imagevec.spark.ship import active_session, ship, shipped
-from imagevec.spec import ExecutionOptions
+from imagevec.spec import ExecutionOptions, FeatureSpec
 from imagevec.stream import Counts, feature_stream
 from imagevec.worker import get_engine, resolve_device, schedule
 
@@ -41,18 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FEATURES = ArrayType(FloatType())
-_RETURN_TYPES: dict[str, DataType] = {
-    "array": _FEATURES,
-    "struct": StructType(
-        [
-            StructField("features", _FEATURES),
-            StructField("error", StringType()),
-            StructField("width", IntegerType()),
-            StructField("height", IntegerType()),
-        ]
-    ),
-}
+_VECTOR = ArrayType(FloatType())
 
 
 def features_udf(
@@ -70,7 +59,7 @@ def features_udf(
 
     Returns:
         ``array<float>`` of ``num_features`` values, null for a null or bad image; or a struct, with
-        ``output="struct"``. The column is called ``features``, and its metadata say what made it:
+        several layers or ``output="struct"``. The column is called ``features``, and its metadata say what made it:
         see ``imagevec.fingerprint``. (Spark Connect loses them in ``withColumn``, not in
         ``select``.)
 
@@ -131,12 +120,30 @@ def udf_of(
     for path in paths:
         ship(session, path)
 
-    @pandas_udf(_RETURN_TYPES[execution.output])  # type: ignore[untyped-decorator, call-overload]
+    return_type = _return_type(recipe.spec, execution.output)
+
+    @pandas_udf(return_type)  # type: ignore[untyped-decorator, call-overload]
     def image_features(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
         # With a struct as the return type, Spark takes data frames for Series.
         yield from extract_in_worker(batches, recipe, execution, metrics)  # type: ignore[misc]
 
     return image_features
+
+
+def _return_type(spec: FeatureSpec, output: str) -> DataType:
+    features: DataType = _VECTOR
+    if spec.layer_sizes is not None:
+        features = StructType([StructField(layer, _VECTOR) for layer in spec.layer_sizes])
+    if output == "array":
+        return features
+    return StructType(
+        [
+            StructField("features", features),
+            StructField("error", StringType()),
+            StructField("width", IntegerType()),
+            StructField("height", IntegerType()),
+        ]
+    )
 
 
 def check_input_column(df: DataFrame, name: str) -> None:
@@ -174,6 +181,7 @@ def extract_in_worker(
         plan.decode_threads,
         plan.overlap,
         counts,
+        recipe.spec.layer_sizes,
     )
     logger.debug("a task did %s", dict(counts))
     if metrics is not None:

@@ -38,8 +38,9 @@ def test_a_column_says_what_made_it(frame):
     assert provenance["imagevec"] == imagevec.__version__
 
 
-def test_it_survives_parquet_and_renaming(frame, spark, tmp_path):
-    df = features(frame)
+@pytest.mark.parametrize("layer", ["pooled", ("conv", "pooled")], ids=["one", "several"])
+def test_it_survives_parquet_and_renaming(frame, spark, tmp_path, layer):
+    df = features(frame, layer=layer)
     df.withColumnRenamed("features", "f").write.parquet(str(tmp_path / "table"))
     read = spark.read.parquet(str(tmp_path / "table"))
     assert fingerprint(read, "f") == fingerprint(df)

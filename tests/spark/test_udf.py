@@ -206,6 +206,47 @@ def test_two_models_go_into_one_query(frame, expected):
     )
 
 
+LAYERS = ("conv", "pooled", "logits")
+
+
+@pytest.fixture(scope="module")
+def expected_layers() -> dict[bytes, dict[str, list[float]]]:
+    vectorizer = ImageVectorizer(**TINY, layer=LAYERS)
+    return {image: vectorizer.extract_features(image) for image in [*IMAGES, JPEG]}
+
+
+def assert_layers(found, expected_layers) -> None:
+    for layer in LAYERS:
+        theirs = [expected_layers[v][layer] if v in expected_layers else None for v in MIXED]
+        assert_vectors([row[layer] for row in found], theirs)
+
+
+def test_several_layers_are_a_struct(frame, expected_layers):
+    df = frame(MIXED).withColumn("features", features_udf("content", **TINY, layer=LAYERS))
+    assert df.schema["features"].dataType == StructType.fromDDL(
+        "conv array<float>, pooled array<float>, logits array<float>"
+    )
+    assert_layers(vectors(df), expected_layers)
+    assert df.where("features.pooled IS NULL").count() == 5
+
+
+def test_several_layers_go_into_the_struct(frame, expected_layers):
+    options = {**TINY, "layer": list(LAYERS), "output": "struct"}
+    df = frame(MIXED).withColumn("result", features_udf("content", **options))
+    results = vectors(df, "result")
+    assert_layers([result.features for result in results], expected_layers)
+    assert [result.error and result.error.partition(":")[0] for result in results] == CODES
+
+
+def test_a_layers_name_may_hold_dots(frame):
+    options = {"model": "squeezenet1_1", "weights": "random", "engine": "torch"}
+    vectorizer = ImageVectorizer(**options, layer=("features.3", "pooled"))
+    df = vectorizer.process_images(frame(IMAGES[:1]))
+    df = df.select(F.col("features.`features.3`").alias("vector"))
+    expected = vectorizer.extract_features(IMAGES[0])["features.3"]
+    assert_vectors(vectors(df, "vector"), [expected])
+
+
 def test_vectors_can_be_used_in_the_query(frame):
     df = frame(MIXED).withColumn("features", features_udf("content", **TINY))
     assert df.where("features IS NULL").count() == 5
@@ -245,6 +286,19 @@ def test_a_factory_may_be_local(frame):
 def test_a_registered_model_is_known_to_workers(frame):
     register_model("registered for spark", tiny, preprocessing=Preprocessing(crop_size=32))
     options = {"model": "registered for spark", "weights": "random", "engine": "torch"}
+    df = frame(IMAGES[:2]).withColumn("features", features_udf("content", **options))
+    vectorizer = ImageVectorizer(**options)
+    assert_vectors(vectors(df), [vectorizer.extract_features(image) for image in IMAGES[:2]])
+
+
+def test_an_exported_program_runs_on_workers(frame, tmp_path):
+    program = torch.export.export(
+        Tiny().eval(),
+        (torch.zeros(2, 3, 32, 32),),
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    torch.export.save(program, tmp_path / "tiny.pt2")
+    options = {"model": str(tmp_path / "tiny.pt2"), "engine": "torch"}
     df = frame(IMAGES[:2]).withColumn("features", features_udf("content", **options))
     vectorizer = ImageVectorizer(**options)
     assert_vectors(vectors(df), [vectorizer.extract_features(image) for image in IMAGES[:2]])
