@@ -35,7 +35,7 @@ from imagevec.models import FactoryEntry, ModelFactory, find_entry
 from imagevec.saved_model import _MODEL_FILES, _SPEC_FILE, is_saved_model
 from imagevec.spark.provenance import metadata_of
 from imagevec.spark.udf import check_input_column
-from imagevec.spec import DEFAULTS, Options, check_choice
+from imagevec.spec import DEFAULTS, FeatureSpec, Options, check_choice
 from imagevec.vectorizer import ImageVectorizer
 from imagevec.weights import _SUFFIXES, RANDOM, find_weights
 
@@ -104,9 +104,9 @@ def _to_batch_size(value: Any) -> int | str:
     return "auto" if value == "auto" else TypeConverters.toInt(value)
 
 
-def _length_of_vectors(num_features: int) -> dict[str, Any]:
+def _length_of_vectors(spec: FeatureSpec) -> dict[str, Any]:
     """Metadata of an ML column: estimators need not run the model to count the features."""
-    return {"ml_attr": {"num_attrs": num_features}}
+    return {"ml_attr": {"num_attrs": spec.num_features}}  # one layer's: the Param is one name
 
 
 def _param(
@@ -228,7 +228,7 @@ class ImageFeaturizer(
         if self.getOutputType() == "array":
             field = StructField(name, ArrayType(FloatType()), True, metadata)
         else:
-            metadata |= _length_of_vectors(spec.num_features)
+            metadata |= _length_of_vectors(spec)
             field = StructField(name, VectorUDT(), True, metadata)
         return StructType([*schema.fields, field])
 
@@ -240,7 +240,7 @@ class ImageFeaturizer(
             return df
         features = col("`" + name.replace("`", "``") + "`")
         vectors = when(features.isNotNull(), array_to_vector(features))  # which fails on a null
-        metadata = df.schema[name].metadata | _length_of_vectors(vectorizer.num_features)
+        metadata = df.schema[name].metadata | _length_of_vectors(vectorizer.spec)
         return df.withColumn(name, vectors.alias(name, metadata=metadata))
 
     def _resolve(self) -> _Resolved:

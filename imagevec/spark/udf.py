@@ -59,9 +59,9 @@ def features_udf(
 
     Returns:
         ``array<float>`` of ``num_features`` values, null for a null or bad image; or a struct, with
-        several layers or ``output="struct"``. The column is called ``features``, and its metadata say what made it:
-        see ``imagevec.fingerprint``. (Spark Connect loses them in ``withColumn``, not in
-        ``select``.)
+        several layers or ``output="struct"``. The column is called ``features``, and its metadata
+        say what made it: see ``imagevec.fingerprint``. (Spark Connect loses them in
+        ``withColumn``, not in ``select``.)
 
     Raises:
         OptionError: An option is wrong. The message names the nearest valid choice.
