@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from imagevec import exported
 from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
 from imagevec.spark.pickling import check_pickle
 from imagevec.spec import Preprocessing
@@ -156,7 +157,39 @@ class FactoryEntry:
         return self.preset
 
 
-_registered: dict[str, FactoryEntry] = {}
+@dataclass(frozen=True)
+class ExportedEntry:
+    """A file of ``torch.export.save``: see ``imagevec.exported``."""
+
+    path: Path
+    preset: Preprocessing | None = None
+    registered_name: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.registered_name or f"pt2:{self.path.stem}"
+
+    def build(self, crop_size: int) -> nn.Module:
+        """The program, which yields features already."""
+        del crop_size  # the program knows
+        return exported.load(self.path)
+
+    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+        """What was registered, else torchvision's preset for the program's input size."""
+        del weights_digest
+        size = exported.input_size(self.path)
+        if self.preset is None:
+            crop_size = size or _IMAGENET.crop_size
+            # 256 to 224, as torchvision's
+            return Preprocessing(resize_size=math.floor(crop_size / 0.875), crop_size=crop_size)
+        if size not in (None, self.preset.crop_size):
+            raise OptionError(
+                f"crop_size={self.preset.crop_size} is not valid: {self.path.name} takes {size}"
+            )
+        return self.preset
+
+
+_registered: dict[str, FactoryEntry | ExportedEntry] = {}
 
 
 def list_models() -> list[str]:
@@ -165,29 +198,36 @@ def list_models() -> list[str]:
 
 
 def register_model(
-    name: str, factory: ModelFactory, *, preprocessing: Preprocessing = _IMAGENET
+    name: str, factory: ModelFactory | str | Path, *, preprocessing: Preprocessing | None = None
 ) -> None:
     """Makes ``model=name`` mean ``factory``, in this process and in the jobs that it starts.
 
     Args:
         name: A new name.
         factory: Returns a new ``nn.Module`` that takes float32 ``(N, 3, S, S)``. It is pickled
-            (by cloudpickle) and called once on the driver and once in each worker process.
-        preprocessing: What happens to the pixels before the model.
+            (by cloudpickle) and called once on the driver and once in each worker process. Or the
+            path of a ``.pt2`` file, whose loading can run code: see ``imagevec.exported``.
+        preprocessing: What happens to the pixels before the model; by default that of
+            torchvision's ``ImageClassification`` preset, for a ``.pt2`` file in its input size.
 
     Raises:
-        OptionError: The name is taken, or the factory is not callable.
+        OptionError: The name is taken, the factory is not callable, or there is no such file.
         SerializationError: The factory captures what must not be pickled, a session for example.
     """
     if name in list_models() or name.startswith(TIMM_PREFIX):
         raise OptionError(f"the model name {name!r} is taken: choose another")
+    if exported.is_exported(factory):
+        _registered[name] = ExportedEntry(_existing(factory), preprocessing, name)
+        return
     if not callable(factory):
         raise OptionError(f"factory={factory!r} is not valid: give a function without arguments")
     check_pickle(factory)
-    _registered[name] = FactoryEntry(factory, preprocessing, name)
+    _registered[name] = FactoryEntry(factory, preprocessing or _IMAGENET, name)
 
 
-def find_entry(model: str | ModelFactory) -> TorchvisionEntry | TimmEntry | FactoryEntry:
+def find_entry(
+    model: str | ModelFactory,
+) -> TorchvisionEntry | TimmEntry | FactoryEntry | ExportedEntry:
     """The entry of a ``model`` option.
 
     Raises:
@@ -203,10 +243,12 @@ def find_entry(model: str | ModelFactory) -> TorchvisionEntry | TimmEntry | Fact
     if callable(model):
         check_pickle(model)
         return FactoryEntry(model)
-    if not isinstance(model, str):
-        raise OptionError(f"model={model!r} is not valid: give a name or a zero-argument factory")
     if model in _registered:
         return _registered[model]
+    if exported.is_exported(model):
+        return ExportedEntry(_existing(model))
+    if not isinstance(model, str):
+        raise OptionError(f"model={model!r} is not valid: give a name or a zero-argument factory")
     if model.startswith(TIMM_PREFIX):
         name = model.removeprefix(TIMM_PREFIX)
         architecture, _, tag = name.partition(".")
@@ -219,6 +261,13 @@ def find_entry(model: str | ModelFactory) -> TorchvisionEntry | TimmEntry | Fact
     if model not in list_models():
         raise OptionError(f"model={model!r} is not known: {did_you_mean(model, list_models())}")
     return TorchvisionEntry(model)
+
+
+def _existing(path: Any) -> Path:
+    absolute = Path(path).expanduser().absolute()
+    if not absolute.is_file():
+        raise OptionError(f"model={str(path)!r}: there is no such file")
+    return absolute
 
 
 def to_feature_model(model: nn.Module, layer: str | tuple[str, ...], normalize: bool) -> nn.Module:

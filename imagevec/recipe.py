@@ -23,6 +23,7 @@ from imagevec.errors import OptionError, did_you_mean
 from imagevec.files import cache_dir, content_addressed, digest_of, verified
 from imagevec.models import (
     Entry,
+    ExportedEntry,
     FactoryEntry,
     build_model,
     find_entry,
@@ -123,8 +124,8 @@ def feature_spec(chosen: dict[str, Any], precision: str) -> tuple[FeatureSpec, E
     digest = digest_of(weights_path) if weights_path else None
     preprocessing = dataclasses.replace(entry.preprocessing(digest), decode=chosen["decode"])
     model = _feature_model(entry, preprocessing, layer, chosen["normalize"], weights_path)
-    # A registered model's shapes tell; a factory's model is run once, on a black image.
-    device = "cpu" if isinstance(entry, FactoryEntry) else "meta"
+    # A library model's shapes tell; one of the user's own is run once, on a black image.
+    device = "cpu" if isinstance(entry, FactoryEntry | ExportedEntry) else "meta"
     num_features = infer_num_features(model, preprocessing.crop_size, device)
     spec = FeatureSpec(
         model=entry.name,
@@ -139,12 +140,20 @@ def feature_spec(chosen: dict[str, Any], precision: str) -> tuple[FeatureSpec, E
 
 
 def convert(spec: FeatureSpec, entry: Entry, weights_path: Path | None) -> Any:
-    """The spec's model as an ``openvino.Model``."""
+    """The spec's model as an ``openvino.Model``.
+
+    Raises:
+        OptionError: The model is a ``.pt2`` file: tracing would fix the size of a batch.
+    """
+    if isinstance(entry, ExportedEntry):
+        raise OptionError(f"OpenVINO does not run {entry.path.name}: use engine='torch'")
     model = _feature_model(entry, spec.preprocessing, spec.layer, spec.normalize, weights_path)
     return openvino.convert(model, spec.preprocessing)
 
 
 def _recipe(chosen: dict[str, Any], execution: ExecutionOptions) -> tuple[Recipe, tuple[Path, ...]]:
+    if chosen["engine"] == "auto" and isinstance(find_entry(chosen["model"]), ExportedEntry):
+        chosen = {**chosen, "engine": "torch"}  # the only one that runs it
     engine = _resolve_engine(chosen["engine"], execution.device, chosen["precision"])
     precision = _resolve_precision(chosen["precision"], engine, execution.device)
     spec, entry, weights_path = feature_spec(chosen, precision)
@@ -193,6 +202,14 @@ def _feature_model(
     normalize: bool,
     weights_path: Path | None,
 ) -> nn.Module:
+    if isinstance(entry, ExportedEntry):
+        if layer != "pooled":
+            raise OptionError(
+                f"layer={layer!r} is not valid: a .pt2 file has its output alone, use 'pooled'"
+            )
+        # On a worker the file is at another place.
+        model = dataclasses.replace(entry, path=weights_path or entry.path).build(0)
+        return to_feature_model(model, layer, normalize)
     state_dict = load_state_dict(weights_path) if weights_path else None
     model = build_model(entry, preprocessing.crop_size, state_dict)
     return to_feature_model(model, layer, normalize)

@@ -29,7 +29,8 @@ class Options(TypedDict, total=False):
 
     model: str | Callable[[], nn.Module]
     """A name of ``list_models()``, ``"timm/<name>"``, a zero-argument factory of an ``nn.Module``,
-    or the path of a saved model. Default ``"resnet50"``."""
+    the path of a saved model, or of a ``.pt2`` file, whose loading can run code that is in it: see
+    ``imagevec.exported``. Default ``"resnet50"``."""
     weights: str
     """A torchvision weights name, a path to ``.pth``, ``.pt`` or ``.safetensors``, or
     ``"random"`` (seeded: the same on every worker). Default ``"DEFAULT"``."""
@@ -176,8 +177,9 @@ class FeatureSpec:
     """All that fixes the numbers of a feature vector.
 
     Attributes:
-        model: The model's name; a factory's is ``factory:<module>.<qualname>``.
-        weights: ``sha256:<hex digest of the weights file>``, or ``random``.
+        model: The model's name; a factory's is ``factory:<module>.<qualname>``, a ``.pt2`` file's
+            ``pt2:<name without suffix>``.
+        weights: ``sha256:<hex digest of the weights file>`` (the ``.pt2`` file), or ``random``.
         layer: ``"pooled"``, ``"logits"`` or a node name; several as a tuple.
         num_features: The length of a vector; of each layer's, in order, if there are several.
         preprocessing: What happens to the pixels before the model.

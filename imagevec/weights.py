@@ -16,13 +16,15 @@ from torch import nn
 
 from imagevec.errors import OptionError, WeightsError, did_you_mean
 from imagevec.files import cache_dir, content_addressed
-from imagevec.models import FactoryEntry, TimmEntry, TorchvisionEntry
+from imagevec.models import ExportedEntry, FactoryEntry, TimmEntry, TorchvisionEntry
 
 RANDOM = "random"
 _SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
-def find_weights(weights: str, entry: TorchvisionEntry | TimmEntry | FactoryEntry) -> Path | None:
+def find_weights(
+    weights: str, entry: TorchvisionEntry | TimmEntry | FactoryEntry | ExportedEntry
+) -> Path | None:
     """The local file that a ``weights`` option means, or ``None`` for ``"random"``.
 
     Pretrained weights are downloaded where they are not in torch.hub's or timm's cache yet.
@@ -31,6 +33,10 @@ def find_weights(weights: str, entry: TorchvisionEntry | TimmEntry | FactoryEntr
         OptionError: The model has no weights of that name.
         WeightsError: The file does not exist, or the download failed.
     """
+    if isinstance(entry, ExportedEntry):
+        if weights != "DEFAULT":
+            raise OptionError(f"weights={weights!r} is not valid: {entry.path.name} has its own")
+        return entry.path
     if weights == RANDOM:
         return None
     if str(weights).endswith(_SUFFIXES):

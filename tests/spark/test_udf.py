@@ -291,6 +291,19 @@ def test_a_registered_model_is_known_to_workers(frame):
     assert_vectors(vectors(df), [vectorizer.extract_features(image) for image in IMAGES[:2]])
 
 
+def test_an_exported_program_runs_on_workers(frame, tmp_path):
+    program = torch.export.export(
+        Tiny().eval(),
+        (torch.zeros(2, 3, 32, 32),),
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    torch.export.save(program, tmp_path / "tiny.pt2")
+    options = {"model": str(tmp_path / "tiny.pt2"), "engine": "torch"}
+    df = frame(IMAGES[:2]).withColumn("features", features_udf("content", **options))
+    vectorizer = ImageVectorizer(**options)
+    assert_vectors(vectors(df), [vectorizer.extract_features(image) for image in IMAGES[:2]])
+
+
 def test_a_model_is_loaded_once_per_worker(frame, tmp_path):
     log = tmp_path / "built"
     options = {**TINY, "model": functools.partial(logging_tiny, str(log))}
