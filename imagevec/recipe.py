@@ -140,12 +140,20 @@ def feature_spec(chosen: dict[str, Any], precision: str) -> tuple[FeatureSpec, E
 
 
 def convert(spec: FeatureSpec, entry: Entry, weights_path: Path | None) -> Any:
-    """The spec's model as an ``openvino.Model``."""
+    """The spec's model as an ``openvino.Model``.
+
+    Raises:
+        OptionError: The model is a ``.pt2`` file: tracing would fix the size of a batch.
+    """
+    if isinstance(entry, ExportedEntry):
+        raise OptionError(f"OpenVINO does not run {entry.path.name}: use engine='torch'")
     model = _feature_model(entry, spec.preprocessing, spec.layer, spec.normalize, weights_path)
     return openvino.convert(model, spec.preprocessing)
 
 
 def _recipe(chosen: dict[str, Any], execution: ExecutionOptions) -> tuple[Recipe, tuple[Path, ...]]:
+    if chosen["engine"] == "auto" and isinstance(find_entry(chosen["model"]), ExportedEntry):
+        chosen = {**chosen, "engine": "torch"}  # the only one that runs it
     engine = _resolve_engine(chosen["engine"], execution.device, chosen["precision"])
     precision = _resolve_precision(chosen["precision"], engine, execution.device)
     spec, entry, weights_path = feature_spec(chosen, precision)
