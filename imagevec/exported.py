@@ -1,12 +1,8 @@
 """``.pt2`` files, of ``torch.export.save``: a model's graph and its weights in one.
 
 ``model="path/to/model.pt2"`` runs one. Its program takes normalised float32 ``(N, 3, S, S)``, for
-<<<<<<< HEAD
-any N, and returns the features, ``(N, D)``. It is exported in evaluation mode:
-=======
 any N, and returns the features, ``(N, D)``. PyTorch runs it, not OpenVINO. It is exported in
 evaluation mode:
->>>>>>> layers
 
     batch = torch.export.Dim("batch")
     images = torch.zeros(2, 3, 224, 224)

@@ -19,7 +19,7 @@ import torch
 from imagevec import saved_model
 from imagevec.engines import Engine, openvino
 from imagevec.engines.torch import TorchEngine, supports_bfloat16
-from imagevec.errors import OptionError, did_you_mean
+from imagevec.errors import ImageVecError, OptionError, did_you_mean
 from imagevec.files import cache_dir, content_addressed, digest_of, verified
 from imagevec.models import (
     Entry,
@@ -160,7 +160,9 @@ def _recipe(chosen: dict[str, Any], execution: ExecutionOptions) -> tuple[Recipe
     if engine == "openvino":
         try:
             paths = _converted(spec, entry, weights_path)
-        except RuntimeError as error:  # OpenVINO's own errors, and torch.jit's, are
+        except ImageVecError:
+            raise
+        except Exception as error:  # OpenVINO's frontend and torch.jit raise whatever comes up
             if chosen["engine"] != "auto":
                 raise OptionError(f"OpenVINO cannot convert {entry.name!r}: {error}") from error
             logger.warning("OpenVINO cannot convert %r, PyTorch runs it: %s", entry.name, error)

@@ -254,7 +254,7 @@ class ExecutionOptions:
             batch_size=options["batch_size"],
             max_pixels=options["max_pixels"],
             formats=(formats,) if isinstance(formats, str) else tuple(formats or ()),
-            allowed_roots=(roots,) if isinstance(roots, str) else tuple(roots),
+            allowed_roots=(roots,) if isinstance(roots, str) else tuple(roots or ()),
             on_error=options["on_error"],
             isolate=options["isolate"],
             output=options["output"],

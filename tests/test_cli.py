@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
+import imagevec
 from imagevec.cli import main
 from tests.pipeline import run_python
 
@@ -48,9 +51,8 @@ def test_an_unknown_model_is_told_before_spark_starts(capsys):
 
 
 def test_the_module_runs():
-    code = "import runpy, sys; sys.argv = ['imagevec', '--version']; runpy.run_module('imagevec')"
-    with_exit = f"try:\n    {code}\nexcept SystemExit as end:\n    print(end.code)"
-    assert run_python(with_exit.replace("; ", "\n    ")).splitlines()[0].startswith("imagevec 0.")
+    command = [sys.executable, "-m", "imagevec", "--version"]
+    assert subprocess.check_output(command, text=True) == f"imagevec {imagevec.__version__}\n"
 
 
 def test_help_is_quick_to_come():

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from pyspark import SparkConf, SparkContext
 from pyspark.sql import SparkSession
@@ -13,6 +14,7 @@ from pyspark.sql import SparkSession
 from imagevec.errors import ImageVecError
 from imagevec.spark.conf import recommended_conf
 
+_LOGGING = Path(__file__).with_name("log4j2.properties")
 _IMAGE_BYTES = 200_000  # of a typical file, for the size of an Arrow batch
 
 
@@ -20,6 +22,8 @@ _IMAGE_BYTES = 200_000  # of a typical file, for the size of an Arrow batch
 def spark_session(master: str | None, recommended: bool = True) -> Iterator[SparkSession]:
     """A session of its own, with ``recommended_conf`` where nothing else was set, if so wished."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    # Of the JVM, where this process starts it: Spark's log would run through the progress bar.
+    os.environ.setdefault("SPARK_SUBMIT_OPTS", f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}")
     SparkContext._ensure_initialized()  # the JVM, which knows what spark-submit passed on
     submitted = SparkConf()
     builder = SparkSession.builder.appName("imagevec")
@@ -28,7 +32,6 @@ def spark_session(master: str | None, recommended: bool = True) -> Iterator[Spar
     settings = {
         "spark.ui.showConsoleProgress": "false",
         "spark.ui.enabled": "false",
-        "spark.log.level": "ERROR",
     }
     if recommended:
         settings |= recommended_conf(image_bytes=_IMAGE_BYTES, executor_cores=1)

@@ -30,6 +30,7 @@ from pyspark.sql.types import ArrayType, FloatType, StructField, StructType
 
 from imagevec import saved_model
 from imagevec.errors import ImageVecError, OptionError, WeightsError, did_you_mean
+from imagevec.exported import is_exported
 from imagevec.files import cache_dir, content_addressed, digest_of, verified
 from imagevec.models import FactoryEntry, ModelFactory, find_entry
 from imagevec.saved_model import _MODEL_FILES, _SPEC_FILE, is_saved_model
@@ -406,6 +407,10 @@ class _Writer(MLWriter):
             names = (f"{spec_file.stem}/{name}" for name in (_SPEC_FILE, *_MODEL_FILES))
             self._files = dict(zip(names, (spec_file, *model_files), strict=True))
             self._saved.setModel(spec_file.stem)
+        elif is_exported(model):
+            raise OptionError(
+                f"a featurizer with model={model!r} cannot be saved: it can hold code"
+            )
         elif not isinstance(model, str):
             raise OptionError(
                 f"a featurizer with a factory, model={model!r}, cannot be saved, since to load it "
