@@ -277,9 +277,8 @@ def test_the_models_are_as_told() -> None:
         input_size = entry.preprocessing(None).crop_size
         with torch.device("meta"):
             model = models.to_feature_model(entry.build(input_size), "pooled", normalize=False)
-        assert models.infer_num_features(model, input_size) == int(features.replace(",", "")), (
-            quoted
-        )
+        num_features = int(features.replace(",", ""))
+        assert models.infer_num_features(model, input_size) == (num_features,), quoted
         assert input_size == int(size), quoted
 
 
