@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import unquote
 
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
@@ -144,12 +145,12 @@ class Table:
                 continue
             holding = part.select("path", F.col("_metadata.file_path").alias("file"))
             for row in holding.join(gone, "path").select("file").distinct().collect():
-                self._rewrite(row.file, folder, gone)
+                self._rewrite(unquote(row.file), folder, gone)  # Spark quotes it as a URI
 
     def _rewrite(self, file: str, folder: str, gone: DataFrame) -> None:
         # Where this is interrupted, rows are missing, and are done again; none is there twice.
         kept = f"{self._path}/{_KEPT}"
-        rows = self._spark.read.parquet(file).join(gone, "path", "left_anti")
+        rows = self._spark.read.parquet(_escaped(file)).join(gone, "path", "left_anti")
         rows.coalesce(1).write.mode("overwrite").parquet(kept)
         self._fs.delete(self._hadoop(file), False)
         for status in self._fs.globStatus(self._hadoop(f"{kept}/part-*.parquet")):

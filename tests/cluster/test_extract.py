@@ -16,6 +16,7 @@ import pytest
 
 from imagevec import ImageVectorizer
 from imagevec.cli import main
+from imagevec.cli.doctor import show
 from tests.cluster.conftest import session_of
 from tests.images import encode, photo
 
@@ -69,7 +70,7 @@ def uri(path: Path) -> str:
 
 
 def test_a_folder_becomes_a_table_and_is_kept_up(capsys, photos, tmp_path):
-    table = tmp_path / "table"
+    table = tmp_path / "my table"
     result = extract(capsys, photos, table, "--chunk-size", 4)
     assert result["found"], result["done_before"] == (11, 0)
     assert result["features"] == 10
@@ -183,6 +184,14 @@ def test_a_run_that_is_killed_goes_on(capsys, tmp_path):
     assert result["done_before"] == len(survived)
     assert result["features"] == 24 - len(survived)
     assert len(rows(table)) == 24
+
+
+def test_the_doctor(capsys):
+    facts = run(capsys, "doctor", "--master", "local[2]")
+    assert facts["java"] and facts["versions"]["pyspark"] and facts["cores"] >= 1
+    assert facts["spark"]["spark.sql.execution.arrow.maxRecordsPerBatch"] == 10_000
+    assert any("maxRecordsPerBatch=10000" in sentence for sentence in facts["advice"])
+    assert "-> spark.sql.execution.arrow.maxRecordsPerBatch=10000" in show(facts)
 
 
 def test_similar(capsys, photos, tmp_path):
