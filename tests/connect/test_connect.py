@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pyspark.ml import Pipeline
+from pyspark.ml.classification import LogisticRegression
 from pyspark.sql import DataFrame, SparkSession
 
 from imagevec import (
+    ImageFeaturizer,
     ImageVectorizer,
     Metrics,
     OptionError,
@@ -92,6 +95,15 @@ def test_register_and_fingerprint(spark: SparkSession, frame: DataFrame, weights
     vectorizer = ImageVectorizer(model=tiny, weights=weights)
     provenance = fingerprint(vectorizer.process_images(frame))
     assert provenance["fingerprint"] == vectorizer.spec.fingerprint
+
+
+def test_a_pipeline_is_fitted(frame: DataFrame, weights: str) -> None:
+    featurizer = ImageFeaturizer(model=tiny, weights=weights, outputType="vector")
+    labelled = frame.where("id < 6").selectExpr("id", "content", "id % 2 as label")
+    fitted = Pipeline(stages=[featurizer, LogisticRegression(maxIter=5)]).fit(labelled)
+    predictions = fitted.transform(labelled).select("prediction").collect()
+    assert {row.prediction for row in predictions} <= {0.0, 1.0}
+    assert len(predictions) == 6
 
 
 def test_metrics_are_absent_and_harmless(frame: DataFrame, weights: str) -> None:

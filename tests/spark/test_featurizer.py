@@ -513,14 +513,15 @@ def test_any_file_system_of_hadoops_will_do(
 ) -> None:
     (tmp_path / "mounted").mkdir()
     link = "fs.viewfs.mounttable.imagevec.link./data"
-    spark.conf.set(link, (tmp_path / "mounted").as_uri())
+    hadoop = spark.sparkContext._jsc.hadoopConfiguration()
+    hadoop.set(link, (tmp_path / "mounted").as_uri())
     try:
         featurizer = ImageFeaturizer(model=NAME, weights=str(weights), engine="torch")
         featurizer.save("viewfs://imagevec/data/saved")
         assert len(files_in(tmp_path / "mounted" / "saved")) >= 1
         loaded = ImageFeaturizer.load("viewfs://imagevec/data/saved")
     finally:
-        spark.conf.unset(link)
+        hadoop.unset(link)
     expected = without_spark(MIXED, model=NAME, weights=str(weights))
     assert_vectors(features(loaded.transform(frame(MIXED))), expected)
 
