@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyspark
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
@@ -25,6 +26,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         .config("spark.sql.warehouse.dir", str(tmp_path_factory.mktemp("warehouse")))
         .getOrCreate()
     )
+    if pyspark.__version__.startswith("4.0."):  # its pandas API refuses its own default, ANSI mode
+        session.conf.set("spark.sql.ansi.enabled", "false")
     session.sparkContext.setLogLevel("OFF")  # what is meant to fail is logged in full else
     yield session
     session.stop()
