@@ -67,7 +67,7 @@ def feature_stream(
     """
     counts = defaultdict(float) if counts is None else counts
     in_column = (value for batch in batches for value in values_of(batch))
-    values = _timed(read_ahead(in_column, options.allowed_roots), "seconds.read", counts)
+    values = _timed(read_ahead(in_column, options.allowed_roots), counts)
     prepare_one: Callable[[Value], Row] = functools.partial(
         prepare, preprocessing=preprocessing, options=options
     )
@@ -126,8 +126,8 @@ def _count(group: list[Row], counts: Counts) -> None:
         counts["seconds.preprocess"] += row.preprocess_seconds
 
 
-def _timed(values: Iterator[Value], name: str, counts: Counts) -> Iterator[Value]:
-    """The values, with the time that is spent on waiting for them added up."""
+def _timed(values: Iterator[Value], counts: Counts) -> Iterator[Value]:
+    """The values; the seconds of waiting for them, for Spark or for files, are added up."""
     while True:
         start = time.perf_counter()
         try:
@@ -135,7 +135,7 @@ def _timed(values: Iterator[Value], name: str, counts: Counts) -> Iterator[Value
         except StopIteration:
             return
         finally:
-            counts[name] += time.perf_counter() - start
+            counts["seconds.read"] += time.perf_counter() - start
         yield value
 
 

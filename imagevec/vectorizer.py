@@ -72,7 +72,7 @@ class ImageVectorizer:
         from imagevec.spark.provenance import metadata_of
         from imagevec.spark.udf import check_input_column, udf_of, with_spark_gpus
 
-        check_input_column(df, input_col)
+        check_input_column(df.schema, input_col)
         options = with_spark_gpus(df.sparkSession, self._options)
         resolved = (self._recipe, self._paths, self._execution)
         if options != self._options:
@@ -80,7 +80,7 @@ class ImageVectorizer:
         quoted = "`" + input_col.replace("`", "``") + "`"  # else a dot is of a struct's field
         column = udf_of(df.sparkSession, *resolved, metrics)(col(quoted))
         features = column.alias(output_col, metadata=metadata_of(self.spec))
-        if output_col in df.columns:
+        if output_col.lower() in (name.lower() for name in df.columns):  # it is to be replaced
             return df.withColumn(output_col, features)
         return df.select("*", features)  # Spark Connect's withColumn would lose the metadata
 

@@ -19,7 +19,7 @@ from imagevec.files import cache_dir, content_addressed
 from imagevec.models import ExportedEntry, FactoryEntry, TimmEntry, TorchvisionEntry
 
 RANDOM = "random"
-_SUFFIXES = (".pth", ".pt", ".safetensors")
+SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def find_weights(
@@ -39,7 +39,7 @@ def find_weights(
         return entry.path
     if weights == RANDOM:
         return None
-    if str(weights).endswith(_SUFFIXES):
+    if str(weights).endswith(SUFFIXES):
         path = Path(weights).expanduser()
         if not path.is_file():
             raise WeightsError(f"weights={weights!r}: there is no such file")
@@ -49,7 +49,7 @@ def find_weights(
     if weights != "DEFAULT":
         raise OptionError(
             f"weights={weights!r} is not known for {entry.name!r}: "
-            f"use 'DEFAULT', 'random', or a path that ends in {', '.join(_SUFFIXES)}"
+            f"use 'DEFAULT', 'random', or a path that ends in {', '.join(SUFFIXES)}"
         )
     try:
         model = entry.build(0, pretrained=True) if isinstance(entry, TimmEntry) else entry.build(0)
@@ -69,7 +69,7 @@ def _weights_entry(entry: TorchvisionEntry, weights: str) -> Any:
         near = did_you_mean(weights, [*names, RANDOM])
         raise OptionError(
             f"weights={weights!r} is not known for {entry.name!r}: {near}; "
-            f"or give a path that ends in {', '.join(_SUFFIXES)}"
+            f"or give a path that ends in {', '.join(SUFFIXES)}"
         )
     return names[weights]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -61,3 +62,17 @@ def test_help_is_quick_to_come():
         "print({'torch', 'pyspark', 'rich'} & sys.modules.keys())"
     )
     assert printed.strip() == "set()"
+
+
+def test_without_java_there_is_a_line_and_no_traceback(tmp_path):
+    environment = {**os.environ, "JAVA_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "imagevec", "extract", str(tmp_path), str(tmp_path / "table")]
+    command += ["--model", "squeezenet1_1", "--weights", "random", "--engine", "torch"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert "imagevec: Spark did not start" in done.stderr
+    assert "Traceback" not in done.stderr
+    doctor = [sys.executable, "-m", "imagevec", "doctor"]
+    done = subprocess.run(doctor, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "Java        none" in done.stdout and "Java 17" in done.stdout

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from imagevec.cli.session import spark_session
 from imagevec.errors import FingerprintError, OptionError, did_you_mean
+from imagevec.files import content_addressed
 from imagevec.spark.metrics import Metrics
 from imagevec.spark.provenance import check_same, fingerprint, metadata_of
 from imagevec.vectorizer import ImageVectorizer
@@ -44,6 +46,8 @@ def extract(options: argparse.Namespace) -> dict[str, Any]:
         if getattr(options, name) is not None
     }
     vectorizer = ImageVectorizer(**chosen, output="struct")
+    if options.weights and Path(options.weights).is_file():
+        content_addressed(Path(options.weights))  # `imagevec similar` finds it by its digest
     start = time.perf_counter()
     with spark_session(options.master) as spark:
         table = Table(spark, options.dest)
@@ -184,12 +188,7 @@ class FileSource:
 
     def listed(self) -> DataFrame:
         """``path``, ``length`` and ``modificationTime``; no file is opened."""
-        try:
-            files = self._reader.options(**self._listing).load(self._src)
-        except Exception as error:
-            if "PATH_NOT_FOUND" in str(error):
-                raise OptionError(f"there is nothing at {self._src}") from error
-            raise
+        files = self._reader.options(**self._listing).load(self._src)
         return files.select("path", "length", "modificationTime")
 
     def of(self, paths: list[str]) -> DataFrame:

@@ -7,8 +7,11 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from py4j.protocol import Py4JJavaError
 from pyspark import SparkConf, SparkContext
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from imagevec.errors import ImageVecError
@@ -20,11 +23,28 @@ _IMAGE_BYTES = 200_000  # of a typical file, for the size of an Arrow batch
 
 @contextlib.contextmanager
 def spark_session(master: str | None, recommended: bool = True) -> Iterator[SparkSession]:
-    """A session of its own, with ``recommended_conf`` where nothing else was set, if so wished."""
+    """A session of its own, with ``recommended_conf`` where nothing else was set, if so wished.
+
+    Raises:
+        ImageVecError: Spark does not start, or a query in the session fails.
+    """
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     # Of the JVM, where this process starts it: Spark's log would run through the progress bar.
     os.environ.setdefault("SPARK_SUBMIT_OPTS", f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}")
-    SparkContext._ensure_initialized()  # the JVM, which knows what spark-submit passed on
+    try:
+        SparkContext._ensure_initialized()  # the JVM, which knows what spark-submit passed on
+        spark = _builder(master, recommended).getOrCreate()
+    except Exception as error:  # no Java, or no such master: PySpark's own message is a page long
+        raise ImageVecError(f"Spark did not start: {_first_line(error)}") from error
+    try:
+        yield spark
+    except (PySparkException, Py4JJavaError) as error:
+        raise ImageVecError(_first_line(error)) from error
+    finally:
+        spark.stop()
+
+
+def _builder(master: str | None, recommended: bool) -> Any:
     submitted = SparkConf()
     builder = SparkSession.builder.appName("imagevec")
     if master or not submitted.contains("spark.master"):
@@ -40,12 +60,9 @@ def spark_session(master: str | None, recommended: bool = True) -> Iterator[Spar
     for name, value in settings.items():
         if not submitted.contains(name):
             builder = builder.config(name, value)
-    try:
-        spark = builder.getOrCreate()
-    except Exception as error:  # no Java, or no such master: PySpark's own message is a page long
-        first_line = str(error).strip().partition("\n")[0]
-        raise ImageVecError(f"Spark did not start: {first_line}") from error
-    try:
-        yield spark
-    finally:
-        spark.stop()
+    return builder
+
+
+def _first_line(error: Exception) -> str:
+    text = error.java_exception.toString() if isinstance(error, Py4JJavaError) else str(error)
+    return str(text).strip().partition("\n")[0]

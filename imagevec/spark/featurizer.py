@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 from pyspark.ml import Transformer
@@ -33,12 +32,12 @@ from imagevec.errors import ImageVecError, OptionError, WeightsError, did_you_me
 from imagevec.exported import is_exported
 from imagevec.files import cache_dir, content_addressed, digest_of, verified
 from imagevec.models import FactoryEntry, ModelFactory, find_entry
-from imagevec.saved_model import _MODEL_FILES, _SPEC_FILE, is_saved_model
+from imagevec.saved_model import MODEL_FILES, SPEC_FILE, is_saved_model
 from imagevec.spark.provenance import metadata_of
 from imagevec.spark.udf import check_input_column
 from imagevec.spec import DEFAULTS, FeatureSpec, Options, check_choice
 from imagevec.vectorizer import ImageVectorizer
-from imagevec.weights import _SUFFIXES, RANDOM, find_weights
+from imagevec.weights import RANDOM, SUFFIXES, find_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -217,9 +216,7 @@ class ImageFeaturizer(
                 already (in whatever case), or an option is wrong.
             WeightsError: The weights cannot be had, or do not fit the model.
         """
-        # What is asked of a data frame there is no more than this.
-        frame = SimpleNamespace(columns=schema.names, schema=schema)
-        check_input_column(cast(DataFrame, frame), self.getInputCol())
+        check_input_column(schema, self.getInputCol())
         name = self.getOutputCol()
         if name.lower() in (existing.lower() for existing in schema.names):
             raise OptionError(f"outputCol={name!r} is not valid: there is such a column already")
@@ -279,7 +276,7 @@ class ImageFeaturizer(
         model, weights = self.getModel(), self.getWeights()
         if is_saved_model(model) or weights == RANDOM:
             return False
-        return str(weights).endswith(_SUFFIXES) or isinstance(find_entry(model), FactoryEntry)
+        return str(weights).endswith(SUFFIXES) or isinstance(find_entry(model), FactoryEntry)
 
     def write(self) -> MLWriter:
         """What saves it: ``featurizer.write().overwrite().save(path)`` for example.
@@ -403,8 +400,8 @@ class _Writer(MLWriter):
         if is_saved_model(model):
             folder = Path(str(model))
             _, model_files = saved_model.read(folder)
-            spec_file = content_addressed(folder / _SPEC_FILE)
-            names = (f"{spec_file.stem}/{name}" for name in (_SPEC_FILE, *_MODEL_FILES))
+            spec_file = content_addressed(folder / SPEC_FILE)
+            names = (f"{spec_file.stem}/{name}" for name in (SPEC_FILE, *MODEL_FILES))
             self._files = dict(zip(names, (spec_file, *model_files), strict=True))
             self._saved.setModel(spec_file.stem)
         elif is_exported(model):
@@ -453,7 +450,7 @@ class _Reader(MLReader[ImageFeaturizer]):
         model, weights = featurizer.getModel(), featurizer.getWeights()
         if _SAVED_NAME.fullmatch(str(model)):
             featurizer.setModel(str(_load_saved_model(session, path, str(model))))
-        elif weights.endswith(_SUFFIXES):
+        elif weights.endswith(SUFFIXES):
             featurizer.setWeights(str(_load_weights(session, path, weights)))
         return featurizer
 
@@ -473,12 +470,12 @@ def _load_saved_model(session: SparkSession, folder: str, name: str) -> Path:
     cached = cache_dir("saved_models") / name
     with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
         copy = Path(temporary) / name
-        for file in (_SPEC_FILE, *_MODEL_FILES):
+        for file in (SPEC_FILE, *MODEL_FILES):
             _copy(session, f"{folder}/{_FILES}/{name}/{file}", f"file://{copy / file}")
-        found, expected = digest_of(copy / _SPEC_FILE), name.rpartition("-")[2]
+        found, expected = digest_of(copy / SPEC_FILE), name.rpartition("-")[2]
         if found != expected:
             raise WeightsError(
-                f"{folder}/{_FILES}/{name}/{_SPEC_FILE} was altered: "
+                f"{folder}/{_FILES}/{name}/{SPEC_FILE} was altered: "
                 f"its SHA-256 is {found}, not {expected}"
             )
         saved_model.read(copy)

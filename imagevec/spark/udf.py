@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from pyspark import TaskContext
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, SparkSession
 from pyspark.sql.pandas.functions import pandas_udf
 from pyspark.sql.types import (
     ArrayType,
@@ -146,11 +146,11 @@ def _return_type(spec: FeatureSpec, output: str) -> DataType:
     )
 
 
-def check_input_column(df: DataFrame, name: str) -> None:
-    """Raises ``OptionError`` unless the data frame has such a column, of an accepted type."""
-    if name not in df.columns:
-        raise OptionError(f"there is no column {name!r}: {did_you_mean(name, df.columns)}")
-    kind = df.schema[name].dataType
+def check_input_column(schema: StructType, name: str) -> None:
+    """Raises ``OptionError`` unless the schema has such a column, of an accepted type."""
+    if name not in schema.names:
+        raise OptionError(f"there is no column {name!r}: {did_you_mean(name, schema.names)}")
+    kind = schema[name].dataType
     fields = set(kind.names) if isinstance(kind, StructType) else set()
     is_struct = fields >= set(IMAGE_FIELDS) or "content" in fields
     if not (isinstance(kind, BinaryType | StringType) or is_struct):

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
+from torchvision.models import squeezenet1_1
 
 from imagevec import ImageVectorizer
 from imagevec.cli import main
 from imagevec.cli.doctor import show
 from tests.cluster.conftest import session_of
 from tests.images import encode, photo
+from tests.pipeline import saved
 
 MODEL = ["--model", "squeezenet1_1", "--weights", "random", "--engine", "torch"]
 WAIT_SECONDS = 240
@@ -142,7 +144,7 @@ def test_a_source_that_is_not_there(capsys, tmp_path):
     arguments = ["extract", str(tmp_path / "nothing"), str(tmp_path / "table"), *MODEL]
     assert main([*arguments, "--master", "local[2]"]) == 1
     message = capsys.readouterr().err
-    assert "there is nothing at" in message and "Traceback" not in message
+    assert "Path does not exist" in message and "Traceback" not in message
 
 
 def test_a_table_of_images(capsys, tmp_path):
@@ -195,8 +197,12 @@ def test_the_doctor(capsys):
 
 
 def test_similar(capsys, photos, tmp_path):
-    table = tmp_path / "table"
-    extract(capsys, photos, table)
+    """By a model of one's own weights, which the table knows by their digest alone."""
+    table, weights = tmp_path / "table", tmp_path / "weights.pth"
+    saved(squeezenet1_1, weights)
+    options = ("--model", "squeezenet1_1", "--weights", weights, "--recursive")
+    run(capsys, "extract", photos, table, *options, "--master", "local[2]")
+    weights.unlink()
     query = photos / "2.png"
     of_table = run(capsys, "similar", table, "--query", query, "-k", 3)["neighbours"]
     copy = tmp_path / "copy.png"

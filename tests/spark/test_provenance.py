@@ -79,3 +79,10 @@ def test_register(frame, spark):
     rows = spark.sql("select image_features(content) as f from registered order by id").collect()
     expected = [ImageVectorizer(**OPTIONS).extract_features(image) for image in IMAGES]
     assert [row.f for row in rows] == [pytest.approx(v, rel=1e-4, abs=1e-6) for v in expected]
+
+
+def test_a_column_is_replaced_whatever_its_case(frame):
+    df = frame(IMAGES).selectExpr("id", "content", "1 as Features")
+    df = ImageVectorizer(**OPTIONS).process_images(df)
+    assert [name.lower() for name in df.columns] == ["id", "content", "features"]
+    assert len(df.select("features").first()[0]) == 8
