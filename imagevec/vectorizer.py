@@ -69,8 +69,7 @@ class ImageVectorizer:
         """
         from pyspark.sql.functions import col
 
-        from imagevec.spark.provenance import metadata_of
-        from imagevec.spark.udf import check_input_column, udf_of, with_spark_gpus
+        from imagevec.spark.udf import check_input_column, feature_column, with_spark_gpus
 
         check_input_column(df.schema, input_col)
         options = with_spark_gpus(df.sparkSession, self._options)
@@ -78,8 +77,7 @@ class ImageVectorizer:
         if options != self._options:
             resolved = resolve(**options)
         quoted = "`" + input_col.replace("`", "``") + "`"  # else a dot is of a struct's field
-        column = udf_of(df.sparkSession, *resolved, metrics)(col(quoted))
-        features = column.alias(output_col, metadata=metadata_of(self.spec))
+        features = feature_column(output_col, col(quoted), df.sparkSession, *resolved, metrics)
         if output_col.lower() in (name.lower() for name in df.columns):  # it is to be replaced
             return df.withColumn(output_col, features)
         return df.select("*", features)  # Spark Connect's withColumn would lose the metadata

@@ -139,7 +139,7 @@ class ImageFeaturizer(
 
     Params of a wrong type are refused when they are set, wrong values before a job starts, by
     ``transformSchema``. A null or bad image gives a null, which most estimators do not accept:
-    drop these rows first, or set ``onError="raise"``.
+    drop these rows in a stage between, or set ``onError="raise"``.
 
     ``save`` works where Spark saves: local paths, and URIs of Hadoop file systems. Beside the
     metadata goes what only this machine has, named by its SHA-256 and verified by ``load``: a

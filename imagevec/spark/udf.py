@@ -61,16 +61,17 @@ def features_udf(
         ``array<float>`` of ``num_features`` values, null for a null or bad image; or a struct, with
         several layers or ``output="struct"``. The column is called ``features``, and its metadata
         say what made it: see ``imagevec.fingerprint``. (Spark Connect loses them in
-        ``withColumn``, not in ``select``.)
+        ``withColumn``, not in ``select``.) It counts as not deterministic, so that Spark computes
+        it once for each row even where rows are then filtered by it: filter by other columns
+        before.
 
     Raises:
         OptionError: An option is wrong. The message names the nearest valid choice.
         WeightsError: The weights cannot be had, or do not fit the model.
     """
     session = active_session()
-    recipe, paths, execution = resolve(**with_spark_gpus(session, options))
-    features: Column = udf_of(session, recipe, paths, execution, metrics)(column)
-    return features.alias("features", metadata=metadata_of(recipe.spec))
+    resolved = resolve(**with_spark_gpus(session, options))
+    return feature_column("features", column, session, *resolved, metrics)
 
 
 def make_features_udf(*, metrics: Metrics | None = None, **options: Unpack[Options]) -> Any:
@@ -78,7 +79,8 @@ def make_features_udf(*, metrics: Metrics | None = None, **options: Unpack[Optio
 
         spark.udf.register("image_features", make_features_udf(model="resnet18"))
 
-    It needs an active session, which ships the weights to the executors.
+    It needs an active session, which ships the weights to the executors. Spark may compute it twice
+    where rows are filtered by its result; its ``asNondeterministic()`` is computed once.
     """
     session = active_session()
     return udf_of(session, *resolve(**with_spark_gpus(session, options)), metrics)
@@ -105,6 +107,25 @@ def with_spark_gpus(session: SparkSession, options: Options) -> Options:
     if options.get("device", "auto") == "auto" and gpus_per_task:
         return {**options, "device": "cuda"}
     return options
+
+
+def feature_column(
+    name: str,
+    column: Column | str,
+    session: SparkSession,
+    recipe: Recipe,
+    paths: tuple[Path, ...],
+    execution: ExecutionOptions,
+    metrics: Metrics | None,
+) -> Column:
+    """A column of features with its provenance, which Spark computes once for each row.
+
+    A UDF that counts as deterministic is computed twice where rows are then filtered by its result:
+    Spark evaluates it in the filter, which it pushes down, and again for the rows that are left.
+    """
+    image_features = udf_of(session, recipe, paths, execution, metrics).asNondeterministic()
+    features: Column = image_features(column)
+    return features.alias(name, metadata=metadata_of(recipe.spec))
 
 
 def udf_of(

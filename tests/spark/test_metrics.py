@@ -40,3 +40,19 @@ def test_queries_add_up_and_others_are_apart(frame):
         vectorizer.process_images(frame(IMAGES), metrics=metrics).select("features").collect()
     assert counted(others) == EXPECTED
     assert counted(ours) == {name: 2 * count for name, count in EXPECTED.items()}
+
+
+@pytest.mark.parametrize(
+    "filtered",
+    [
+        lambda df: df.where("features IS NOT NULL"),
+        lambda df: df.dropna(subset=["features"]),
+        lambda df: df.where("size(features) > 0").selectExpr("features", "features[0] AS first"),
+    ],
+    ids=["where", "dropna", "several_uses"],
+)
+def test_a_filter_by_the_features_does_not_compute_them_twice(frame, filtered):
+    metrics = Metrics()
+    df = frame(IMAGES).withColumn("features", features_udf("content", metrics=metrics, **OPTIONS))
+    assert len(filtered(df).collect()) == 5
+    assert counted(metrics) == EXPECTED
