@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -401,11 +402,28 @@ class _Layers(nn.Module):
         return torch.cat(self.vectors(images), dim=1)  # (N, D) each -> (N, sum of D)
 
 
-def _to_vector(node: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """A node's output as a vector in memory of its own."""
-    if node.ndim == 4:  # (N, C, H, W) -> (N, C)
+def _to_vector(node: torch.Tensor, first_token: int | None) -> torch.Tensor:
+    """A node's output as a vector in memory of its own.
+
+    Args:
+        node: ``(N, C)``, ``(N, T, C)``, ``(N, C, H, W)`` or ``(N, H, W, C)``. Images are square, so
+            the positions are the two dimensions of the same length.
+        first_token: Of the tokens to be averaged; ``None`` takes the class token.
+    """
+    if node.ndim == 4:
+        channels_last = node.shape[1] == node.shape[2] != node.shape[3]
         return node.mean((1, 2) if channels_last else (2, 3))
-    return (node[:, 0] if node.ndim == 3 else node).clone()  # (N, T, C) -> (N, C), class token
+    if node.ndim == 3 and first_token is not None:
+        return node[:, first_token:].mean(1)
+    return (node[:, 0] if node.ndim == 3 else node).clone()
+
+
+def _first_token(model: nn.Module) -> int | None:
+    """Where a model of timm has no class token: which token is the first of the image."""
+    is_timm = hasattr(model, "reset_classifier")
+    if not is_timm or getattr(model, "cls_token", None) is not None:
+        return None
+    return getattr(model, "num_prefix_tokens", 0)
 
 
 def _without_classifier(model: nn.Module) -> nn.Module:
@@ -425,13 +443,12 @@ def _without_classifier(model: nn.Module) -> nn.Module:
 
 def _up_to_nodes(model: nn.Module, layers: tuple[str, ...], normalize: bool) -> nn.Module:
     """The model up to the layers, which one forward pass computes."""
-    is_swin = isinstance(model, torchvision.models.SwinTransformer)
     special = {"logits": "output"}
     if "pooled" in layers:
         special["pooled"] = _mark_pooled(model)
     whole = _Whole(model).eval()
     try:
-        _, nodes = get_graph_node_names(whole, suppress_diff_warning=True)
+        _, nodes = get_graph_node_names(whole, _not_to_trace(), suppress_diff_warning=True)
     except Exception as error:  # a model's own code runs under torch.fx's tracer
         layer = layers[0] if len(layers) == 1 else layers
         raise OptionError(
@@ -448,16 +465,32 @@ def _up_to_nodes(model: nn.Module, layers: tuple[str, ...], normalize: bool) -> 
             near = did_you_mean(layer, {*known, "pooled", "logits"} - {layer})
             raise OptionError(f"layer={layer!r} is not known: {near}")
     names = [known[layer] for layer in layers]
-    graph = create_feature_extractor(whole, names, suppress_diff_warning=True).graph
+    extractor = create_feature_extractor(
+        whole, names, tracer_kwargs=_not_to_trace(), suppress_diff_warning=True
+    )
+    graph = extractor.graph
     (output,) = (node for node in graph.nodes if node.op == "output")
     vectors = {}
     for name, node in output.args[0].items():
-        channels_last = is_swin and name.startswith(("model.features.", "model.norm"))
         # Not at the end: an in-place operation that comes next would write over the node's output.
         with graph.inserting_after(node):
-            vectors[name] = graph.call_function(_to_vector, (node, channels_last))
+            vectors[name] = graph.call_function(_to_vector, (node, _first_token(model)))
     output.args = (vectors,)
     return _Layers(fx.GraphModule(whole, graph), names, normalize).eval()
+
+
+def _not_to_trace() -> dict[str, Any]:
+    """What ``torch.fx`` takes as a whole: parts of timm's models that depend on an input's shape.
+
+    They are those of ``timm.models.create_feature_extractor``, to which factories may lead, too.
+    """
+    timm_models: Any = sys.modules.get("timm.models")
+    if timm_models is None:
+        return {}
+    return {
+        "leaf_modules": timm_models.get_notrace_modules(),
+        "autowrap_functions": tuple(timm_models.get_notrace_functions()),
+    }
 
 
 def _mark_pooled(model: nn.Module) -> str:

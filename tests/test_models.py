@@ -322,6 +322,37 @@ def test_timms_layers_are_the_same_as_each_alone():
         np.testing.assert_allclose(vector, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize(
+    ("name", "layer", "pool"),
+    [
+        ("tf_efficientnet_lite0", "blocks.2", lambda node: node.mean((2, 3))),
+        ("swin_tiny_patch4_window7_224", "layers.1", lambda node: node.mean((1, 2))),
+        ("swin_tiny_patch4_window7_224", "patch_embed.proj", lambda node: node.mean((2, 3))),
+        ("vit_tiny_patch16_224", "blocks.1", lambda node: node[:, 0]),
+        ("mixer_s32_224", "blocks.1", lambda node: node.mean(1)),
+        ("vit_medium_patch16_reg4_gap_256", "blocks.1", lambda node: node[:, 4:].mean(1)),
+    ],
+    ids=["not_to_trace", "channels_last", "channels_first", "class_token", "no_token", "registers"],
+)
+def test_timms_layers_are_pooled_as_their_shape_says(name, layer, pool, engine, tmp_path):
+    timm = pytest.importorskip("timm")
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    weights = tmp_path / "weights.pth"
+    model = saved(functools.partial(timm.create_model, name), weights)
+    nodes = []
+    model.get_submodule(layer).register_forward_hook(lambda module, args, out: nodes.append(out))
+    entry = find_entry(f"timm/{name}")
+    with torch.inference_mode():
+        model(model_input(entry.preprocessing(None)))
+    options = {"model": entry.name, "weights": str(weights), "engine": engine}
+    vector = vector_of(PNG, **options, layer=(layer, "pooled"))[layer]
+    (expected,) = pool(nodes[0])
+    assert len(vector) == len(expected)
+    assert cosine(vector, expected) >= 0.9999
+
+
 @pytest.mark.parametrize("name", ["deepseek_vit_412m", "vit_base_patch16_sapiens2"])
 def test_a_data_config_that_is_not_supported_is_refused(name):
     pytest.importorskip("timm")

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 from torch.fx.experimental import optimization
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from imagevec.engines import PixelModel
 from imagevec.spec import Preprocessing
@@ -34,8 +35,9 @@ class TorchEngine:
     ) -> None:
         if precision == "bfloat16" and not supports_bfloat16(device.type):
             logger.warning("%s has no bfloat16 instructions: it will be slow", device)
-        model = PixelModel(_fold_batch_norms(model), preprocessing).eval().to(device)
-        self._model = model.to(memory_format=torch.channels_last)
+        self._model = PixelModel(_fold_batch_norms(model), preprocessing).eval().to(device)
+        # Convolutions alone: Module.to(memory_format=) fails on a buffer of five dimensions.
+        convert_conv2d_weight_memory_format(self._model, torch.channels_last)
         self._device = device
         self._dtype = getattr(torch, precision)
         self._max_batch: int | None = None
