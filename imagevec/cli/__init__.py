@@ -17,6 +17,8 @@ import imagevec
 from imagevec.errors import ImageVecError
 from imagevec.spec import DEFAULTS, PRECISIONS
 
+_MODEL = "a name of `imagevec models`, the folder of a saved model, or a .pt2 file"
+
 Command = Callable[[argparse.Namespace], dict[str, Any]]
 
 
@@ -80,17 +82,20 @@ def _add_extract(commands: Any) -> None:
     )
     parser.add_argument("src", help="a folder, glob or URI of images; with --column, of a table")
     parser.add_argument("dest", help="a folder or URI; bad images are listed in DEST/_errors")
-    parser.add_argument(
-        "--model", default=DEFAULTS["model"], help="a name of `imagevec models`, or a saved model"
-    )
+    # Without a default: a saved model has its own layer, precision and so on.
+    parser.add_argument("--model", help=f"{_MODEL} (default: {DEFAULTS['model']})")
     parser.add_argument("--weights", help="a weights name or file, or 'random' (default: DEFAULT)")
-    parser.add_argument("--layer", default=DEFAULTS["layer"])
-    parser.add_argument("--precision", default=DEFAULTS["precision"], choices=[*PRECISIONS, "auto"])
+    parser.add_argument("--layer", help=f"(default: {DEFAULTS['layer']})")
+    for name, choices in (
+        ("precision", [*PRECISIONS, "auto"]),
+        ("engine", ["auto", "torch", "openvino"]),
+        ("decode", ["exact", "scaled"]),
+    ):
+        default = dict(DEFAULTS)[name]
+        parser.add_argument(f"--{name}", choices=choices, help=f"(default: {default})")
     parser.add_argument(
-        "--engine", default=DEFAULTS["engine"], choices=["auto", "torch", "openvino"]
+        "--normalize", action="store_true", default=None, help="vectors of length 1"
     )
-    parser.add_argument("--decode", default=DEFAULTS["decode"], choices=["exact", "scaled"])
-    parser.add_argument("--normalize", action="store_true", help="vectors of length 1")
     parser.add_argument("--pattern", help="only files of such names, '*.jpg' for example")
     parser.add_argument("--recursive", action="store_true", help="subfolders, too")
     parser.add_argument("--column", help="SRC is a table, and this its column of image bytes")
@@ -120,7 +125,9 @@ def _add_similar(commands: Any) -> None:
     def run(options: argparse.Namespace) -> dict[str, Any]:
         from imagevec.cli.similar import similar
 
-        neighbours = similar(options.features, options.query, options.k, options.weights)
+        neighbours = similar(
+            options.features, options.query, options.k, options.model, options.weights
+        )
         return {"query": options.query, "neighbours": neighbours}
 
     def show(result: dict[str, Any]) -> str:
@@ -130,7 +137,8 @@ def _add_similar(commands: Any) -> None:
     parser.add_argument("features", help="a table of `imagevec extract`")
     parser.add_argument("--query", required=True, help="an image, of the table or not")
     parser.add_argument("-k", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument("--weights", help="where those of the table are not in the cache")
+    parser.add_argument("--model", help="the table's, where that is a saved model or a .pt2 file")
+    parser.add_argument("--weights", help="the table's, where they are not in the cache")
 
 
 def _add_gallery(commands: Any) -> None:

@@ -15,23 +15,30 @@ from imagevec.features_table import read_features
 from imagevec.files import cached
 from imagevec.neighbours import nearest
 from imagevec.spark.provenance import KEY, check_same, metadata_of
+from imagevec.spec import Options
 from imagevec.vectorizer import ImageVectorizer
 
 _SPARK_SCHEMA = b"org.apache.spark.sql.parquet.row.metadata"
 
 
-def similar(features: str, query: str, k: int, weights: str | None) -> list[dict[str, Any]]:
+def similar(
+    features: str, query: str, k: int, model: str | None = None, weights: str | None = None
+) -> list[dict[str, Any]]:
     """The ``k`` nearest images, each a path and its cosine to the query, the nearest first.
 
-    A query that is not in the table is computed here, with the model that its features are of.
+    A query that is not in the table is computed here, with the model that its features are of. Its
+    name is in the table, but a saved model or a ``.pt2`` file has to be given again.
 
     Raises:
-        OptionError: The table or the query cannot be read.
+        OptionError: The table or the query cannot be read, or the model has to be given.
         FingerprintError: The model that is at hand is not the one of the table.
     """
     paths, vectors = read_features(features)
     wanted = [path for path in paths if _plain(path) == _plain(query)]
-    vector = vectors[paths.index(wanted[0])] if wanted else _vector(features, query, weights)
+    if wanted:
+        vector = vectors[paths.index(wanted[0])]
+    else:
+        vector = _vector(_provenance(features), query, model, weights)
     others = [i for i, path in enumerate(paths) if path not in wanted]
     indices, cosines = nearest(vector[None], vectors[others], min(k, len(others)))
     return [
@@ -40,17 +47,24 @@ def similar(features: str, query: str, k: int, weights: str | None) -> list[dict
     ]
 
 
-def _vector(features: str, query: str, weights: str | None) -> npt.NDArray[np.float32]:
-    provenance = _provenance(features)
-    vectorizer = ImageVectorizer(
-        model=provenance["model"],
-        weights=weights or _weights_at_hand(provenance),
-        layer=provenance["layer"],
-        normalize=provenance["normalize"],
-        precision=provenance["precision"],
-        decode=provenance["preprocessing"]["decode"],
-        on_error="raise",
-    )
+def _vector(
+    provenance: dict[str, Any], query: str, model: str | None, weights: str | None
+) -> npt.NDArray[np.float32]:
+    options: Options = {
+        "layer": provenance["layer"],
+        "normalize": provenance["normalize"],
+        "precision": provenance["precision"],
+        "decode": provenance["preprocessing"]["decode"],
+        "on_error": "raise",
+    }
+    if model is None:
+        name = provenance["model"]
+        if provenance["precision"] == "int8" or name.startswith("pt2:"):
+            raise OptionError(f"the features are of {name!r}, a folder or file: give it as --model")
+        options |= {"model": name, "weights": weights or _weights_at_hand(provenance)}
+    else:
+        options |= {"model": model, "weights": weights} if weights else {"model": model}
+    vectorizer = ImageVectorizer(**options)
     check_same(provenance, *metadata_of(vectorizer.spec).values())
     return np.array(vectorizer.extract_features(query), np.float32)
 

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
+import torch
 from torchvision.models import squeezenet1_1
 
-from imagevec import ImageVectorizer
+from imagevec import ImageVectorizer, quantize
 from imagevec.cli import main
 from imagevec.cli.doctor import show
 from tests.cluster.conftest import session_of
+from tests.factories import tiny
 from tests.images import encode, photo
 from tests.pipeline import saved
 
@@ -215,3 +217,30 @@ def test_similar(capsys, photos, tmp_path):
     assert main(["similar", str(tmp_path / "nothing"), "--query", str(query)]) == 1
     assert main(["similar", str(table), "--query", str(photos / "nothing.png")]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def int8_model(folder: Path) -> Path:
+    pytest.importorskip("nncf")
+    images = [encode(photo(64 + i, 64, seed=i)) for i in range(10)]
+    quantize(images, output=folder / "int8", model=tiny, weights="random", normalize=True)
+    return folder / "int8"
+
+
+def exported_model(folder: Path) -> Path:
+    images = torch.zeros(2, 3, 32, 32)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(tiny().eval(), (images,), dynamic_shapes=({0: batch},))
+    torch.export.save(program, folder / "model.pt2")
+    return folder / "model.pt2"
+
+
+@pytest.mark.parametrize("make", [int8_model, exported_model])
+def test_a_model_that_is_a_file(capsys, photos, tmp_path, make):
+    model, table, copy = make(tmp_path), tmp_path / "table", tmp_path / "copy.png"
+    options = ("--model", model, "--recursive", "--master", "local[2]")
+    assert run(capsys, "extract", photos, table, *options)["features"] == 10
+    copy.write_bytes((photos / "2.png").read_bytes())
+    assert main(["similar", str(table), "--query", str(copy)]) == 1
+    assert "give it as --model" in capsys.readouterr().err
+    found = run(capsys, "similar", table, "--query", copy, "--model", model, "-k", 1)
+    assert found["neighbours"][0]["path"] == uri(photos / "2.png")
