@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -294,11 +295,19 @@ def test_the_command_line_is_as_told() -> None:
 
 
 def test_the_sums_are_right() -> None:
+    result = json.loads((ROOT / "benchmarks/results/bench.json").read_text())
+    measured = {
+        row["precision"]: row["images_per_second"]
+        for row in result["rows"]
+        if row["approach"] in {"features_udf, " + name for name in ("float32", "bfloat16", "int8")}
+        and (row["stage"], row["workers"]) == ("resnet50, small", 2)
+    }
     rows = [cells(row) for row in table(section("scaling", "Core-hours"))]
     per_core = {}
     for precision, images, of_a_core, *core_hours in (row for row in rows if len(row) == 6):
         per_core[precision] = float(of_a_core)
         assert float(images) == pytest.approx(2 * per_core[precision], rel=0.01)
+        assert float(images) == pytest.approx(measured[precision], rel=0.01)
         hours = [number / (per_core[precision] * 3600) for number in (1e6, 1e8, 1e10)]
         assert [number_of(cell) for cell in core_hours] == pytest.approx(hours, rel=0.01)
     for precision, cores, *told in (row for row in rows if len(row) == 5):
