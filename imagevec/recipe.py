@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 import torch
 
+import imagevec
 from imagevec import saved_model
 from imagevec.engines import Engine, openvino
 from imagevec.engines.torch import TorchEngine, supports_bfloat16
@@ -259,7 +260,7 @@ def _converted(spec: FeatureSpec, entry: Entry, weights_path: Path | None) -> tu
     """A model's graph and weights for OpenVINO; the user's cache keeps them for the next call."""
     preprocessing = dataclasses.replace(spec.preprocessing, decode="exact")
     graph_spec = dataclasses.replace(spec, preprocessing=preprocessing, precision="float32")
-    parts = (graph_spec, entry, openvino.version())
+    parts = (graph_spec, entry, openvino.version(), imagevec.__version__)
     key = hashlib.sha256(cloudpickle.dumps(parts)).hexdigest()
     folder = cache_dir("openvino") / key
     if not folder.exists():
