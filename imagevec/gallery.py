@@ -14,10 +14,10 @@ from typing import Any
 
 from PIL import Image
 
-from imagevec.errors import IMAGE_ERROR_CODES, ImageError, OptionError
+from imagevec.errors import IMAGE_ERROR_CODES, ImageError
 from imagevec.features_table import read_features
 from imagevec.neighbours import map_2d, near_duplicates, nearest
-from imagevec.spec import DEFAULTS, FORMATS
+from imagevec.spec import DEFAULTS, FORMATS, check_positive
 
 NEAR_DUPLICATE_COSINE = 0.95
 
@@ -56,8 +56,7 @@ def write_gallery(
         "max_images": max_images,
     }
     for option, value in numbers.items():
-        if value < 1:
-            raise OptionError(f"{option}={value} is not valid: use an integer of at least 1")
+        check_positive(option, value)
     all_paths, all_vectors = read_features(features)
     total = len(all_paths)
     order = sorted(range(total), key=all_paths.__getitem__)

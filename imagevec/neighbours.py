@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imagevec.errors import OptionError
+from imagevec.spec import check_positive
 
 Vectors = npt.NDArray[np.float32]
 
@@ -41,8 +42,7 @@ def nearest(queries: Vectors, vectors: Vectors, k: int) -> tuple[npt.NDArray[np.
     """
     if len(vectors) == 0:
         raise OptionError("there are no vectors to search")
-    if k < 1:
-        raise OptionError(f"k={k} is not valid: use an integer of at least 1")
+    check_positive("k", k)
     if queries.shape[1] != vectors.shape[1]:
         raise OptionError(
             f"queries have {queries.shape[1]} features and vectors {vectors.shape[1]}: "

@@ -98,7 +98,8 @@ def check_choice(option: str, value: object, choices: Sequence[str]) -> None:
         raise OptionError(f"{option}={value!r} is not known: {did_you_mean(value, choices)}")
 
 
-def _check_positive(option: str, value: object) -> None:
+def check_positive(option: str, value: object) -> None:
+    """Raises ``OptionError`` unless ``value`` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise OptionError(f"{option}={value!r} is not valid: use an integer of at least 1")
 
@@ -161,8 +162,8 @@ class Preprocessing:
     def __post_init__(self) -> None:
         check_choice("decode", self.decode, ("exact", "scaled"))
         check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
-        _check_positive("crop_size", self.crop_size)
-        _check_positive("resize_size", self.resize_size)
+        check_positive("crop_size", self.crop_size)
+        check_positive("resize_size", self.resize_size)
         if self.resize_size < self.crop_size:
             raise OptionError(
                 f"resize_size={self.resize_size} is not valid: "
@@ -202,7 +203,7 @@ class FeatureSpec:
         _check_bool("normalize", self.normalize)
         sizes = self.num_features
         for size in sizes if isinstance(sizes, tuple) else (sizes,):
-            _check_positive("num_features", size)
+            check_positive("num_features", size)
 
     @property
     def layer_sizes(self) -> dict[str, int] | None:
@@ -271,8 +272,8 @@ class ExecutionOptions:
                 f"device={self.device!r} is not known: {did_you_mean(self.device, choices)}"
             )
         if self.batch_size != "auto":
-            _check_positive("batch_size", self.batch_size)
-        _check_positive("max_pixels", self.max_pixels)
+            check_positive("batch_size", self.batch_size)
+        check_positive("max_pixels", self.max_pixels)
         if not self.formats:
             raise OptionError(f"formats is empty: choose from {', '.join(FORMATS)}")
         for name in self.formats:

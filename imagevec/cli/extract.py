@@ -30,6 +30,7 @@ from imagevec.errors import FingerprintError, OptionError, did_you_mean
 from imagevec.files import content_addressed
 from imagevec.spark.metrics import Metrics
 from imagevec.spark.provenance import check_same, fingerprint, metadata_of
+from imagevec.spec import check_positive
 from imagevec.vectorizer import ImageVectorizer
 
 ERRORS = "_errors"
@@ -45,12 +46,15 @@ def extract(options: argparse.Namespace) -> dict[str, Any]:
         for name in ("model", "weights", "layer", "precision", "engine", "decode", "normalize")
         if getattr(options, name) is not None
     }
+    if options.chunk_size is not None:
+        check_positive("chunk_size", options.chunk_size)
     vectorizer = ImageVectorizer(**chosen, output="struct")
     if options.weights and Path(options.weights).is_file():
         content_addressed(Path(options.weights))  # `imagevec similar` finds it by its digest
     start = time.perf_counter()
     with spark_session(options.master) as spark:
         table = Table(spark, options.dest)
+        table.check_outside(options.src)
         if options.overwrite:
             table.remove()
         table.check(metadata_of(vectorizer.spec))
@@ -62,12 +66,12 @@ def extract(options: argparse.Namespace) -> dict[str, Any]:
         found = listed.count()
         cores = spark.sparkContext.defaultParallelism
         size = options.chunk_size or _CHUNK_PER_CORE * cores
-        errors = _run(todo, size, source, vectorizer, table, options.quiet or options.json)
+        done, errors = _run(todo, size, source, vectorizer, table, options.quiet or options.json)
     seconds = time.perf_counter() - start
     return {
         "found": found,
         "done_before": found - len(todo),
-        "features": len(todo) - errors.total(),
+        "features": done - errors.total(),
         "errors": dict(errors.most_common()),
         "seconds": round(seconds, 1),
         "fingerprint": vectorizer.spec.fingerprint,
@@ -115,6 +119,15 @@ class Table:
             if part is not None:
                 known = known.union(part.select(*empty.columns))
         return known
+
+    def check_outside(self, source: str) -> None:
+        """Raises if the table lies in what is read, whose files would be taken for images."""
+        here, there = (
+            path.getFileSystem(self._spark._jsc.hadoopConfiguration()).makeQualified(path)
+            for path in (self._hadoop(self._path), self._hadoop(source))
+        )
+        if f"{here.toString()}/".startswith(f"{there.toString().rstrip('/')}/"):
+            raise OptionError(f"DEST lies in SRC, {source}: choose another one")
 
     def check(self, metadata: dict[str, Any]) -> None:
         """Raises unless the table is empty, or has features of the same fingerprint."""
@@ -248,8 +261,9 @@ def _run(
     vectorizer: ImageVectorizer,
     table: Table,
     quiet: bool,
-) -> Counter[str]:
-    """Does and commits chunk after chunk; returns how many errors there are of each code."""
+) -> tuple[int, Counter[str]]:
+    """Does and commits chunk after chunk; returns how many rows, and how many errors by code."""
+    done = 0
     codes: Counter[str] = Counter()
     with _progress(len(todo), quiet) as advance:
         for start in range(0, len(todo), size):
@@ -259,7 +273,7 @@ def _run(
             result = vectorizer.process_images(rows, "image", "result", metrics)
             result = result.drop("image").persist(StorageLevel.MEMORY_AND_DISK)
             with _watching(metrics, advance):
-                result.count()
+                done += result.count()
             features = F.col("result.features").alias(
                 "features", metadata=metadata_of(vectorizer.spec)
             )
@@ -282,7 +296,7 @@ def _run(
                 }
             )
             result.unpersist()
-    return codes
+    return done, codes
 
 
 Advance = Callable[[int, int], None]

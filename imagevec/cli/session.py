@@ -49,10 +49,9 @@ def _builder(master: str | None, recommended: bool) -> Any:
     builder = SparkSession.builder.appName("imagevec")
     if master or not submitted.contains("spark.master"):
         builder = builder.master(master or "local[*]")
-    settings = {
-        "spark.ui.showConsoleProgress": "false",
-        "spark.ui.enabled": "false",
-    }
+    # PySpark's launcher switches it on by itself, and it would run through the progress bar.
+    builder = builder.config("spark.ui.showConsoleProgress", "false")
+    settings = {"spark.ui.enabled": "false"}
     if recommended:
         settings |= recommended_conf(image_bytes=_IMAGE_BYTES, executor_cores=1)
         # How large executors are is for whoever submits.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from imagevec.errors import OptionError
+from imagevec.spec import check_positive
 
 _ARROW_BATCH_BYTES = 16 << 20  # Spark holds a few Arrow batches a task, in the JVM and in Python
 _MAX_ARROW_RECORDS = 10_000  # Spark's own default
@@ -37,8 +38,7 @@ def recommended_conf(
         OptionError: A number is below 1, or the cores do not divide among the GPUs.
     """
     for name, value in (("image_bytes", image_bytes), ("executor_cores", executor_cores)):
-        if value < 1:
-            raise OptionError(f"{name}={value} is not valid: use an integer of at least 1")
+        check_positive(name, value)
     if executor_gpus and executor_cores % executor_gpus:
         raise OptionError(
             f"executor_cores={executor_cores} is not valid: "

@@ -149,6 +149,34 @@ def test_a_source_that_is_not_there(capsys, tmp_path):
     assert "Path does not exist" in message and "Traceback" not in message
 
 
+@pytest.mark.parametrize("dest", ["", "table", "sub/table"])
+def test_a_table_among_its_images_is_refused(capsys, photos, dest):
+    before = set(photos.rglob("*"))
+    assert main(["extract", str(photos), str(photos / dest), *MODEL, "--master", "local[1]"]) == 1
+    assert "DEST lies in SRC" in capsys.readouterr().err
+    assert set(photos.rglob("*")) == before
+
+
+def test_what_spark_prints(tmp_path):
+    """Nothing but errors, and these without a stack trace."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.parquet").write_bytes(b"no table")
+    (tmp_path / "images" / "1.png").write_bytes(encode(photo()))
+    command = [sys.executable, "-m", "imagevec", "extract", "images", "table", *MODEL]
+    command += ["--master", "local[1]", "--quiet"]
+    done = subprocess.run(
+        [*command, "--pattern", "*.png"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    assert "Stage" not in done.stderr and "imagevec:" not in done.stderr
+    done = subprocess.run(
+        [*command, "--column", "content"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "0.parquet" in done.stderr.splitlines()[-1]
+    assert "\tat " not in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_table_of_images(capsys, tmp_path):
     images = [(f"id{number}", encode(photo(seed=number))) for number in range(5)] + [("none", None)]
     with session_of("local[2]") as spark:
