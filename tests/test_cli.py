@@ -11,6 +11,8 @@ import pytest
 
 import imagevec
 from imagevec.cli import main
+from imagevec.cli.doctor import _advice
+from imagevec.spark.conf import ARROW_BYTES, ARROW_RECORDS
 from tests.pipeline import run_python
 
 
@@ -68,6 +70,30 @@ def test_help_is_quick_to_come():
         "print({'torch', 'pyspark', 'rich'} & sys.modules.keys())"
     )
     assert printed.strip() == "set()"
+
+
+def test_the_doctor_says_what_to_change(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    well = {
+        "spark.master": "local[2]",
+        ARROW_RECORDS: 10_000,
+        ARROW_BYTES: 64 << 20,
+        "spark.python.worker.reuse": True,
+        "spark.task.cpus": 1,
+        "cores of Spark": 2,
+        "OMP_NUM_THREADS": "not set",
+    }
+    assert _advice(well) == []
+    assert _advice({**well, ARROW_RECORDS: 160, ARROW_BYTES: "no limit before Spark 4"}) == []
+    for name, value, part in (
+        (ARROW_BYTES, 256 << 20, "Arrow batches of images should be some 16 MB"),
+        (ARROW_BYTES, "no limit before Spark 4", f"{ARROW_RECORDS}=10000"),
+        ("spark.python.worker.reuse", False, "set true"),
+        ("OMP_NUM_THREADS", "2", "unset it"),
+        ("cores of Spark", 4, "use local[2]"),
+    ):
+        (sentence,) = _advice({**well, name: value})
+        assert part in sentence
 
 
 def test_without_java_there_is_a_line_and_no_traceback(tmp_path):

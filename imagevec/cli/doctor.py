@@ -18,6 +18,7 @@ from PIL import Image
 
 from imagevec.cli.session import spark_session
 from imagevec.errors import ImageVecError
+from imagevec.spark.conf import ARROW_BYTES, ARROW_RECORDS
 from imagevec.spark.udf import features_udf
 
 _PACKAGES = (
@@ -32,7 +33,8 @@ _PACKAGES = (
 )
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 _IMAGES = 16
-_LARGE_ARROW_ROWS = 1000
+_LARGE_ARROW_RECORDS = 1000
+_LARGE_ARROW_BYTES = 64 << 20
 
 
 def examine(master: str | None) -> dict[str, Any]:
@@ -78,38 +80,51 @@ def _examine_spark(master: str | None) -> tuple[dict[str, Any], list[str]]:
     """The user's settings and Spark's defaults, not those that the other commands choose."""
     with spark_session(master, recommended=False) as spark:
         conf = spark.sparkContext.getConf()
-        arrow_rows = int(spark.conf.get("spark.sql.execution.arrow.maxRecordsPerBatch") or 0)
-        reuse = conf.get("spark.python.worker.reuse", "true") == "true"
-        task_cpus = int(conf.get("spark.task.cpus", "1") or 1)
-        cores = spark.sparkContext.defaultParallelism
-        threads = os.environ.get("OMP_NUM_THREADS")
         rate, start_seconds = _timing(spark)
         facts = {
             "spark.master": spark.sparkContext.master,
-            "spark.sql.execution.arrow.maxRecordsPerBatch": arrow_rows,
-            "spark.python.worker.reuse": reuse,
-            "spark.task.cpus": task_cpus,
-            "cores of Spark": cores,
-            "OMP_NUM_THREADS": threads or "not set",
+            ARROW_RECORDS: int(spark.conf.get(ARROW_RECORDS) or 0),
+            ARROW_BYTES: _arrow_bytes(spark),
+            "spark.python.worker.reuse": conf.get("spark.python.worker.reuse", "true") == "true",
+            "spark.task.cpus": int(conf.get("spark.task.cpus", "1") or 1),
+            "cores of Spark": spark.sparkContext.defaultParallelism,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "not set",
             "first vectors after, seconds": round(start_seconds, 1),
             f"resnet18 on {_IMAGES} images of 500x375, images/s": round(rate, 1),
         }
+    return facts, _advice(facts)
+
+
+def _advice(facts: dict[str, Any]) -> list[str]:
+    """What to change in Spark's settings."""
     advice = []
-    if arrow_rows > _LARGE_ARROW_ROWS or arrow_rows <= 0:
+    records, task_cpus, cores = (
+        facts[name] for name in (ARROW_RECORDS, "spark.task.cpus", "cores of Spark")
+    )
+    any_bytes = isinstance(facts[ARROW_BYTES], str) or facts[ARROW_BYTES] > _LARGE_ARROW_BYTES
+    if any_bytes and (records > _LARGE_ARROW_RECORDS or records <= 0):
         advice.append(
-            f"spark.sql.execution.arrow.maxRecordsPerBatch={arrow_rows}: Arrow batches of images "
-            "should be some 16 MB; see imagevec.recommended_conf"
+            f"{ARROW_RECORDS}={records}, {ARROW_BYTES}={facts[ARROW_BYTES]}: Arrow batches of "
+            "images should be some 16 MB; see imagevec.recommended_conf"
         )
-    if not reuse:
+    if not facts["spark.python.worker.reuse"]:
         advice.append("spark.python.worker.reuse=false: each task loads the model anew; set true")
-    if threads and int(threads) > task_cpus:
+    threads = facts["OMP_NUM_THREADS"]
+    if threads.isdigit() and int(threads) > task_cpus:
         advice.append(
             f"OMP_NUM_THREADS={threads} is more than spark.task.cpus={task_cpus}: unset it"
         )
     available = os.cpu_count() or 1
     if str(facts["spark.master"]).startswith("local") and cores * task_cpus > available:
         advice.append(f"Spark runs {cores} tasks on {available} cores: use local[{available}]")
-    return facts, advice
+    return advice
+
+
+def _arrow_bytes(spark: Any) -> int | str:
+    if int(spark.version.partition(".")[0]) < 4:
+        return "no limit before Spark 4"
+    text = spark.conf.get(ARROW_BYTES)  # "64m", for example
+    return int(spark._jvm.org.apache.spark.network.util.JavaUtils.byteStringAsBytes(text))
 
 
 def _timing(spark: Any) -> tuple[float, float]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from imagevec.errors import OptionError
 from imagevec.spec import check_positive
 
+ARROW_RECORDS = "spark.sql.execution.arrow.maxRecordsPerBatch"
+ARROW_BYTES = "spark.sql.execution.arrow.maxBytesPerBatch"
+
 _ARROW_BATCH_BYTES = 16 << 20  # Spark holds a few Arrow batches a task, in the JVM and in Python
 _MAX_ARROW_RECORDS = 10_000  # Spark's own default
 _WORKER_MEMORY_MB = 1_536
@@ -25,8 +28,10 @@ def recommended_conf(
         executor_gpus: GPUs of an executor.
 
     Returns:
-        - ``spark.sql.execution.arrow.maxRecordsPerBatch``: rows that make up about 16 MiB; the
-          default of 10,000 rows is 1 GB of 100 KB images, in the JVM and again in Python.
+        - ``spark.sql.execution.arrow.maxBytesPerBatch``: 16 MiB. Spark 4.0 goes to 256 MiB, 4.3 to
+          64 MiB by default, in the JVM and again in Python; Spark 3.5 does not count bytes.
+        - ``spark.sql.execution.arrow.maxRecordsPerBatch``: rows that make up about 16 MiB, for 3.5,
+          where the default of 10,000 rows is 1 GB of 100 KB images.
         - ``spark.task.cpus`` and ``spark.executor.cores``: see above.
         - ``spark.python.worker.reuse``: without it, each task loads the model anew.
         - ``spark.python.daemon.module``: workers start with PyTorch imported, once an executor.
@@ -48,7 +53,8 @@ def recommended_conf(
     workers = executor_cores // task_cpus
     records = min(max(_ARROW_BATCH_BYTES // image_bytes, 1), _MAX_ARROW_RECORDS)
     conf = {
-        "spark.sql.execution.arrow.maxRecordsPerBatch": str(records),
+        ARROW_BYTES: str(_ARROW_BATCH_BYTES),
+        ARROW_RECORDS: str(records),
         "spark.task.cpus": str(task_cpus),
         "spark.executor.cores": str(executor_cores),
         "spark.python.worker.reuse": "true",

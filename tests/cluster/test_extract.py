@@ -222,8 +222,8 @@ def test_the_doctor(capsys):
     facts = run(capsys, "doctor", "--master", "local[2]")
     assert facts["java"] and facts["versions"]["pyspark"] and facts["cores"] >= 1
     assert facts["spark"]["spark.sql.execution.arrow.maxRecordsPerBatch"] == 10_000
-    assert any("maxRecordsPerBatch=10000" in sentence for sentence in facts["advice"])
-    assert "-> spark.sql.execution.arrow.maxRecordsPerBatch=10000" in show(facts)
+    assert facts["spark"]["spark.sql.execution.arrow.maxBytesPerBatch"] == 64 << 20
+    assert "spark.sql.execution.arrow.maxBytesPerBatch" in show(facts)
 
 
 def test_similar(capsys, photos, tmp_path):

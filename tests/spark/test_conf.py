@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pandas as pd
+import pyspark
 import pytest
+from pyspark.sql.functions import pandas_udf
 
 from imagevec import OptionError, recommended_conf
+from imagevec.spark.conf import ARROW_BYTES
 
 
 def test_an_arrow_batch_is_bounded_in_bytes():
@@ -14,6 +20,25 @@ def test_an_arrow_batch_is_bounded_in_bytes():
         )
         assert 1 <= records <= 10_000
         assert records == 1 or records * image_bytes <= 32 << 20
+
+
+@pytest.mark.skipif(pyspark.__version__ < "4", reason="Spark 3.5 counts rows alone")
+def test_spark_ends_an_arrow_batch_at_its_bytes(spark):
+    @pandas_udf("long")
+    def rows_of_batch(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
+        for batch in batches:
+            yield pd.Series([len(batch)] * len(batch))
+
+    megabytes = spark.range(64, numPartitions=1).selectExpr("repeat('x', 1048576) AS content")
+    before = spark.conf.get(ARROW_BYTES)
+    spark.conf.set(ARROW_BYTES, recommended_conf()[ARROW_BYTES])
+    try:
+        sizes = {
+            row.rows for row in megabytes.select(rows_of_batch("content").alias("rows")).collect()
+        }
+    finally:
+        spark.conf.set(ARROW_BYTES, before)
+    assert max(sizes) <= 17
 
 
 def test_workers_are_reused():
