@@ -55,12 +55,12 @@ def extract(options: argparse.Namespace) -> dict[str, Any]:
     with spark_session(options.master) as spark:
         table = Table(spark, options.dest)
         table.check_outside(options.src)
+        source = TableSource(spark, options) if options.column else FileSource(spark, options)
+        listed = source.listed().persist(StorageLevel.MEMORY_AND_DISK)  # fails where SRC is not
         if options.overwrite:
             table.remove()
         table.check(metadata_of(vectorizer.spec))
-        source = TableSource(spark, options) if options.column else FileSource(spark, options)
         known = table.known()
-        listed = source.listed().persist(StorageLevel.MEMORY_AND_DISK)
         table.take_out(_changed(known, listed))
         todo = [row.path for row in _missing(table.known(), listed).collect()]
         found = listed.count()

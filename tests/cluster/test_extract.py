@@ -121,6 +121,9 @@ def test_other_features_are_refused_or_replaced(capsys, photos, tmp_path):
     message = capsys.readouterr().err
     assert "normalize False and True" in message and "--overwrite" in message
     assert "Traceback" not in message
+    nowhere = ["extract", str(photos / "nowhere"), *arguments[2:], "--overwrite"]
+    assert main(nowhere) == 1
+    assert len(rows(table)) == 10
     replaced = extract(capsys, photos, table, "--normalize", "--overwrite")
     assert replaced["features"] == 10
     assert replaced["fingerprint"] != first["fingerprint"]
