@@ -402,20 +402,26 @@ class _Layers(nn.Module):
         return torch.cat(self.vectors(images), dim=1)  # (N, D) each -> (N, sum of D)
 
 
-def _to_vector(node: torch.Tensor, first_token: int | None) -> torch.Tensor:
+def _to_vector(node: torch.Tensor, first_token: int | None, patches: int | None) -> torch.Tensor:
     """A node's output as a vector in memory of its own.
 
     Args:
         node: ``(N, C)``, ``(N, T, C)``, ``(N, C, H, W)`` or ``(N, H, W, C)``. Images are square, so
             the positions are the two dimensions of the same length.
         first_token: Of the tokens to be averaged; ``None`` takes the class token.
+        patches: So many tokens are those of the image alone, and all of them are averaged.
     """
+    if not isinstance(node, torch.Tensor):
+        kind = type(node).__name__
+        raise OptionError(f"the layer's output is not a tensor but of type {kind}: choose another")
     if node.ndim == 4:
         channels_last = node.shape[1] == node.shape[2] != node.shape[3]
         return node.mean((1, 2) if channels_last else (2, 3))
-    if node.ndim == 3 and first_token is not None:
-        return node[:, first_token:].mean(1)
-    return (node[:, 0] if node.ndim == 3 else node).clone()
+    if node.ndim != 3:
+        return node.clone()
+    if node.shape[1] == patches:
+        return node.mean(1)
+    return node[:, 0].clone() if first_token is None else node[:, first_token:].mean(1)
 
 
 def _first_token(model: nn.Module) -> int | None:
@@ -470,11 +476,13 @@ def _up_to_nodes(model: nn.Module, layers: tuple[str, ...], normalize: bool) -> 
     )
     graph = extractor.graph
     (output,) = (node for node in graph.nodes if node.op == "output")
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)  # timm
+    pooling = (_first_token(model), patches)
     vectors = {}
     for name, node in output.args[0].items():
         # Not at the end: an in-place operation that comes next would write over the node's output.
         with graph.inserting_after(node):
-            vectors[name] = graph.call_function(_to_vector, (node, _first_token(model)))
+            vectors[name] = graph.call_function(_to_vector, (node, *pooling))
     output.args = (vectors,)
     return _Layers(fx.GraphModule(whole, graph), names, normalize).eval()
 

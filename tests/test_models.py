@@ -216,6 +216,12 @@ def test_a_flat_layer_is_taken_as_it_is(tmp_path):
     assert cosine(vector, node[0]) >= 0.9999
 
 
+@pytest.mark.parametrize("layer", ["getattr", "getitem"])
+def test_a_layer_that_is_no_tensor_is_refused(layer):
+    with pytest.raises(OptionError, match="not a tensor"):
+        ImageVectorizer(model="tiny_vit", layer=layer, normalize=True, **RANDOM)
+
+
 def test_a_layer_of_a_model_that_cannot_be_traced_is_refused():
     class Branching(Tiny):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -330,10 +336,21 @@ def test_timms_layers_are_the_same_as_each_alone():
         ("swin_tiny_patch4_window7_224", "layers.1", lambda node: node.mean((1, 2))),
         ("swin_tiny_patch4_window7_224", "patch_embed.proj", lambda node: node.mean((2, 3))),
         ("vit_tiny_patch16_224", "blocks.1", lambda node: node[:, 0]),
+        ("vit_tiny_patch16_224", "patch_embed", lambda node: node.mean(1)),
+        ("xcit_nano_12_p16_224", "blocks.1", lambda node: node.mean(1)),
         ("mixer_s32_224", "blocks.1", lambda node: node.mean(1)),
         ("vit_medium_patch16_reg4_gap_256", "blocks.1", lambda node: node[:, 4:].mean(1)),
     ],
-    ids=["not_to_trace", "channels_last", "channels_first", "class_token", "no_token", "registers"],
+    ids=[
+        "not_to_trace",
+        "channels_last",
+        "channels_first",
+        "class_token",
+        "before_the_class_token",
+        "class_token_of_the_last_blocks",
+        "no_class_token",
+        "registers",
+    ],
 )
 def test_timms_layers_are_pooled_as_their_shape_says(name, layer, pool, engine, tmp_path):
     timm = pytest.importorskip("timm")
