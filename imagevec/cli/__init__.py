@@ -17,8 +17,6 @@ import imagevec
 from imagevec.errors import ImageVecError
 from imagevec.spec import DEFAULTS, PRECISIONS
 
-_MODEL = "a name of `imagevec models`, the folder of a saved model, or a .pt2 file"
-
 Command = Callable[[argparse.Namespace], dict[str, Any]]
 
 
@@ -83,7 +81,11 @@ def _add_extract(commands: Any) -> None:
     parser.add_argument("src", help="a folder, glob or URI of images; with --column, of a table")
     parser.add_argument("dest", help="a folder or URI; bad images are listed in DEST/_errors")
     # Without a default: a saved model has its own layer, precision and so on.
-    parser.add_argument("--model", help=f"{_MODEL} (default: {DEFAULTS['model']})")
+    parser.add_argument(
+        "--model",
+        help="a name of `imagevec models`, the folder of a saved model, or a .pt2 file "
+        f"(default: {DEFAULTS['model']})",
+    )
     parser.add_argument("--weights", help="a weights name or file, or 'random' (default: DEFAULT)")
     parser.add_argument("--layer", help=f"(default: {DEFAULTS['layer']})")
     for name, choices in (

@@ -76,7 +76,7 @@ def uri(path: Path) -> str:
 def test_a_folder_becomes_a_table_and_is_kept_up(capsys, photos, tmp_path):
     table = tmp_path / "my table"
     result = extract(capsys, photos, table, "--chunk-size", 4)
-    assert result["found"], result["done_before"] == (11, 0)
+    assert (result["found"], result["done_before"]) == (11, 0)
     assert result["features"] == 10
     assert result["errors"] == {"unsupported_format": 1}
     vectors = rows(table)

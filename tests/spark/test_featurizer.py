@@ -566,23 +566,21 @@ def test_what_is_saved_is_what_was_used(frame: Frame, weights: Path, tmp_path: P
     assert_vectors(features(loaded.transform(frame(MIXED))), first)
 
 
-def test_a_factory_is_refused_before_anything_is_overwritten(
-    spark: SparkSession, tmp_path: Path
+@pytest.mark.parametrize(
+    ("model", "weights", "error", "message"),
+    [
+        (tiny, "random", OptionError, "register_model.*saved model"),
+        (NAME, "no/such.pth", WeightsError, "no such file"),
+    ],
+    ids=["a_factory", "missing_weights"],
+)
+def test_what_cannot_be_saved_is_refused_before_anything_is_overwritten(
+    spark: SparkSession, tmp_path: Path, model: Any, weights: str, error: Any, message: str
 ) -> None:
     place = str(tmp_path / "saved")
     ImageFeaturizer(layer="logits").save(place)
-    with pytest.raises(OptionError, match="register_model.*saved model"):
-        ImageFeaturizer(model=tiny, weights="random").write().overwrite().save(place)
-    assert ImageFeaturizer.load(place).getLayer() == "logits"
-
-
-def test_missing_weights_are_refused_before_anything_is_overwritten(
-    spark: SparkSession, tmp_path: Path
-) -> None:
-    place = str(tmp_path / "saved")
-    ImageFeaturizer(layer="logits").save(place)
-    with pytest.raises(WeightsError, match="no such file"):
-        ImageFeaturizer(model=NAME, weights="no/such.pth").write().overwrite().save(place)
+    with pytest.raises(error, match=message):
+        ImageFeaturizer(model=model, weights=weights).write().overwrite().save(place)
     assert ImageFeaturizer.load(place).getLayer() == "logits"
 
 
