@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from imagevec.engines.quantization import quantize
     from imagevec.errors import (
         FingerprintError,
         ImageError,
@@ -14,16 +15,15 @@ if TYPE_CHECKING:
         SerializationError,
         WeightsError,
     )
-    from imagevec.models import list_models, register_model
-    from imagevec.quantization import quantize
+    from imagevec.models.registry import list_models, register_model
+    from imagevec.pickling import explain_pickle
     from imagevec.spark.conf import recommended_conf
     from imagevec.spark.featurizer import ImageFeaturizer
     from imagevec.spark.metrics import Metrics
-    from imagevec.spark.pickling import explain_pickle
-    from imagevec.spark.provenance import check_fingerprints, fingerprint
     from imagevec.spark.udf import features_udf, make_features_udf, register
+    from imagevec.spark.vectorizer import ImageVectorizer
     from imagevec.spec import Preprocessing
-    from imagevec.vectorizer import ImageVectorizer
+    from imagevec.table.provenance import check_fingerprints, fingerprint
 
 __version__ = "0.1.0"
 
@@ -56,22 +56,22 @@ _MODULES = {
     "ImageError": "errors",
     "ImageFeaturizer": "spark.featurizer",
     "ImageVecError": "errors",
-    "ImageVectorizer": "vectorizer",
+    "ImageVectorizer": "spark.vectorizer",
     "Metrics": "spark.metrics",
     "OptionError": "errors",
     "Preprocessing": "spec",
     "SerializationError": "errors",
     "WeightsError": "errors",
-    "check_fingerprints": "spark.provenance",
-    "explain_pickle": "spark.pickling",
+    "check_fingerprints": "table.provenance",
+    "explain_pickle": "pickling",
     "features_udf": "spark.udf",
-    "fingerprint": "spark.provenance",
-    "list_models": "models",
+    "fingerprint": "table.provenance",
+    "list_models": "models.registry",
     "make_features_udf": "spark.udf",
-    "quantize": "quantization",
+    "quantize": "engines.quantization",
     "recommended_conf": "spark.conf",
     "register": "spark.udf",
-    "register_model": "models",
+    "register_model": "models.registry",
 }
 
 

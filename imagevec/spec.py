@@ -30,7 +30,7 @@ class Options(TypedDict, total=False):
     model: str | Callable[[], nn.Module]
     """A name of ``list_models()``, ``"timm/<name>"``, a zero-argument factory of an ``nn.Module``,
     the path of a saved model, or of a ``.pt2`` file, whose loading can run code that is in it: see
-    ``imagevec.exported``. Default ``"resnet50"``."""
+    ``imagevec.models.exported``. Default ``"resnet50"``."""
     weights: str
     """A torchvision weights name, a path to ``.pth``, ``.pt`` or ``.safetensors``, or
     ``"random"`` (seeded: the same on every worker). Default ``"DEFAULT"``."""

@@ -19,10 +19,10 @@ import pandas as pd
 import torch
 
 from imagevec.engines import Engine
-from imagevec.inputs import Value, read_ahead, values_of
-from imagevec.isolation import isolated
-from imagevec.parallel import map_ahead, map_in_turns
-from imagevec.rows import Row, prepare
+from imagevec.images.isolation import isolated
+from imagevec.images.parallel import map_ahead, map_in_turns
+from imagevec.images.prepare import Row, prepare
+from imagevec.images.values import Value, read_ahead, values_of
 from imagevec.spec import ExecutionOptions, Preprocessing
 
 Counts = defaultdict[str, float]

@@ -7,11 +7,12 @@ import os
 import shutil
 import sys
 import tempfile
-from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.shared import ROOT
+
+pytest_plugins = ["tests.helpers.spark"]
 
 _cache = tempfile.mkdtemp(prefix="imagevec-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)

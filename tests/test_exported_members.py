@@ -4,7 +4,7 @@ import pkgutil
 import types
 
 import imagevec
-from tests.pipeline import run_python
+from tests.helpers.pipeline import run_python
 
 
 def test_the_public_names_are_all():
@@ -48,7 +48,15 @@ def test_spark_is_imported_by_the_boundary_alone():
     modules = [
         module.name
         for module in pkgutil.walk_packages(imagevec.__path__, "imagevec.")
-        if not module.name.startswith(("imagevec.spark", "imagevec.cli", "imagevec.__main__"))
+        if not module.name.startswith(
+            (
+                "imagevec.spark",
+                "imagevec.table",
+                "imagevec.search",
+                "imagevec.cli",
+                "imagevec.__main__",
+            )
+        )
     ]
     assert len(modules) > 10
     printed = run_python(

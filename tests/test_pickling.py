@@ -16,8 +16,8 @@ from pyspark.sql import DataFrame, SparkSession
 from torch import nn
 
 from imagevec import ImageVectorizer, SerializationError, explain_pickle, register_model
-from imagevec.spark.pickling import check_pickle
-from tests.factories import tiny
+from imagevec.pickling import check_pickle
+from tests.helpers.factories import tiny
 
 logger = logging.getLogger(__name__)
 logger.addHandler(logging.StreamHandler())

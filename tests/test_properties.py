@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagevec import Preprocessing
-from imagevec.preprocess import preprocess
-from tests.factories import tiny
-from tests.images import FORMATS_AND_MODES, cosine, encode, of_mode, photo
-from tests.pipeline import decoded, engine_of, rows, series, stream
+from imagevec.images.preprocess import preprocess
+from tests.helpers.factories import tiny
+from tests.helpers.images import FORMATS_AND_MODES, cosine, encode, of_mode, photo
+from tests.helpers.pipeline import decoded, engine_of, rows, series, stream
 
 MAX_PIXELS = 150_000  # of a generated image, to keep it quick
 

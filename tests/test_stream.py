@@ -10,9 +10,9 @@ from PIL import Image
 
 from imagevec import ImageError, OptionError, Preprocessing
 from imagevec.stream import feature_stream
-from tests.images import encode, photo
-from tests.pipeline import engine_of, execution_options, rows, series, stream
-from tests.test_inputs import BGR, image_struct, struct_batch
+from tests.helpers.images import encode, photo
+from tests.helpers.pipeline import engine_of, execution_options, rows, series, stream
+from tests.helpers.structs import BGR, image_struct, struct_batch
 
 SMALL = Preprocessing(resize_size=16, crop_size=16)
 

@@ -62,12 +62,12 @@ def _add(
 
 def _add_extract(commands: Any) -> None:
     def run(options: argparse.Namespace) -> dict[str, Any]:
-        from imagevec.cli.extract import extract
+        from imagevec.table.extract import extract
 
         return extract(options)
 
     def show(result: dict[str, Any]) -> str:
-        from imagevec.cli.extract import show
+        from imagevec.table.extract import show
 
         return show(result)
 
@@ -125,7 +125,7 @@ def _add_models(commands: Any) -> None:
 
 def _add_similar(commands: Any) -> None:
     def run(options: argparse.Namespace) -> dict[str, Any]:
-        from imagevec.cli.similar import similar
+        from imagevec.search.similar import similar
 
         neighbours = similar(
             options.features, options.query, options.k, options.model, options.weights
@@ -145,7 +145,7 @@ def _add_similar(commands: Any) -> None:
 
 def _add_gallery(commands: Any) -> None:
     def run(options: argparse.Namespace) -> dict[str, Any]:
-        from imagevec.gallery import write_gallery
+        from imagevec.search.gallery import write_gallery
 
         count = write_gallery(options.features, options.out, max_images=options.max_images)
         return {"images": count, "out": str(options.out)}

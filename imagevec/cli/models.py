@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from imagevec.models import (
+from imagevec.models.registry import (
     TIMM_PREFIX,
     TorchvisionEntry,
     find_entry,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from imagevec.preprocess import normalize
+from imagevec.images.preprocess import normalize
 from imagevec.spec import Preprocessing
 
 

@@ -27,17 +27,17 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.functions import col, when
 from pyspark.sql.types import ArrayType, FloatType, StructField, StructType
 
-from imagevec import saved_model
+from imagevec.engines import saved_model
+from imagevec.engines.saved_model import MODEL_FILES, SPEC_FILE, is_saved_model
 from imagevec.errors import ImageVecError, OptionError, WeightsError, did_you_mean
-from imagevec.exported import is_exported
 from imagevec.files import cache_dir, content_addressed, digest_of, verified
-from imagevec.models import FactoryEntry, ModelFactory, find_entry
-from imagevec.saved_model import MODEL_FILES, SPEC_FILE, is_saved_model
-from imagevec.spark.provenance import metadata_of
+from imagevec.models.exported import is_exported
+from imagevec.models.registry import FactoryEntry, ModelFactory, find_entry
+from imagevec.models.state_dict import RANDOM, SUFFIXES, find_weights
 from imagevec.spark.udf import check_input_column
+from imagevec.spark.vectorizer import ImageVectorizer
 from imagevec.spec import DEFAULTS, FeatureSpec, Options, check_choice
-from imagevec.vectorizer import ImageVectorizer
-from imagevec.weights import RANDOM, SUFFIXES, find_weights
+from imagevec.table.provenance import metadata_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

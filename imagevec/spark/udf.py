@@ -25,14 +25,14 @@ from pyspark.sql.types import (
 )
 
 from imagevec.errors import OptionError, did_you_mean
-from imagevec.inputs import ACCEPTED, IMAGE_FIELDS
-from imagevec.recipe import Recipe, resolve
+from imagevec.images.values import ACCEPTED, IMAGE_FIELDS
+from imagevec.plan import Recipe, resolve
+from imagevec.runtime import get_engine, resolve_device, schedule
 from imagevec.spark.metrics import Metrics
-from imagevec.spark.provenance import metadata_of
 from imagevec.spark.ship import active_session, ship, shipped
 from imagevec.spec import ExecutionOptions, FeatureSpec
 from imagevec.stream import Counts, feature_stream
-from imagevec.worker import get_engine, resolve_device, schedule
+from imagevec.table.provenance import metadata_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tests.factories import Tiny
+from tests.helpers.factories import Tiny
 
 GATE = "IMAGEVEC_TEST_GATE"  # a folder; where it is not set, nothing stops
 OPEN = "open"

@@ -12,11 +12,11 @@ from typing import Any
 
 from pyspark.daemon import manager
 
-import imagevec.decode
+import imagevec.images.decode
 
 POISON = b"poison"
 
-_decode = imagevec.decode._decode
+_decode = imagevec.images.decode._decode
 
 
 def _deadly(data: bytes, *arguments: Any) -> Any:
@@ -25,7 +25,7 @@ def _deadly(data: bytes, *arguments: Any) -> Any:
     return _decode(data, *arguments)
 
 
-imagevec.decode._decode = _deadly
+imagevec.images.decode._decode = _deadly
 
 if __name__ == "__main__":
     manager()

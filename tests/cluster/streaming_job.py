@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 
 from imagevec import features_udf
-from tests.cluster.conftest import session_of
-from tests.factories import tiny
+from tests.helpers.clusters import session_of
+from tests.helpers.factories import tiny
 
 BINARY_FILE = "path string, modificationTime timestamp, length long, content binary"
 

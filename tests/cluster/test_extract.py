@@ -19,10 +19,10 @@ from torchvision.models import squeezenet1_1
 from imagevec import ImageVectorizer, quantize
 from imagevec.cli import main
 from imagevec.cli.doctor import show
-from tests.cluster.conftest import session_of
-from tests.factories import tiny
-from tests.images import encode, photo
-from tests.pipeline import saved
+from tests.helpers.clusters import session_of
+from tests.helpers.factories import tiny
+from tests.helpers.images import encode, photo
+from tests.helpers.pipeline import saved
 
 MODEL = ["--model", "squeezenet1_1", "--weights", "random", "--engine", "torch"]
 WAIT_SECONDS = 240

@@ -15,10 +15,10 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from imagevec import ImageVectorizer, features_udf
-from tests.cluster.conftest import session_of
 from tests.cluster.gate import GATE, OPEN, gated
-from tests.images import encode, photo
-from tests.pipeline import saved
+from tests.helpers.clusters import session_of
+from tests.helpers.images import encode, photo
+from tests.helpers.pipeline import saved
 
 IMAGES = [encode(photo(seed=seed)) if seed % 7 else b"no image" for seed in range(24)]
 PARTITIONS = 4

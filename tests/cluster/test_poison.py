@@ -8,11 +8,11 @@ import pytest
 from pyspark.sql import SparkSession
 
 from imagevec import features_udf
-from tests.cluster.conftest import session_of
 from tests.cluster.poison_daemon import POISON
-from tests.factories import tiny
-from tests.images import encode, photo
-from tests.pipeline import vector_of
+from tests.helpers.clusters import session_of
+from tests.helpers.factories import tiny
+from tests.helpers.images import encode, photo
+from tests.helpers.pipeline import vector_of
 
 IMAGES = [POISON if number == 3 else encode(photo(seed=number)) for number in range(8)]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.conftest import session_of
-from tests.factories import tiny
-from tests.images import encode, photo
-from tests.pipeline import vector_of
+from tests.helpers.clusters import session_of
+from tests.helpers.factories import tiny
+from tests.helpers.images import encode, photo
+from tests.helpers.pipeline import vector_of
 
 WAIT_SECONDS = 180
 

@@ -19,9 +19,9 @@ from imagevec import (
     make_features_udf,
     register,
 )
-from tests.factories import tiny
-from tests.images import encode, photo
-from tests.pipeline import saved, vector_of
+from tests.helpers.factories import tiny
+from tests.helpers.images import encode, photo
+from tests.helpers.pipeline import saved, vector_of
 
 IMAGES = [encode(photo(seed=seed)) for seed in range(6)] + [None, b"no image"]
 

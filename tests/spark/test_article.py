@@ -14,7 +14,7 @@ from pyspark.sql.types import ArrayType, FloatType
 from torchvision import transforms
 
 from imagevec import ImageVectorizer
-from tests.images import encode, photo
+from tests.helpers.images import encode, photo
 
 
 class ArticleVectorizer:

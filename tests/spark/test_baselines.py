@@ -7,8 +7,8 @@ import pytest
 import torchvision
 
 from imagevec import make_features_udf
-from tests.images import cosine, encode, photo
-from tests.pipeline import saved
+from tests.helpers.images import cosine, encode, photo
+from tests.helpers.pipeline import saved
 
 baselines = pytest.importorskip("benchmarks.baselines")
 

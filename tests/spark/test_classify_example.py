@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
-from tests.images import encode, photo
+from tests.helpers.images import encode, photo
+from tests.helpers.shared import ROOT
 
 
 def classify(folder: Path, *options: str) -> str:

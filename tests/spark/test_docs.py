@@ -20,13 +20,16 @@ from pyspark.sql import DataFrame, SparkSession
 from safetensors.torch import save_file
 
 import imagevec
-from imagevec import ImageVectorizer, errors, explain_pickle, models, recipe, weights
+from imagevec import ImageVectorizer, errors, explain_pickle
+from imagevec import plan as recipe
 from imagevec.cli import _parser
+from imagevec.models import registry as models
+from imagevec.models import state_dict as weights
 from imagevec.spark import featurizer
-from tests.conftest import ROOT
-from tests.factories import tiny
-from tests.images import encode, photo
-from tests.spark.conftest import Frame
+from tests.helpers.factories import tiny
+from tests.helpers.images import encode, photo
+from tests.helpers.shared import ROOT
+from tests.helpers.spark import Frame
 
 DOCS = ROOT / "docs"
 ARTICLE_PAGE = DOCS / "spark-context-errors.md"

@@ -32,15 +32,15 @@ from imagevec import (
     fingerprint,
     register_model,
 )
-from imagevec import saved_model as saved_models
+from imagevec.engines import saved_model as saved_models
 from imagevec.files import digest_of
-from imagevec.recipe import convert, feature_spec
+from imagevec.plan import convert, feature_spec
 from imagevec.spec import DEFAULTS
-from tests.factories import Tiny, tiny
-from tests.images import encode, photo
-from tests.pipeline import run_python, saved
-from tests.spark.conftest import Frame
-from tests.test_spec import WRONG_OPTIONS, option_id
+from tests.helpers.factories import Tiny, tiny
+from tests.helpers.images import encode, photo
+from tests.helpers.options import WRONG_OPTIONS, option_id
+from tests.helpers.pipeline import run_python, saved
+from tests.helpers.spark import Frame
 
 NAME = "tiny for featurizers"
 TINY = {"model": NAME, "weights": "random", "engine": "torch"}
@@ -729,7 +729,7 @@ def test_a_new_process_loads_a_pipeline(coloured: DataFrame, weights: Path, tmp_
 import json
 from imagevec import Preprocessing, register_model
 from pyspark.ml import PipelineModel
-from tests.factories import tiny
+from tests.helpers.factories import tiny
 register_model({NAME!r}, tiny, preprocessing=Preprocessing(resize_size=32, crop_size=32))
 images = spark.read.parquet({str(tmp_path / "images")!r})
 predicted = PipelineModel.load({str(tmp_path / "model")!r}).transform(images)
@@ -759,7 +759,7 @@ def test_a_registered_model_has_to_be_registered(
     spark: SparkSession, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = ImageFeaturizer.load(str(place))
-    monkeypatch.setattr("imagevec.models._registered", {})
+    monkeypatch.setattr("imagevec.models.registry._registered", {})
     schema = StructType([StructField("content", BinaryType())])
     with pytest.raises(OptionError, match=f"model='{NAME}' is not known"):
         loaded.transformSchema(schema)

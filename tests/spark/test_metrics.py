@@ -6,8 +6,8 @@ from pyspark.ml.functions import array_to_vector
 from pyspark.sql.functions import col
 
 from imagevec import ImageVectorizer, Metrics, features_udf, make_features_udf
-from tests.factories import tiny
-from tests.images import encode, photo
+from tests.helpers.factories import tiny
+from tests.helpers.images import encode, photo
 
 IMAGES = [encode(photo(seed=seed)) for seed in range(5)] + [None, b"no image", b"", b"none either"]
 OPTIONS = {"model": tiny, "weights": "random", "engine": "torch"}

@@ -17,8 +17,8 @@ from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
 from imagevec import features_udf
 from imagevec.errors import IMAGE_ERROR_CODES
 from imagevec.spec import FORMATS
-from tests.images import cosine
-from tests.shared import CLOTHING, HOSTILE, SQUEEZENET_WEIGHTS, needs_shared
+from tests.helpers.images import cosine
+from tests.helpers.shared import CLOTHING, HOSTILE, SQUEEZENET_WEIGHTS, needs_shared
 
 pytestmark = needs_shared
 

@@ -5,9 +5,9 @@ import pytest
 from torch import nn
 
 from imagevec import ImageVectorizer, features_udf, make_features_udf
-from tests.factories import Tiny, tiny
-from tests.images import encode, photo
-from tests.pipeline import saved
+from tests.helpers.factories import Tiny, tiny
+from tests.helpers.images import encode, photo
+from tests.helpers.pipeline import saved
 
 IMAGES = [encode(photo(seed=seed)) for seed in range(3)]
 

@@ -22,10 +22,10 @@ from imagevec import (
     make_features_udf,
     register_model,
 )
-from tests.factories import Tiny, logging_tiny, tiny
-from tests.images import encode, of_mode, photo
-from tests.pipeline import run_python
-from tests.test_spec import WRONG_OPTIONS, option_id
+from tests.helpers.factories import Tiny, logging_tiny, tiny
+from tests.helpers.images import encode, of_mode, photo
+from tests.helpers.options import WRONG_OPTIONS, option_id
+from tests.helpers.pipeline import run_python
 
 IMAGES = [encode(photo(seed=seed)) for seed in range(5)]
 JPEG = encode(photo(seed=5), "JPEG")
@@ -342,7 +342,7 @@ def test_what_is_pickled_is_small_and_holds_nothing_of_spark(model, engine):
     pickled = cloudpickle.dumps(udf.func)
     assert len(pickled) < 100_000
     modules = modules_in(pickled)
-    assert "imagevec.recipe" in modules
+    assert "imagevec.plan" in modules
     assert not {module for module in modules if module.startswith(("pyspark", "py4j"))}
 
 

@@ -1,0 +1,156 @@
+"""int8: post-training quantization by NNCF into a saved model, with its fidelity measured.
+
+NNCF (Neural Network Compression Framework) inserts 8-bit quantizers whose ranges come from a
+calibration sample: https://docs.openvino.ai, "Basic Quantization Flow".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from imagevec.engines import openvino, saved_model
+from imagevec.errors import ImageVecError, MissingExtraError, OptionError
+from imagevec.images.prepare import prepare
+from imagevec.images.values import Value, read_ahead
+from imagevec.plan import convert, feature_spec
+from imagevec.spec import DEFAULTS, ExecutionOptions, FeatureSpec
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+    from torch import Tensor
+
+    from imagevec.models.registry import ModelFactory
+
+_MAX_IMAGES = 320
+_MIN_IMAGES = 10
+_HELD_OUT_EVERY = 5
+
+
+class QuantizationReport(NamedTuple):
+    """How near int8 vectors come to float32 ones, on images that calibration has not seen.
+
+    Attributes:
+        median_cosine: Of the held-out images.
+        lowest_cosine: Of the held-out images.
+        held_out_images: How many there are.
+        calibration_images: How many set the ranges of the quantizers.
+        bad_images: How many could not be decoded.
+    """
+
+    median_cosine: float
+    lowest_cosine: float
+    held_out_images: int
+    calibration_images: int
+    bad_images: int
+
+
+def quantize(
+    images: Iterable[str | bytes] | DataFrame,
+    *,
+    output: str | os.PathLike[str],
+    model: str | ModelFactory = "resnet50",
+    weights: str = "DEFAULT",
+    layer: str = "pooled",
+    normalize: bool = False,
+    min_median_cosine: float = 0.98,
+) -> QuantizationReport:
+    """Quantizes a model to int8 and saves it, for ``model=output``.
+
+    Args:
+        images: Paths, URIs or bytes of images like those to come, or a Spark data frame of one such
+            column. The first 320 are used; 100 or more are advised. Each fifth is held out.
+        output: The folder of the saved model, which must not exist.
+        model: As in ``imagevec.spec.Options``.
+        weights: As in ``imagevec.spec.Options``.
+        layer: As in ``imagevec.spec.Options``.
+        normalize: As in ``imagevec.spec.Options``.
+        min_median_cosine: Below it nothing is saved.
+
+    Raises:
+        ImageVecError: The median cosine to float32 on the held-out images is too low.
+        OptionError: An option is wrong, or fewer than 10 images can be decoded.
+        MissingExtraError: Without the extra ``quantize``.
+    """
+    nncf = _nncf()
+    folder = Path(output)
+    if folder.exists():
+        raise OptionError(f"output={str(output)!r} is not valid: it exists already")
+    options = {"model": model, "weights": weights, "layer": layer, "normalize": normalize}
+    spec, entry, weights_path = feature_spec({**DEFAULTS, **options}, "float32")
+    pixels, bad_images = _pixels(images, spec)
+    held_out = pixels[::_HELD_OUT_EVERY]
+    calibration = [image for i, image in enumerate(pixels) if i % _HELD_OUT_EVERY]
+    exact = convert(spec, entry, weights_path)
+    vectors = _vectors(exact, "float32", held_out)
+    with openvino.without_telemetry():
+        quantized = nncf.quantize(
+            exact,
+            nncf.Dataset([image[None].numpy() for image in calibration]),  # (1, 3, S, S)
+            subset_size=len(calibration),
+        )
+    cosines = _cosines(vectors, _vectors(quantized, "int8", held_out))
+    report = QuantizationReport(
+        median_cosine=float(np.median(cosines)),
+        lowest_cosine=float(cosines.min()),
+        held_out_images=len(held_out),
+        calibration_images=len(calibration),
+        bad_images=bad_images,
+    )
+    if report.median_cosine < min_median_cosine:
+        raise ImageVecError(
+            f"int8 is not saved: its median cosine to float32 is {report.median_cosine:.4f} on "
+            f"{len(held_out)} held-out images, min_median_cosine={min_median_cosine}; "
+            "precision='bfloat16' loses less"
+        )
+    saved_model.write(folder, dataclasses.replace(spec, precision="int8"), quantized)
+    return report
+
+
+def _pixels(
+    images: Iterable[str | bytes] | DataFrame, spec: FeatureSpec
+) -> tuple[list[Tensor], int]:
+    """The crops, uint8 ``(3, S, S)``, of the images that can be decoded, and how many cannot."""
+    if isinstance(images, Iterable):
+        values: list[Value] = list(itertools.islice(images, _MAX_IMAGES))
+    else:
+        values = [row[0] for row in images.limit(_MAX_IMAGES).collect()]
+    execution = ExecutionOptions.of(DEFAULTS)
+    rows = [prepare(value, spec.preprocessing, execution) for value in read_ahead(values)]
+    pixels = [row.image for row in rows if row.image is not None]
+    if len(pixels) < _MIN_IMAGES:
+        raise OptionError(
+            f"{len(pixels)} of {len(rows)} images can be decoded: quantization needs "
+            f"{_MIN_IMAGES}, and is better with 100 or more"
+        )
+    return pixels, len(rows) - len(pixels)
+
+
+def _vectors(model: Any, precision: str, pixels: list[Tensor]) -> npt.NDArray[np.float32]:
+    """float32 ``(N, D)``."""
+    engine = openvino.OpenVINOEngine(model, precision, torch.get_num_threads())
+    return np.concatenate([engine(image[None]) for image in pixels])
+
+
+def _cosines(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Row by row, ``(N, D)`` and ``(N, D)`` to ``(N,)``."""
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines: npt.NDArray[np.float32] = np.einsum("nd,nd->n", a, b) / norms
+    return cosines
+
+
+def _nncf() -> Any:
+    try:
+        with openvino.without_telemetry():
+            import nncf
+    except ImportError as error:
+        raise MissingExtraError("nncf", "quantize") from error
+    return nncf

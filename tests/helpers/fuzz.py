@@ -1,0 +1,170 @@
+"""Damaged images through ``decode`` and the stream: nothing may escape but an ``ImageError``.
+
+    python -m tests.helpers.fuzz [--inputs 50000] [--seed N]
+
+Each input is a small valid image of some format and mode, damaged in one to four ways, and depends
+on the seed and its number alone. Processes of their own decode them, so that a death is seen, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import secrets
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import torch
+
+from imagevec.errors import ImageError
+from imagevec.spec import Preprocessing
+from tests.helpers.images import FORMATS_AND_MODES, encode, of_mode
+from tests.helpers.pipeline import decoded, rows, series, stream
+
+CHUNK = 500
+STREAMED = 10  # one input in so many goes through the stream, too
+
+
+def valid_images() -> list[bytes]:
+    """One of every format and mode, and a progressive JPEG."""
+    images = [encode(of_mode(mode, 40, 30), format) for format, mode in FORMATS_AND_MODES]
+    return [*images, encode(of_mode("RGB", 40, 30), "JPEG", progressive=True)]
+
+
+def truncate(data: bytearray, rng: random.Random, others: Sequence[bytes]) -> None:
+    del data[rng.randrange(len(data)) :]
+
+
+def flip_bits(data: bytearray, rng: random.Random, others: Sequence[bytes]) -> None:
+    for _ in range(rng.randint(1, 8)):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def flip_bits_of_the_header(data: bytearray, rng: random.Random, others: Sequence[bytes]) -> None:
+    for _ in range(rng.randint(1, 4)):
+        data[rng.randrange(min(64, len(data)))] ^= 1 << rng.randrange(8)
+
+
+def overwrite(data: bytearray, rng: random.Random, others: Sequence[bytes]) -> None:
+    start = rng.randrange(len(data))
+    filler = rng.choice([b"\x00", b"\xff", b"\x7f", rng.randbytes(1)])
+    length = min(rng.randint(1, 32), len(data) - start)
+    data[start : start + length] = filler * length
+
+
+def insert(data: bytearray, rng: random.Random, others: Sequence[bytes]) -> None:
+    start = rng.randrange(len(data))
+    data[start:start] = rng.randbytes(rng.randint(1, 32))
+
+
+def remove(data: bytearray, rng: random.Random, others: Sequence[bytes]) -> None:
+    start = rng.randrange(len(data))
+    del data[start : start + rng.randint(1, 32)]
+
+
+def repeat(data: bytearray, rng: random.Random, others: Sequence[bytes]) -> None:
+    start = rng.randrange(len(data))
+    data[start:start] = data[start : start + rng.randint(1, 256)]
+
+
+def splice(data: bytearray, rng: random.Random, others: Sequence[bytes]) -> None:
+    other = rng.choice(others)
+    data[rng.randrange(len(data)) :] = other[rng.randrange(len(other)) :]
+
+
+MUTATIONS: tuple[Callable[[bytearray, random.Random, Sequence[bytes]], None], ...] = (
+    truncate,
+    flip_bits,
+    flip_bits_of_the_header,
+    overwrite,
+    insert,
+    remove,
+    repeat,
+    splice,
+)
+
+
+def damaged(images: Sequence[bytes], seed: int, number: int) -> bytes:
+    """Input ``number`` of a seed."""
+    rng = random.Random(f"{seed}/{number}")
+    data = bytearray(rng.choice(images))
+    for _ in range(rng.randint(1, 4)):
+        if data:
+            rng.choice(MUTATIONS)(data, rng, images)
+    return bytes(data)
+
+
+def outcome(data: bytes, through_stream: bool) -> str:
+    """``"decoded"`` or an error's code. Anything else that is raised is a finding."""
+    try:
+        image = decoded(data)
+    except ImageError as error:
+        result = error.code
+    else:
+        assert image.pixels.dtype == torch.uint8
+        assert image.pixels.ndim == 3 and image.pixels.shape[0] == 3
+        assert {image.width, image.height} == set(image.pixels.shape[1:])
+        result = "decoded"
+    if through_stream:
+        batch = series([data, None, data])
+        (first, null, last) = rows(stream([batch], _mean, Preprocessing(), output="struct"))
+        assert null["features"] is None and null["error"] is None
+        code = "decoded" if first["error"] is None else first["error"].partition(":")[0]
+        assert code == result
+        assert first["error"] == last["error"]
+        assert (first["features"] is None) == (result != "decoded")
+    return result
+
+
+def _mean(images: torch.Tensor) -> np.ndarray:
+    return images.float().mean((2, 3)).numpy()
+
+
+def outcomes(seed: int, numbers: range) -> Counter[str]:
+    """How many of some inputs came to which end."""
+    images = valid_images()
+    counts: Counter[str] = Counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of damaged metadata
+        for number in numbers:
+            try:
+                result = outcome(damaged(images, seed, number), number % STREAMED == 0)
+            except Exception as error:
+                raise AssertionError(f"input {number} of seed {seed}") from error
+            counts[result] += 1
+    return counts
+
+
+def _outcomes(task: tuple[int, range]) -> Counter[str]:
+    return outcomes(*task)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inputs", type=int, default=50_000)
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32))
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}", flush=True)
+    numbers = range(arguments.inputs)
+    tasks = [(arguments.seed, numbers[at : at + CHUNK]) for at in numbers[::CHUNK]]
+    context = multiprocessing.get_context("spawn")
+    counts: Counter[str] = Counter()
+    # A process that dies breaks the pool: that raises here.
+    with ProcessPoolExecutor(
+        mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        for done in pool.map(_outcomes, tasks):
+            counts += done
+    print(f"{counts.total()} inputs, no exception escaped, no process died")
+    for code, count in counts.most_common():
+        print(f"  {code:<20}{count}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Tables of features, and the images that they are of."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from tests.helpers.images import encode, photo
+
+FLOATS = pa.list_(pa.float32())
+
+
+HOSTILE = "</script><img src=x onerror=\"document.title='harm'\">'&\u2028{{ data }}.jpg"
+
+
+def write_table(
+    folder: Path, rows: dict[str, Any], type: pa.DataType = FLOATS, part: int = 0
+) -> Path:
+    """One file of a folder as ``imagevec extract`` makes it, of paths to features."""
+    count = len(rows)
+    table = pa.table(
+        {
+            "path": pa.array(list(rows), pa.string()),
+            "length": pa.array([1] * count, pa.int64()),
+            "modificationTime": pa.array(
+                [datetime.datetime(2024, 1, 1)] * count, pa.timestamp("us", "UTC")
+            ),
+            "features": pa.array(list(rows.values()), type),
+            "width": pa.array([4] * count, pa.int32()),
+            "height": pa.array([3] * count, pa.int32()),
+        }
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, folder / f"part-{part:05}.snappy.parquet", row_group_size=2)
+    return folder
+
+
+def write_images(folder: Path, names: list[str], size: tuple[int, int] = (80, 60)) -> list[str]:
+    """PNG files with these names, whatever the names say; their paths as Spark gives them."""
+    for number, name in enumerate(names):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(photo(*size, seed=number)))
+    return [f"file:{folder / name}" for name in names]

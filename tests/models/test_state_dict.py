@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+
+import cloudpickle
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import squeezenet1_1
+
+from imagevec import ImageVectorizer, Preprocessing, WeightsError
+from imagevec.images.preprocess import preprocess
+from tests.helpers.factories import Tiny, tiny, tiny_densenet
+from tests.helpers.images import cosine, encode, photo
+from tests.helpers.pipeline import pixels_of, recipe_of, run_python, saved, vector_of
+
+PNG = encode(photo())
+SQUEEZENET = {"model": "squeezenet1_1", "engine": "torch"}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``.pth`` file of SqueezeNet."""
+    path = tmp_path_factory.mktemp("weights") / "squeezenet.pth"
+    saved(squeezenet1_1, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def state_dict(weights: Path) -> dict[str, torch.Tensor]:
+    return torch.load(weights)
+
+
+@pytest.fixture(scope="module")
+def vector(weights: Path) -> list[float]:
+    return vector_of(PNG, weights=str(weights), **SQUEEZENET)
+
+
+def refused(path: Path, model: object = "squeezenet1_1") -> str:
+    with pytest.raises(WeightsError) as error:
+        ImageVectorizer(model=model, weights=str(path), engine="torch")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+def test_the_format_of_the_file_does_not_matter(suffix, state_dict, vector, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state_dict, path)
+    assert vector_of(PNG, weights=str(path), **SQUEEZENET) == vector
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: {"state_dict": weights, "epoch": 3},
+        lambda weights: {"model": weights},
+        lambda weights: {f"module.{name}": value for name, value in weights.items()},
+        lambda weights: {"state_dict": {f"module.{name}": weights[name] for name in weights}},
+        lambda weights: {name: nn.Parameter(value) for name, value in weights.items()},
+    ],
+    ids=["state_dict", "model", "module.", "both", "parameters"],
+)
+def test_a_training_checkpoint_is_opened(wrap, state_dict, vector, tmp_path):
+    torch.save(wrap(state_dict), tmp_path / "checkpoint.pth")
+    assert vector_of(PNG, weights=str(tmp_path / "checkpoint.pth"), **SQUEEZENET) == vector
+
+
+def test_the_old_file_format_of_pytorch_is_read(state_dict, vector, tmp_path):
+    torch.save(state_dict, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert vector_of(PNG, weights=str(tmp_path / "old.pth"), **SQUEEZENET) == vector
+
+
+def test_densenets_old_names_are_read(tmp_path):
+    state_dict = saved(tiny_densenet, tmp_path / "new.pth").state_dict()
+    old = {re.sub(r"\.(norm|conv)([12])\.", r".\1.\2.", key): state_dict[key] for key in state_dict}
+    assert old.keys() != state_dict.keys()
+    torch.save(old, tmp_path / "old.pth")
+    vectors = [
+        vector_of(PNG, model=tiny_densenet, weights=str(tmp_path / name))
+        for name in ("new.pth", "old.pth")
+    ]
+    assert vectors[0] == vectors[1]
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+@pytest.mark.parametrize("write", [torch.save, lambda obj, path: path.write_bytes(obj)])
+def test_code_in_a_file_is_refused_and_not_run(suffix, write, tmp_path):
+    trap = Malicious(tmp_path / "code was run")
+    payload = {"a": trap} if write is torch.save else pickle.dumps({"a": trap}, protocol=2)
+    path = tmp_path / f"evil{suffix}"
+    write(payload, path)
+    assert "evil" in refused(path) or "is not a file of weights" in refused(path)
+    assert not trap.folder.exists()
+
+
+def test_the_trap_works(tmp_path):
+    pickle.loads(pickle.dumps(Malicious(tmp_path / "code was run")))
+    assert (tmp_path / "code was run").exists()
+
+
+def test_a_pickle_that_pops_from_nothing_is_no_file_of_weights(tmp_path):
+    (tmp_path / "damaged.pth").write_bytes(b"\x80\x02.")
+    assert "is not a file of weights" in refused(tmp_path / "damaged.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_damaged_file_is_no_file_of_weights(suffix, state_dict, tmp_path):
+    small = {name: value for name, value in state_dict.items() if value.numel() < 2000}
+    path = tmp_path / f"damaged{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(small, path)
+    data = path.read_bytes()
+    garbage = [np.random.default_rng(seed).bytes(300) for seed in range(5)]
+    for cut in [*(data[: len(data) * part // 8] for part in range(8)), *garbage]:
+        path.write_bytes(cut)
+        assert "is not a file of weights" in refused(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"epoch": 3, "state_dict": {"a": "b"}}, 7])
+def test_a_file_without_weights_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "something.pth")
+    assert "is not a file of weights" in refused(tmp_path / "something.pth")
+
+
+def test_weights_of_another_model_are_refused_by_name(weights):
+    message = refused(weights, model="resnet18")
+    assert "do not fit 'resnet18'" in message
+    assert "conv1.weight" in message
+
+
+def test_weights_of_another_size_are_refused_by_name(tmp_path):
+    saved(functools.partial(squeezenet1_1, num_classes=7), tmp_path / "seven.pth")
+    message = refused(tmp_path / "seven.pth")
+    assert "do not fit 'squeezenet1_1'" in message
+    assert "classifier.1.weight" in message
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    assert str(tmp_path / "none.pth") in refused(tmp_path / "none.pth")
+
+
+def test_a_file_is_known_by_its_content(weights, tmp_path):
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    copy = shutil.copy(weights, tmp_path / "other name.pth")
+    recipes = [recipe_of(weights=str(path), **SQUEEZENET) for path in (weights, copy)]
+    assert recipes[0] == recipes[1]
+    assert recipes[0].spec.weights == f"sha256:{digest}"
+    assert [digest in name for name in recipes[0].files] == [True]
+
+
+def altered_after(vectorizer: ImageVectorizer, path: Path) -> str:
+    """The error of a vectorizer whose weights are overwritten before it runs."""
+    data = bytearray(path.read_bytes())
+    before = hashlib.sha256(data).hexdigest()
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(WeightsError) as error:
+        vectorizer.extract_features(PNG)
+    assert before in str(error.value)
+    assert hashlib.sha256(data).hexdigest() in str(error.value)
+    return str(error.value)
+
+
+def test_a_file_that_is_altered_is_refused_with_both_digests(tmp_path):
+    path = tmp_path / "weights.pth"
+    saved(squeezenet1_1, path, seed=5)
+    vectorizer = ImageVectorizer(weights=str(path), **SQUEEZENET)
+    (name,) = recipe_of(weights=str(path), **SQUEEZENET).files
+    (cached,) = Path(os.environ["XDG_CACHE_HOME"]).rglob(name)
+    assert "was altered" in altered_after(vectorizer, cached)
+
+
+def test_an_altered_cache_is_repaired_from_the_file(tmp_path):
+    path = tmp_path / "weights.pth"
+    saved(squeezenet1_1, path, seed=6)
+    (name,) = recipe_of(weights=str(path), **SQUEEZENET).files
+    (cached,) = Path(os.environ["XDG_CACHE_HOME"]).rglob(name)
+    cached.unlink()
+    cached.write_bytes(b"something else")
+    assert len(vector_of(PNG, weights=str(path), **SQUEEZENET)) == 512
+
+
+def test_writing_over_the_original_leaves_what_is_in_use(tmp_path):
+    path = tmp_path / "weights.pth"
+    model = saved(squeezenet1_1, path, seed=9)
+    vectorizer = ImageVectorizer(weights=str(path), **SQUEEZENET)
+    saved(squeezenet1_1, path, seed=10)
+    image = preprocess(pixels_of(photo()), Preprocessing())[None]
+    with torch.inference_mode():
+        expected = model.features(image).mean((2, 3))[0]
+    assert cosine(vectorizer.extract_features(PNG), expected) >= 0.9999
+
+
+def test_a_new_file_at_the_same_path_is_another_model(tmp_path):
+    path = tmp_path / "weights.pth"
+    vectors = []
+    for seed in (7, 8):
+        saved(squeezenet1_1, path, seed=seed)
+        vectors.append(vector_of(PNG, weights=str(path), **SQUEEZENET))
+    assert vectors[0] != vectors[1]
+
+
+def test_random_weights_are_the_same_everywhere():
+    here = vector_of(PNG, model="squeezenet1_1", weights="random")
+    there = run_python(f"""
+import torch
+torch.manual_seed(99)
+from imagevec import ImageVectorizer
+vectorizer = ImageVectorizer(model="squeezenet1_1", weights="random", engine="torch")
+print(vectorizer.extract_features({PNG!r}))
+""")
+    np.testing.assert_allclose(here, eval(there), rtol=1e-5)
+
+
+def test_random_weights_are_not_all_alike():
+    vector = vector_of(PNG, model="squeezenet1_1", weights="random")
+    assert len({round(value, 4) for value in vector}) > 100
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize("model", ["squeezenet1_1", tiny], ids=["name", "factory"])
+def test_the_random_numbers_of_the_process_are_left_alone(model, engine):
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(99)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        vector_of(PNG, model=model, weights="random", engine=engine)
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert (before[1] == np.random.get_state()[1]).all()
+
+
+def test_a_factorys_own_weights_are_drawn_once():
+    def unseeded() -> nn.Module:
+        return Tiny()
+
+    vectorizer = ImageVectorizer(model=unseeded, engine="torch")
+    copy = pickle.loads(cloudpickle.dumps(vectorizer))
+    assert vectorizer.extract_features(PNG) == copy.extract_features(PNG)
+
+
+def fail_to_download(*args: object, **kwargs: object) -> None:
+    raise urllib.error.URLError("no network")
+
+
+def test_a_download_that_fails_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail_to_download)
+    with pytest.raises(WeightsError) as error:
+        ImageVectorizer(model="squeezenet1_1")
+    message = str(error.value)
+    assert "no network" in message
+    assert "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth" in message
+    assert "weights='<path>'" in message
+    assert "weights='random'" in message
+    assert str(Path(torch.hub.get_dir()) / "checkpoints") in message
+
+
+def test_timms_download_that_fails_says_what_to_do():
+    pytest.importorskip("timm")
+    with pytest.raises(WeightsError, match="weights of timm/resnet18.*weights='<path>'"):
+        ImageVectorizer(model="timm/resnet18")
+
+
+def test_a_download_is_verified(monkeypatch):
+    asked = []
+
+    def download(url: str, path: str, hash_prefix: str, progress: bool) -> None:
+        asked.append((url, hash_prefix))
+        raise RuntimeError("invalid hash value")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(WeightsError, match="invalid hash value"):
+        ImageVectorizer(model="squeezenet1_1", weights="IMAGENET1K_V1")
+    assert asked == [("https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth", "b8a52dc0")]
+
+
+def test_what_is_in_torch_hubs_cache_is_not_downloaded(weights, vector, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail_to_download)
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(weights, tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
+    assert vector_of(PNG, **SQUEEZENET) == vector

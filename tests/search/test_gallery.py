@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import base64
+import html.parser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from imagevec import OptionError
+from imagevec.search.gallery import write_gallery
+from imagevec.search.neighbours import nearest
+from tests.helpers.images import opened
+from tests.helpers.pipeline import run_python
+from tests.helpers.tables import HOSTILE, write_images, write_table
+
+
+def write_features(folder: Path, paths: list[str], features: int = 4) -> np.ndarray:
+    vectors = np.random.default_rng(0).normal(size=(len(paths), features)).astype(np.float32)
+    write_table(folder, dict(zip(paths, vectors.tolist(), strict=True)))
+    return vectors
+
+
+class Elements(html.parser.HTMLParser):
+    """The tags of a page, and the text of its scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, text):
+        if self.tags and self.tags[-1][0] == "script":
+            self.scripts[-1] += text
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    """What the page's script finds."""
+    return json.loads(Elements(page.read_text("utf-8")).scripts[0])
+
+
+@pytest.fixture
+def table(tmp_path):
+    names = ["b/2.png", "a/1.png", "a/3.png", "c.png", "d.png"]
+    paths = write_images(tmp_path / "photos", names)
+    write_features(tmp_path / "features", paths)
+    return tmp_path / "features"
+
+
+def test_a_page_has_all_images_by_path(table, tmp_path):
+    assert write_gallery(table, tmp_path / "g.html") == 5
+    data = data_of(tmp_path / "g.html")
+    assert data["folder"] == f"file:{tmp_path}/photos/"
+    names = [image["name"] for image in data["images"]]
+    assert names == ["a/1.png", "a/3.png", "b/2.png", "c.png", "d.png"]
+    assert all((image["width"], image["height"]) == (80, 60) for image in data["images"])
+    assert all(0 <= x <= 1 for image in data["images"] for x in image["place"])
+
+
+def test_neighbours_are_the_nearest_and_not_the_image_itself(tmp_path):
+    paths = [f"/nowhere/{number:02}.jpg" for number in range(30)]
+    vectors = write_features(tmp_path / "t", paths)
+    write_gallery(tmp_path / "t", tmp_path / "g.html", neighbours=6)
+    indices, cosines = nearest(vectors, vectors, 7)
+    for index, image in enumerate(data_of(tmp_path / "g.html")["images"]):
+        assert [other for other, _ in image["neighbours"]] == indices[index, 1:].tolist()
+        found = [cosine for _, cosine in image["neighbours"]]
+        np.testing.assert_allclose(found, cosines[index, 1:], atol=1e-4)
+
+
+def test_more_copies_than_neighbours(tmp_path):
+    write_table(tmp_path / "t", {f"{number}.jpg": [1.0, 0.0] for number in range(6)})
+    write_gallery(tmp_path / "t", tmp_path / "g.html", neighbours=2)
+    data = data_of(tmp_path / "g.html")
+    for index, image in enumerate(data["images"]):
+        others = [other for other, _ in image["neighbours"]]
+        assert len(others) == 2
+        assert index not in others
+    assert data["groups"] == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_vectors_without_a_direction_do_no_harm(tmp_path):
+    rows = {"a": [0.0, 0.0], "b": [float("nan"), 1.0], "c": [1.0, 1.0]}
+    write_table(tmp_path / "t", rows)
+    assert write_gallery(tmp_path / "t", tmp_path / "g.html") == 3
+    data = data_of(tmp_path / "g.html")
+    assert "NaN" not in json.dumps(data)
+    assert [cosine for image in data["images"] for _, cosine in image["neighbours"]] == [0] * 6
+
+
+def test_one_image_alone(tmp_path):
+    paths = write_images(tmp_path, ["only.png"])
+    write_features(tmp_path / "t", paths)
+    assert write_gallery(tmp_path / "t", tmp_path / "g.html") == 1
+    (image,) = data_of(tmp_path / "g.html")["images"]
+    assert image["neighbours"] == []
+
+
+def test_of_too_many_an_even_part_is_taken(tmp_path):
+    paths = [f"/nowhere/{number:03}.jpg" for number in range(100)]
+    write_features(tmp_path / "t", paths)
+    assert write_gallery(tmp_path / "t", tmp_path / "g.html", max_images=10) == 10
+    data = data_of(tmp_path / "g.html")
+    assert [image["name"] for image in data["images"]] == [f"{n:03}.jpg" for n in range(0, 100, 10)]
+    assert data["total"] == 100
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((400, 300), (64, 48)), ((300, 400), (48, 64)), ((900, 90), (96, 10)), ((20, 10), (20, 10))],
+)
+def test_thumbnails_keep_the_aspect_and_are_not_enlarged(tmp_path, size, expected):
+    paths = write_images(tmp_path, ["a.png"], size)
+    write_features(tmp_path / "t", paths)
+    write_gallery(tmp_path / "t", tmp_path / "g.html", thumbnail_size=48)
+    (image,) = data_of(tmp_path / "g.html")["images"]
+    assert (image["width"], image["height"]) == size
+    kind, _, encoded = image["thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    thumbnail = opened(base64.b64decode(encoded))
+    assert (thumbnail.format, thumbnail.size) == ("JPEG", expected)
+
+
+def test_a_file_that_has_gone_or_is_bad_has_a_placeholder(tmp_path):
+    paths = write_images(tmp_path, ["a.png", "bad.png", "gone.png"])
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    (tmp_path / "gone.png").unlink()
+    write_features(tmp_path / "t", paths)
+    assert write_gallery(tmp_path / "t", tmp_path / "g.html") == 3
+    good, bad, gone = data_of(tmp_path / "g.html")["images"]
+    assert "problem" not in good
+    assert "thumbnail" not in bad
+    assert "not an image" in bad["problem"]
+    assert gone["problem"] == "the path or URI cannot be read"
+
+
+def test_a_page_is_as_large_as_its_thumbnails(tmp_path):
+    paths = write_images(tmp_path, [f"{number}.png" for number in range(20)], (400, 300))
+    write_features(tmp_path / "t", paths)
+    write_gallery(tmp_path / "t", tmp_path / "g.html")
+    assert (tmp_path / "g.html").stat().st_size < 40_000 + 20 * 12_000
+
+
+def test_a_hostile_name_stays_text(tmp_path):
+    paths = write_images(tmp_path / "photos", [HOSTILE, "b.png"])
+    write_features(tmp_path / "t", paths)
+    write_gallery(tmp_path / "t", tmp_path / "g.html")
+    page = (tmp_path / "g.html").read_text("utf-8")
+    assert sorted(image["name"] for image in data_of(tmp_path / "g.html")["images"]) == sorted(
+        [HOSTILE, "b.png"]
+    )
+    assert page.count("</script>") == 2
+    assert not any("onerror" in attributes for _, attributes in Elements(page).tags)
+    assert "img" not in [tag for tag, _ in Elements(page).tags]
+
+
+def test_a_page_names_nothing_outside_itself(table, tmp_path):
+    write_gallery(table, tmp_path / "g.html")
+    page = (tmp_path / "g.html").read_text("utf-8")
+    assert not re.search(r"https?://|@import|url\(", page)
+    for tag, attributes in Elements(page).tags:
+        assert "src" not in attributes, tag
+        assert (attributes.get("href") or "#").startswith(("#", "data:")), tag
+    policy = next(a for _, a in Elements(page).tags if a.get("http-equiv"))
+    assert "default-src 'none'; img-src data:;" in str(policy["content"])
+
+
+def test_a_page_is_the_same_each_time(table, tmp_path):
+    for name in ("g.html", "h.html"):
+        write_gallery(table, tmp_path / name)
+    assert (tmp_path / "g.html").read_bytes() == (tmp_path / "h.html").read_bytes()
+
+
+@pytest.mark.parametrize("option", ["neighbours", "thumbnail_size", "max_images"])
+def test_a_number_below_1_is_an_option_error(table, tmp_path, option):
+    with pytest.raises(OptionError, match=f"{option}=0 is not valid: use an integer of at least 1"):
+        write_gallery(table, tmp_path / "g.html", **{option: 0})
+
+
+def test_a_missing_table_is_an_option_error_and_leaves_no_page(tmp_path):
+    with pytest.raises(OptionError, match="is not there"):
+        write_gallery(tmp_path / "nowhere", tmp_path / "g.html")
+    assert not (tmp_path / "g.html").exists()
+
+
+def test_importing_it_is_light():
+    printed = run_python(
+        "import sys, imagevec.search.gallery; print({'torch', 'pyspark'} & sys.modules.keys())"
+    )
+    assert printed == "set()\n"
