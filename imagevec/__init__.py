@@ -5,80 +5,70 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from imagevec._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from imagevec.engines.quantization import quantize
-    from imagevec.errors import (
-        FingerprintError,
-        ImageError,
-        ImageVecError,
-        OptionError,
-        SerializationError,
-        WeightsError,
-    )
-    from imagevec.models.registry import list_models, register_model
-    from imagevec.pickling import explain_pickle
-    from imagevec.spark.conf import recommended_conf
-    from imagevec.spark.featurizer import ImageFeaturizer
-    from imagevec.spark.metrics import Metrics
-    from imagevec.spark.udf import features_udf, make_features_udf, register
-    from imagevec.spark.vectorizer import ImageVectorizer
-    from imagevec.spec import Preprocessing
-    from imagevec.table.provenance import check_fingerprints, fingerprint
+    from imagevec.engines.quantization import QuantizationReport as QuantizationReport
+    from imagevec.engines.quantization import quantize as quantize
+    from imagevec.errors import FingerprintError as FingerprintError
+    from imagevec.errors import ImageError as ImageError
+    from imagevec.errors import ImageVecError as ImageVecError
+    from imagevec.errors import MissingExtraError as MissingExtraError
+    from imagevec.errors import OptionError as OptionError
+    from imagevec.errors import SerializationError as SerializationError
+    from imagevec.errors import WeightsError as WeightsError
+    from imagevec.models.registry import list_models as list_models
+    from imagevec.models.registry import register_model as register_model
+    from imagevec.pickling import CapturedObject as CapturedObject
+    from imagevec.pickling import PickleReport as PickleReport
+    from imagevec.pickling import explain_pickle as explain_pickle
+    from imagevec.spark.conf import recommended_conf as recommended_conf
+    from imagevec.spark.featurizer import ImageFeaturizer as ImageFeaturizer
+    from imagevec.spark.metrics import Metrics as Metrics
+    from imagevec.spark.udf import features_udf as features_udf
+    from imagevec.spark.udf import make_features_udf as make_features_udf
+    from imagevec.spark.udf import register as register
+    from imagevec.spark.vectorizer import ImageVectorizer as ImageVectorizer
+    from imagevec.spec import FeatureSpec as FeatureSpec
+    from imagevec.spec import Preprocessing as Preprocessing
+    from imagevec.table.provenance import Provenance as Provenance
+    from imagevec.table.provenance import check_comparable as check_comparable
+    from imagevec.table.provenance import provenance as provenance
 
-__version__ = "0.1.0"
-
-__all__ = [
-    "FingerprintError",
-    "ImageError",
-    "ImageFeaturizer",
-    "ImageVecError",
-    "ImageVectorizer",
-    "Metrics",
-    "OptionError",
-    "Preprocessing",
-    "SerializationError",
-    "WeightsError",
-    "check_fingerprints",
-    "explain_pickle",
-    "features_udf",
-    "fingerprint",
-    "list_models",
-    "make_features_udf",
-    "quantize",
-    "recommended_conf",
-    "register",
-    "register_model",
-]
-
-# PyTorch and Spark take seconds to import: a name brings them in where it is first used.
-_MODULES = {
-    "FingerprintError": "errors",
-    "ImageError": "errors",
-    "ImageFeaturizer": "spark.featurizer",
-    "ImageVecError": "errors",
-    "ImageVectorizer": "spark.vectorizer",
-    "Metrics": "spark.metrics",
-    "OptionError": "errors",
-    "Preprocessing": "spec",
-    "SerializationError": "errors",
-    "WeightsError": "errors",
-    "check_fingerprints": "table.provenance",
-    "explain_pickle": "pickling",
-    "features_udf": "spark.udf",
-    "fingerprint": "table.provenance",
-    "list_models": "models.registry",
-    "make_features_udf": "spark.udf",
-    "quantize": "engines.quantization",
-    "recommended_conf": "spark.conf",
-    "register": "spark.udf",
-    "register_model": "models.registry",
+# Spark takes a second to import, PyTorch three: a name brings them in where it is first used.
+_MODULE_OF = {
+    name: module
+    for module, names in {
+        "engines.quantization": ("QuantizationReport", "quantize"),
+        "errors": (
+            "FingerprintError",
+            "ImageError",
+            "ImageVecError",
+            "MissingExtraError",
+            "OptionError",
+            "SerializationError",
+            "WeightsError",
+        ),
+        "models.registry": ("list_models", "register_model"),
+        "pickling": ("CapturedObject", "PickleReport", "explain_pickle"),
+        "spark.conf": ("recommended_conf",),
+        "spark.featurizer": ("ImageFeaturizer",),
+        "spark.metrics": ("Metrics",),
+        "spark.udf": ("features_udf", "make_features_udf", "register"),
+        "spark.vectorizer": ("ImageVectorizer",),
+        "spec": ("FeatureSpec", "Preprocessing"),
+        "table.provenance": ("Provenance", "check_comparable", "provenance"),
+    }.items()
+    for name in names
 }
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

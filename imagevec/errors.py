@@ -76,7 +76,7 @@ IMAGE_ERROR_CODES: Mapping[str, str] = {
     "truncated": "the file ends before the image does",
     "corrupt": "the file says it is an accepted format and cannot be decoded",
     "crashed": "its decoder killed the process (with isolate=True)",
-    "timed_out": "its decoder did not come to an end (with isolate=True)",
+    "timed_out": "its decoder timed out (with isolate=True)",
     "unreadable_path": "the path or URI cannot be read",
     "forbidden_path": "the path or URI is under none of allowed_roots",
 }
@@ -85,9 +85,10 @@ IMAGE_ERROR_CODES: Mapping[str, str] = {
 def did_you_mean(value: object, choices: Iterable[str]) -> str:
     """The end of an error message: the nearest choices to ``value``, or all where they are few."""
     known = sorted(choices)
-    near = difflib.get_close_matches(str(value), known, n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
+    by_folded = {choice.casefold(): choice for choice in known}
+    folded = difflib.get_close_matches(str(value).casefold(), by_folded, n=3, cutoff=0.5)
+    if folded:
+        return f"did you mean {' or '.join(repr(by_folded[name]) for name in folded)}?"
     if len(known) <= 12:
         return f"choose one of {', '.join(map(repr, known))}"
     return f"{len(known)} are known, for example {', '.join(map(repr, known[:3]))}"

@@ -9,122 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal
 
-from imagevec.errors import OptionError, did_you_mean
+from imagevec._version import __version__
+from imagevec.errors import OptionError
+from imagevec.options import PRECISIONS, check_bool, check_choice, check_positive, checked
 
-if TYPE_CHECKING:
-    from torch import nn
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-
-PRECISIONS = ("float32", "bfloat16", "float16", "int8")
-ENGINES = ("auto", "torch", "openvino")
-
-
-class Options(TypedDict, total=False):
-    """The keyword options of ``features_udf``, ``make_features_udf`` and ``ImageVectorizer``."""
-
-    model: str | Callable[[], nn.Module]
-    """A name of ``list_models()``, ``"timm/<name>"``, a zero-argument factory of an ``nn.Module``,
-    the path of a saved model, or of a ``.pt2`` file, whose loading can run code that is in it: see
-    ``imagevec.models.exported``. Default ``"resnet50"``."""
-    weights: str
-    """A torchvision weights name, a path to ``.pth``, ``.pt`` or ``.safetensors``, or
-    ``"random"`` (seeded: the same on every worker). Default ``"DEFAULT"``."""
-    layer: str | Sequence[str]
-    """``"pooled"`` (the input of the classifier's last linear layer), ``"logits"``, or a node of
-    ``torchvision.models.feature_extraction.get_graph_node_names``. Several, all of one forward
-    pass, give a struct with a vector a layer. Default ``"pooled"``."""
-    normalize: bool
-    """L2-normalise each vector. Default ``False``."""
-    precision: Literal["float32", "bfloat16", "float16", "int8", "auto"]
-    """``"float16"`` needs CUDA; ``"int8"`` is a saved model's, of ``quantize``; ``"auto"`` is
-    bfloat16 where the driver's CPU or GPU has it, else float32. Default ``"float32"``."""
-    engine: Literal["auto", "torch", "openvino"]
-    """What runs the forward pass. Default ``"auto"``: PyTorch on CUDA, and on the CPU OpenVINO if
-    it is installed."""
-    device: str
-    """``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``. Default ``"auto"``: the GPU that Spark
-    assigned to the task, else any GPU, else the CPU."""
-    batch_size: int | Literal["auto"]
-    """Images in one forward pass. Default ``"auto"``."""
-    max_pixels: int
-    """A larger image is an error row, by its header. Default 89,478,485, which is Pillow's."""
-    formats: Sequence[str]
-    """The formats that are decoded; all others are error rows. Default ``FORMATS``."""
-    allowed_roots: Sequence[str]
-    """Where paths in the input column may lead: absolute folders and prefixes of URIs, such as
-    ``"s3://bucket/photos"`` or ``"s3://"``. Default ``()``: anywhere that the worker can read."""
-    decode: Literal["exact", "scaled"]
-    """``"scaled"`` decodes JPEGs at the smallest scale that keeps twice ``resize_size``, which is
-    faster for large ones. Default ``"exact"``."""
-    on_error: Literal["null", "raise"]
-    """A bad image gives a null, or fails the query with its reason. Default ``"null"``."""
-    isolate: bool
-    """Decode in a child process, so that an image that crashes or hangs its decoder is an error
-    row too. It costs some 300 MB a worker and seconds at its start. Default ``False``."""
-    output: Literal["array", "struct"]
-    """``array<float>``, or ``struct<features: array<float>, error: string, width: int,
-    height: int>``. With several layers, ``struct<<layer>: array<float>, ...>`` takes the place of
-    ``array<float>``; it is never null itself, since no pandas UDF can return a null struct: where
-    there is no image, each of its fields is. Default ``"array"``."""
-
-
-DEFAULTS: Options = {
-    "model": "resnet50",
-    "weights": "DEFAULT",
-    "layer": "pooled",
-    "normalize": False,
-    "precision": "float32",
-    "engine": "auto",
-    "device": "auto",
-    "batch_size": "auto",
-    "max_pixels": 89_478_485,
-    "formats": FORMATS,
-    "allowed_roots": (),
-    "decode": "exact",
-    "on_error": "null",
-    "isolate": False,
-    "output": "array",
-}
-
-
-def check_choice(option: str, value: object, choices: Sequence[str]) -> None:
-    """Raises ``OptionError`` with the nearest choices if ``value`` is none of them."""
-    if value not in choices:
-        raise OptionError(f"{option}={value!r} is not known: {did_you_mean(value, choices)}")
-
-
-def check_positive(option: str, value: object) -> None:
-    """Raises ``OptionError`` unless ``value`` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise OptionError(f"{option}={value!r} is not valid: use an integer of at least 1")
-
-
-def _check_bool(option: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise OptionError(f"{option}={value!r} is not valid: use True or False")
-
-
-def check_layer(layer: Any) -> Any:
-    """A ``layer`` option: one name as it is, several as a tuple.
-
-    Raises:
-        OptionError: There are none, or one is there twice. Names are the model's to know.
-    """
-    if not isinstance(layer, list | tuple):
-        return layer
-    if not layer or not all(isinstance(name, str) for name in layer):
-        raise OptionError(
-            f"layer={layer!r} is not valid: give names, ('layer3', 'pooled') for example"
-        )
-    for name in layer:
-        if layer.count(name) > 1:
-            raise OptionError(f"layer={layer!r} is not valid: give {name!r} once")
-    return tuple(layer)
+METADATA_KEY = "imagevec"
 
 
 @dataclass(frozen=True)
@@ -200,7 +93,7 @@ class FeatureSpec:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
-        _check_bool("normalize", self.normalize)
+        check_bool("normalize", self.normalize)
         sizes = self.num_features
         for size in sizes if isinstance(sizes, tuple) else (sizes,):
             check_positive("num_features", size)
@@ -232,12 +125,20 @@ class FeatureSpec:
         """16 hex digits: equal for two specs if and only if their vectors are comparable."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The metadata of a Spark column of such features: see ``imagevec.provenance``."""
+        made_of = {**json.loads(self.to_json()), "fingerprint": self.fingerprint}
+        return {METADATA_KEY: {**made_of, "imagevec": __version__}}
+
 
 @dataclass(frozen=True)
 class ExecutionOptions:
-    """How vectors are computed and handed back. ``Options`` says what each one means."""
+    """How vectors are computed and handed back. ``Options`` says what each one means.
 
-    engine: str
+    In a plan, ``device`` is ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+    """
+
     device: str
     batch_size: int | Literal["auto"]
     max_pixels: int
@@ -249,38 +150,10 @@ class ExecutionOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> ExecutionOptions:
-        """The part of all options that is not ``FeatureSpec``'s."""
-        formats, roots = options["formats"], options["allowed_roots"]
-        return cls(
-            engine=options["engine"],
-            device=options["device"],
-            batch_size=options["batch_size"],
-            max_pixels=options["max_pixels"],
-            formats=(formats,) if isinstance(formats, str) else tuple(formats or ()),
-            allowed_roots=(roots,) if isinstance(roots, str) else tuple(roots or ()),
-            on_error=options["on_error"],
-            isolate=options["isolate"],
-            output=options["output"],
-        )
+        """The part of all options that is not ``FeatureSpec``'s.
 
-    def __post_init__(self) -> None:
-        check_choice("engine", self.engine, ENGINES)
-        kind, _, index = str(self.device).partition(":")
-        if not (self.device in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal())):
-            choices = ("auto", "cpu", "cuda", "cuda:0")
-            raise OptionError(
-                f"device={self.device!r} is not known: {did_you_mean(self.device, choices)}"
-            )
-        if self.batch_size != "auto":
-            check_positive("batch_size", self.batch_size)
-        check_positive("max_pixels", self.max_pixels)
-        if not self.formats:
-            raise OptionError(f"formats is empty: choose from {', '.join(FORMATS)}")
-        for name in self.formats:
-            check_choice("formats", name, FORMATS)
-        for root in self.allowed_roots:
-            if not root.startswith("/") and ":" not in root:
-                raise OptionError(f"allowed_roots={root!r} is not valid: use an absolute path")
-        check_choice("on_error", self.on_error, ("null", "raise"))
-        _check_bool("isolate", self.isolate)
-        check_choice("output", self.output, ("array", "struct"))
+        Raises:
+            OptionError: One of them is wrong.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**checked({name: options[name] for name in names}))

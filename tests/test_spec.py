@@ -7,16 +7,18 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
 from imagevec import ImageVectorizer, OptionError, Preprocessing
-from imagevec.spec import DEFAULTS, FORMATS, ExecutionOptions, FeatureSpec
+from imagevec.options import DEFAULTS, FORMATS
+from imagevec.plan import make_plan
+from imagevec.spec import ExecutionOptions, FeatureSpec
 from tests.helpers.options import WRONG_OPTIONS, option_id
-from tests.helpers.pipeline import execution_options, recipe_of
+from tests.helpers.pipeline import execution_options
 
 MODEL = {"model": "squeezenet1_1", "weights": "random", "engine": "torch"}
 
 
 @pytest.fixture(scope="module")
 def spec() -> FeatureSpec:
-    return recipe_of(**MODEL).spec
+    return make_plan(**MODEL).spec
 
 
 @pytest.mark.parametrize("frozen", [FeatureSpec, ExecutionOptions, Preprocessing])
@@ -77,7 +79,7 @@ def test_whatever_changes_the_numbers_changes_the_fingerprint(spec, change):
     ids=lambda option: next(iter(option)),
 )
 def test_how_it_runs_does_not_change_the_fingerprint(spec, option):
-    assert recipe_of(**MODEL, **option).spec.fingerprint == spec.fingerprint
+    assert make_plan(**MODEL, **option).spec.fingerprint == spec.fingerprint
 
 
 def test_the_defaults_are_the_documented_ones():
