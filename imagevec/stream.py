@@ -12,18 +12,20 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
 
 from imagevec.engines import Engine
+from imagevec.errors import ImageError
 from imagevec.images.isolation import isolated
 from imagevec.images.parallel import map_ahead, map_in_turns
 from imagevec.images.prepare import Row, prepare
-from imagevec.images.values import Value, read_ahead, values_of
-from imagevec.spec import ExecutionOptions, Preprocessing
+from imagevec.images.reading import read_ahead
+from imagevec.images.values import Value, values_of
+from imagevec.spec import ExecutionOptions, FeatureSpec
 
 Counts = defaultdict[str, float]
 
@@ -32,30 +34,41 @@ _MAX_ROWS_PER_IMAGE = (
 )
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How one task divides the cores that Spark gave it.
+
+    Attributes:
+        batch_size: The largest number of images in one forward pass.
+        forward_threads: Of the forward pass, if it is on the CPU.
+        decode_threads: Images that are decoded at a time.
+        overlap: Whether the next images are decoded during the forward pass. Without, decoding and
+            the forward pass take turns, which wastes nothing if both use the same cores.
+    """
+
+    batch_size: int
+    forward_threads: int = 1
+    decode_threads: int = 1
+    overlap: bool = False
+
+
 def feature_stream(
     batches: Iterable[pd.Series | pd.DataFrame],
     engine: Engine,
-    preprocessing: Preprocessing,
-    options: ExecutionOptions,
-    batch_size: int,
-    decode_threads: int = 1,
-    overlap: bool = False,
+    spec: FeatureSpec,
+    execution: ExecutionOptions,
+    schedule: Schedule,
     counts: Counts | None = None,
-    layer_sizes: dict[str, int] | None = None,
 ) -> Iterator[pd.Series | pd.DataFrame]:
     """Yields as many rows as it takes, in the same order, in batches of other sizes.
 
     Args:
         batches: Series of bytes or paths, or data frames of a struct's fields.
         engine: The forward pass.
-        preprocessing: What happens to the pixels before it.
-        options: Limits, error policy and the form of the result.
-        batch_size: The largest number of images in one forward pass.
-        decode_threads: How many images are decoded at a time.
-        overlap: Whether the next images are decoded during the forward pass. Without, decoding and
-            the forward pass take turns, which wastes nothing if both use the same cores.
+        spec: Its preprocessing comes before the forward pass, its layers after.
+        execution: Limits, error policy and the form of the result.
+        schedule: How much is done at a time.
         counts: Where what is done is added up: see ``imagevec.Metrics``.
-        layer_sizes: Of ``FeatureSpec``: several layers, into which vectors are split.
 
     Yields:
         Series of float32 ``(D,)`` arrays and nulls, or data frames of such for each layer; with
@@ -67,26 +80,51 @@ def feature_stream(
     """
     counts = defaultdict(float) if counts is None else counts
     in_column = (value for batch in batches for value in values_of(batch))
-    values = _timed(read_ahead(in_column, options.allowed_roots), counts)
-    prepare_one: Callable[[Value], Row] = functools.partial(
-        prepare, preprocessing=preprocessing, options=options
-    )
-    rows: Iterator[Row]
-    if options.isolate:
-        rows = map(isolated(prepare_one, options.on_error), values)
-    elif overlap:
-        rows = map_ahead(prepare_one, values, decode_threads, ahead=2 * batch_size)
-    elif decode_threads > 1:
-        rows = map_in_turns(prepare_one, values, decode_threads, batch_size)
-    else:
-        rows = map(prepare_one, values)
-    for group in _grouped(rows, batch_size):
+    values = _timed(read_ahead(in_column, execution.allowed_roots), counts)
+    rows = _rows(values, _prepare_function(spec, execution), schedule)
+    if execution.on_error == "raise":
+        rows = map(_raise_error, rows)
+    for group in _grouped(rows, schedule.batch_size):
         features = _features(group, engine, counts)
         _count(group, counts)
-        yield _to_pandas(group, features, options.output, layer_sizes)
+        yield _to_pandas(group, features, execution.output, spec.layer_sizes)
 
 
-def split(
+def _prepare_function(spec: FeatureSpec, execution: ExecutionOptions) -> Callable[[Value], Row]:
+    function: Callable[[Value], Row] = functools.partial(
+        prepare, preprocessing=spec.preprocessing, options=execution
+    )
+    if execution.isolate:
+        function = isolated(function)
+
+    def prepare_value(value: Value) -> Row:
+        row = function(value)
+        return row if row.error is None else row._replace(path=value.path)
+
+    return prepare_value
+
+
+def _rows(
+    values: Iterator[Value], prepare_value: Callable[[Value], Row], schedule: Schedule
+) -> Iterator[Row]:
+    if schedule.overlap:
+        ahead = 2 * schedule.batch_size
+        return map_ahead(prepare_value, values, schedule.decode_threads, ahead)
+    if schedule.decode_threads > 1:
+        return map_in_turns(prepare_value, values, schedule.decode_threads, schedule.batch_size)
+    return map(prepare_value, values)
+
+
+def _raise_error(row: Row) -> Row:
+    if row.error is None:
+        return row
+    code, detail = row.error.code, row.error.detail
+    if row.path is not None and row.path not in detail:
+        detail = f"{row.path}: {detail}"
+    raise ImageError(code, detail) from row.error
+
+
+def _split(
     vector: npt.NDArray[np.float32], layer_sizes: dict[str, int]
 ) -> dict[str, npt.NDArray[np.float32]]:
     """The vectors of several layers, which come one after the other.
@@ -107,7 +145,7 @@ def _features(
     if not images:
         return [None] * len(group)
     start = time.perf_counter()
-    vectors = iter(engine(torch.stack(images)))  # (N, 3, S, S) -> (N, D)
+    vectors = iter(engine(np.stack(images)))  # (N, S, S, 3) -> (N, D)
     counts["seconds.forward"] += time.perf_counter() - start
     counts["batches"] += 1
     return [None if row.image is None else next(vectors) for row in group]
@@ -161,7 +199,7 @@ def _to_pandas(
     vectors = pd.Series(features, dtype=object)
     if layer_sizes is not None:
         nulls = dict.fromkeys(layer_sizes)
-        by_layer = [nulls if v is None else split(v, layer_sizes) for v in features]
+        by_layer = [nulls if v is None else _split(v, layer_sizes) for v in features]
         if output == "array":
             return pd.DataFrame(by_layer, columns=list(layer_sizes), dtype=object)
         vectors = pd.Series(by_layer, dtype=object)

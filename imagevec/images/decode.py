@@ -19,12 +19,13 @@ What a pixel becomes:
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from imagevec.errors import ImageError
@@ -43,16 +44,19 @@ _SIGNATURES = {
 _ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
 
 
+Pixels = npt.NDArray[np.uint8]
+
+
 class DecodedImage(NamedTuple):
     """Pixels, and the size of the image that they came from.
 
     Attributes:
-        pixels: uint8 RGB ``(3, H, W)``.
+        pixels: uint8 RGB ``(H, W, 3)``, contiguous.
         width: Of the image as displayed, in pixels.
         height: Of the image as displayed, in pixels.
     """
 
-    pixels: torch.Tensor
+    pixels: Pixels
     width: int
     height: int
 
@@ -66,7 +70,7 @@ def decode(
         data: The bytes of an image file.
         max_pixels: The largest width x height that is decoded. Pillow's own limit, which is of the
             whole process, is raised to match where it is lower.
-        formats: The names of the formats that are decoded, of ``imagevec.spec.FORMATS``.
+        formats: The names of the formats that are decoded, of ``imagevec.options.FORMATS``.
         min_side: JPEGs are decoded at the smallest of the scales 1/1, 1/2, 1/4 and 1/8 at which
             both sides keep at least this many pixels; ``None`` decodes at 1/1.
 
@@ -84,7 +88,10 @@ def decode(
     except UnidentifiedImageError as error:
         raise _unidentified(data, formats) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("too_large", str(error)) from error
+        # Pillow's own limit strikes before the size can be asked for, and names itself.
+        size = re.search(r"\d+ pixels", str(error))
+        detail = f"{size[0] if size else error}, max_pixels={max_pixels}"
+        raise ImageError("too_large", detail) from error
     except Exception as error:  # decoders raise far more than OSError on hostile bytes
         code = "truncated" if "truncated" in str(error).lower() else "corrupt"
         raise ImageError(code, f"{type(error).__name__}: {error}") from error
@@ -101,25 +108,25 @@ def _decode(
     is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")  # not CMYK
     pixels = _decode_jpeg(data, image) if is_plain_jpeg else None
     if pixels is None:
-        pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+        pixels = _rgb(image)
     orientation = _orientation(image)  # after the pixels: Pillow orients TIFFs as it loads them
     if orientation >= 5:
         width, height = height, width
     return DecodedImage(_apply_orientation(pixels, orientation), width, height)
 
 
-def _decode_jpeg(data: bytes, image: Image.Image) -> torch.Tensor | None:
-    """uint8 RGB ``(3, H, W)``, faster than Pillow; ``None`` if Pillow must tell what is wrong.
+def _decode_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
+    """uint8 RGB ``(H, W, 3)``, faster than Pillow; ``None`` if Pillow must tell what is wrong.
 
     Both run libjpeg-turbo with the same settings: pixels are the same, at every scale. ``strict``
     leaves all that libjpeg as much as warns of to Pillow, whose verdict counts.
     """
     width, height = image.size  # after ``draft``, of the scaled image
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
     except ValueError:
         return None
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    return pixels
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -130,8 +137,8 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError("too_large", f"{width}x{height} pixels, max_pixels={max_pixels}")
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    """uint8 ``(H, W, 3)``, a writable copy."""
+def _rgb(image: Image.Image) -> Pixels:
+    """uint8 ``(H, W, 3)``, a copy."""
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)  # (H, W)
         return np.repeat(grey[:, :, None], 3, axis=2)
@@ -147,13 +154,13 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _apply_orientation(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
-    """``(3, H, W)`` as stored to ``(3, H, W)`` or ``(3, W, H)`` as displayed."""
+def _apply_orientation(pixels: Pixels, orientation: int) -> Pixels:
+    """``(H, W, 3)`` as stored to ``(H, W, 3)`` or ``(W, H, 3)`` as displayed."""
     if orientation >= 5:  # 5 to 8 are 1, 4, 3, 2 after a transposition
-        pixels = pixels.transpose(1, 2)
+        pixels = pixels.transpose(1, 0, 2)
         orientation = {5: 1, 6: 2, 7: 3, 8: 4}[orientation]
-    flipped = {1: (), 2: (2,), 3: (1, 2), 4: (1,)}[orientation]
-    return pixels.flip(flipped) if flipped else pixels
+    flipped = {1: (), 2: (1,), 3: (0, 1), 4: (0,)}[orientation]
+    return np.ascontiguousarray(np.flip(pixels, flipped))
 
 
 def _unidentified(data: bytes, formats: Sequence[str]) -> ImageError:

@@ -13,13 +13,23 @@ R = TypeVar("R")
 
 
 def map_ahead(
-    function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int
+    function: Callable[[T], R],
+    items: Iterable[T],
+    threads: int,
+    ahead: int,
+    is_slow: Callable[[T], bool] = lambda item: True,
 ) -> Iterator[R]:
-    """Works on up to ``ahead`` items beyond the one that is taken, also while it is in use."""
-    pool = ThreadPoolExecutor(threads)
+    """Works on up to ``ahead`` items beyond the one that is taken, also while it is in use.
+
+    An item that is not slow is not worth a thread: where none waits before it, it is done here.
+    """
+    pool = ThreadPoolExecutor(threads)  # starts no thread where nothing is slow
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
+            if not pending and not is_slow(item):
+                yield function(item)
+                continue
             pending.append(pool.submit(function, item))
             if len(pending) > ahead:
                 yield pending.popleft().result()
