@@ -140,7 +140,7 @@ def _walk(
     if id(value) in seen or depth > _MAX_DEPTH:
         return
     seen[id(value)] = value  # kept, so that its id is not given to another object
-    kind = _forbidden_kind(value)
+    kind = forbidden_kind(value)
     if kind is not None:
         yield path, value, kind
         return
@@ -162,7 +162,7 @@ def _children(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}.keywords[{key!r}]", argument
     elif isinstance(value, types.FunctionType):
         if not _is_importable(value):
-            yield from _captured_by(value, path)
+            yield from captured_by(value, path)
     elif isinstance(value, type):
         if not _is_importable(value):
             for name, member in vars(value).items():
@@ -189,7 +189,7 @@ def _pickles_itself(value: Any) -> bool:
     return isinstance(value, types.ModuleType) or (custom and _pickled_bytes(value) > 0)
 
 
-def _captured_by(function: types.FunctionType, path: str) -> Iterator[tuple[str, Any]]:
+def captured_by(function: types.FunctionType, path: str) -> Iterator[tuple[str, Any]]:
     names = function.__code__.co_freevars
     for i, (name, cell) in enumerate(zip(names, function.__closure__ or (), strict=True)):
         try:
@@ -225,7 +225,8 @@ def _is_importable(value: Any) -> bool:
     return found is value
 
 
-def _forbidden_kind(value: Any) -> str | None:
+def forbidden_kind(value: Any) -> str | None:
+    """What it is, if it must not be pickled: a key of ``_FIXES``."""
     for base in type(value).__mro__:
         if base.__module__.startswith("pyspark.") and base.__name__ in _SPARK_CLASSES:
             return base.__name__

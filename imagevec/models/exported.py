@@ -18,20 +18,93 @@ SHA-256 by which a file travels tells damage on the way, not malice.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import fx, nn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imagevec.errors import OptionError, WeightsError
+from imagevec.models.entry import IMAGENET
+from imagevec.spec import Preprocessing
 
+if TYPE_CHECKING:
+    from torch import nn
+
+PREFIX = ""
 SUFFIX = ".pt2"
 
 
-def is_exported(model: object) -> bool:
-    """Whether a ``model`` option is the path of an exported program."""
-    return isinstance(model, str | Path) and str(model).endswith(SUFFIX)
+def find(model: Any) -> ExportedSource | None:
+    """The source of a path with the suffix.
+
+    Raises:
+        OptionError: There is no such file.
+    """
+    if not isinstance(model, str | Path) or not str(model).endswith(SUFFIX):
+        return None
+    path = Path(model).expanduser().absolute()
+    if not path.is_file():
+        raise OptionError(f"model={str(model)!r}: there is no such file")
+    return ExportedSource(path)
+
+
+def names(part: str = "") -> list[str]:
+    """None: files are where they are."""
+    return []
+
+
+@dataclass(frozen=True)
+class ExportedSource:
+    """A file of ``torch.export.save``, whose output is the features."""
+
+    path: Path
+    preset: Preprocessing | None = None
+    registered_name: str | None = None
+
+    backends: ClassVar[tuple[str, ...]] = ("torch",)  # tracing it would fix the size of a batch
+    identity: ClassVar[Literal["file"]] = "file"
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)
+    infers_shapes: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return self.registered_name or f"pt2:{self.path.stem}"
+
+    def why_not_saved(self) -> str | None:
+        return f"a featurizer with model={str(self.path)!r} cannot be saved: it can hold code"
+
+    def check(self, layer: str | tuple[str, ...]) -> None:
+        if layer != "pooled":
+            raise OptionError(
+                f"layer={layer!r} is not valid: a .pt2 file has its output alone, use 'pooled'"
+            )
+
+    def weights(self, option: str) -> Path | nn.Module | None:
+        if option != "DEFAULT":
+            raise OptionError(f"weights={option!r} is not valid: {self.path.name} has its own")
+        return self.path
+
+    def has_weights(self) -> bool:
+        return True
+
+    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+        """What was registered, else torchvision's preset for the program's input size."""
+        size = input_size(self.path)
+        if self.preset is None:
+            crop_size = size or IMAGENET.crop_size
+            # 256 to 224, as torchvision's
+            return Preprocessing(resize_size=math.floor(crop_size / 0.875), crop_size=crop_size)
+        if size not in (None, self.preset.crop_size):
+            raise OptionError(
+                f"crop_size={self.preset.crop_size} is not valid: {self.path.name} takes {size}"
+            )
+        return self.preset
+
+    def build(self, crop_size: int) -> nn.Module:
+        return load(self.path)
+
+    def module(self, crop_size: int, weights: Path | None) -> nn.Module:
+        return load(weights or self.path)  # on a worker the file is at another place
 
 
 def input_size(path: Path) -> int | None:
@@ -41,6 +114,8 @@ def input_size(path: Path) -> int | None:
         OptionError: Its input is not float32 ``(N, 3, S, S)`` for any N.
         WeightsError: The file is not of ``torch.export.save``.
     """
+    import torch
+
     program = _load(path)
     inputs = [
         node.meta["val"]
@@ -68,6 +143,9 @@ def load(path: Path) -> nn.Module:
     Raises:
         WeightsError: The file is not of ``torch.export.save``.
     """
+    import torch
+    from torch import fx
+
     module = _load(path).module()
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.view.default:  # it refuses channels_last
@@ -76,6 +154,8 @@ def load(path: Path) -> nn.Module:
 
 
 def _load(path: Path) -> Any:
+    import torch
+
     try:
         return torch.export.load(path)
     except Exception as error:  # damaged bytes raise whatever comes up

@@ -1,4 +1,4 @@
-"""A ``weights`` option to one local file, and that file to tensors.
+"""Weights: a file to tensors, and tensors into a model.
 
 Nothing is unpickled but tensors: ``.pth`` and ``.pt`` files are loaded with ``weights_only=True``,
 ``.safetensors`` files hold nothing else.
@@ -6,72 +6,76 @@ Nothing is unpickled but tensors: ``.pth`` and ``.pt`` files are loaded with ``w
 
 from __future__ import annotations
 
-import tempfile
-import urllib.error
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision.models
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from imagevec.errors import OptionError, WeightsError, did_you_mean
-from imagevec.files import cache_dir, content_addressed
-from imagevec.models.registry import ExportedEntry, FactoryEntry, TimmEntry, TorchvisionEntry
+from imagevec import cache
+from imagevec.errors import OptionError, WeightsError
+from imagevec.models.entry import ModelSource
+from imagevec.options import RANDOM, WEIGHTS_SUFFIXES
 
-RANDOM = "random"
-SUFFIXES = (".pth", ".pt", ".safetensors")
+OFFLINE = (
+    "Without a network, give weights='<path>' of a .pth, .pt or .safetensors file, "
+    "or weights='random' to test"
+)
 
 
-def find_weights(
-    weights: str, entry: TorchvisionEntry | TimmEntry | FactoryEntry | ExportedEntry
-) -> Path | None:
-    """The local file that a ``weights`` option means, or ``None`` for ``"random"``.
-
-    Pretrained weights are downloaded where they are not in torch.hub's or timm's cache yet.
+def local_file(model_name: str, option: str) -> Path | None:
+    """The file of a ``weights`` option that is a path; ``None`` for ``"random"``.
 
     Raises:
-        OptionError: The model has no weights of that name.
-        WeightsError: The file does not exist, or the download failed.
+        OptionError: It is neither.
+        WeightsError: There is no such file.
     """
-    if isinstance(entry, ExportedEntry):
-        if weights != "DEFAULT":
-            raise OptionError(f"weights={weights!r} is not valid: {entry.path.name} has its own")
-        return entry.path
-    if weights == RANDOM:
+    if option == RANDOM:
         return None
-    if str(weights).endswith(SUFFIXES):
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise WeightsError(f"weights={weights!r}: there is no such file")
-        return path
-    if isinstance(entry, TorchvisionEntry):
-        return _hub_file(entry, _weights_entry(entry, weights))
-    if weights != "DEFAULT":
+    if not option.endswith(WEIGHTS_SUFFIXES):
         raise OptionError(
-            f"weights={weights!r} is not known for {entry.name!r}: "
-            f"use 'DEFAULT', 'random', or a path that ends in {', '.join(SUFFIXES)}"
+            f"weights={option!r} is not known for {model_name!r}: "
+            f"use 'DEFAULT', 'random', or a path that ends in {', '.join(WEIGHTS_SUFFIXES)}"
         )
+    path = Path(option).expanduser()
+    if not path.is_file():
+        raise WeightsError(f"weights={option!r}: there is no such file")
+    return path
+
+
+def with_weights(source: ModelSource, crop_size: int, weights: Path | None) -> nn.Module:
+    """A model with its weights.
+
+    Args:
+        source: Builds the model.
+        crop_size: The side of its input, in pixels.
+        weights: Their file; ``None`` for random ones, the same wherever they are drawn.
+
+    Raises:
+        WeightsError: The weights are of another model.
+    """
+    if weights is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return source.build(crop_size)
+    state_dict = load_state_dict(weights)
+    with no_random_init():
+        model = source.build(crop_size)
+    if isinstance(model, torchvision.models.DenseNet):
+        # torchvision's files have the names of its first version: norm.1 is norm1 now.
+        state_dict = {
+            re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key): value
+            for key, value in state_dict.items()
+        }
     try:
-        model = entry.build(0, pretrained=True) if isinstance(entry, TimmEntry) else entry.build(0)
-    except (OSError, RuntimeError) as error:  # what timm raises without a network, or weights
-        if isinstance(entry, FactoryEntry):
-            raise
-        raise WeightsError(
-            f"cannot download the weights of {entry.name} ({error}). {_OFFLINE}"
-        ) from error
-    return save_state_dict(model)
-
-
-def _weights_entry(entry: TorchvisionEntry, weights: str) -> Any:
-    """torchvision's entry of a name, ``"DEFAULT"`` or ``"IMAGENET1K_V1"`` for example."""
-    names = entry.weights_enum.__members__
-    if weights not in names:
-        near = did_you_mean(weights, [*names, RANDOM])
-        raise OptionError(
-            f"weights={weights!r} is not known for {entry.name!r}: {near}; "
-            f"or give a path that ends in {', '.join(SUFFIXES)}"
-        )
-    return names[weights]
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        first = " ".join(" ".join(str(error).splitlines()[1:4]).split())[:500]
+        raise WeightsError(f"the weights do not fit {source.name!r}: {first}") from error
+    return model
 
 
 def save_state_dict(model: nn.Module) -> Path:
@@ -81,10 +85,10 @@ def save_state_dict(model: nn.Module) -> Path:
     tensors = {
         name: value.detach().clone().contiguous() for name, value in model.state_dict().items()
     }
-    with tempfile.TemporaryDirectory(dir=cache_dir("files")) as folder:
-        path = Path(folder) / "weights.safetensors"
+    with cache.temporary_folder() as folder:
+        path = folder / "weights.safetensors"
         save_file(tensors, path)
-        return content_addressed(path)
+        return cache.store(path, move=True)
 
 
 def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -116,24 +120,31 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
-_OFFLINE = (
-    "Without a network, give weights='<path>' of a .pth, .pt or .safetensors file, "
-    "or weights='random' to test"
-)
+class no_memory(TorchFunctionMode):  # noqa: N801, a context manager
+    """Weights of modules built within are on PyTorch's ``meta`` device: they have a shape alone.
+
+    ``torch.device("meta")`` puts there what RegNets compute their widths from, too.
+    """
+
+    _OF_WEIGHTS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self._OF_WEIGHTS:
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return func(*args, **(kwargs or {}))
 
 
-def _hub_file(entry: TorchvisionEntry, weights_entry: Any) -> Path:
-    url: str = weights_entry.url
-    name = url.rpartition("/")[2]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        hash_prefix = Path(name).stem.rpartition("-")[2]
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=False)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            raise WeightsError(
-                f"cannot download {weights_entry} of {entry.name} from {url} ({error}). "
-                f"{_OFFLINE}; or put {name} into {path.parent}"
-            ) from error
-    return path
+class no_random_init(TorchFunctionMode):  # noqa: N801, a context manager
+    """Modules built within start from zeros: the random numbers take most of the time of building.
+
+    Zeros are drawn, not nothing: ``nn.init.trunc_normal_`` draws again until all are in its range.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0].zero_()
+        return func(*args, **(kwargs or {}))

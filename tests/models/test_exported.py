@@ -12,10 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from imagevec import ImageVectorizer, OptionError, Preprocessing, WeightsError, register_model
-from imagevec.images.preprocess import preprocess
+from imagevec import (
+    ImageVectorizer,
+    OptionError,
+    Preprocessing,
+    WeightsError,
+    cache,
+    register_model,
+)
+from imagevec.plan import make_plan
 from tests.helpers.images import cosine, encode, photo
-from tests.helpers.pipeline import pixels_of, recipe_and_engine, recipe_of, vector_of
+from tests.helpers.pipeline import pixels_of, plan_and_engine, preprocess, vector_of
 
 IMAGE = photo(120, 90)
 PNG = encode(IMAGE)
@@ -77,8 +84,8 @@ def test_it_is_the_program_itself(backbone, path, engine, precision, lowest):
 
 
 def test_any_batch_will_do(path):
-    _, engine = recipe_and_engine(model=str(path))
-    images = torch.stack([pixels_of(photo(32, 32, seed)) for seed in range(5)])
+    _, engine = plan_and_engine(model=str(path))
+    images = np.stack([pixels_of(photo(32, 32, seed)) for seed in range(5)])
     vectors = engine(images)
     assert vectors.shape == (5, 6)
     for count in (1, 2, 3):
@@ -86,19 +93,20 @@ def test_any_batch_will_do(path):
 
 
 def test_the_spec_says_which_file_it_was(path):
-    spec = recipe_of(model=str(path), engine="torch").spec
+    spec = make_plan(model=str(path), engine="torch").spec
     assert spec.model == "pt2:backbone"
     assert spec.weights == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
     assert spec.num_features == 6
-    assert recipe_of(model=path, engine="torch").spec == spec
+    assert make_plan(model=path, engine="torch").spec == spec
 
 
 def test_what_travels_is_small_and_the_file_verified(path, tmp_path):
     copy = tmp_path / "copy.pt2"
     shutil.copy(path, copy)
     vectorizer = ImageVectorizer(model=str(copy), engine="torch", normalize=True)
-    (shipped,) = vectorizer._paths
-    assert len(cloudpickle.dumps(vectorizer._recipe)) < 10_000
+    (name,) = vectorizer._plan.files
+    shipped = cache.stored(name)
+    assert len(cloudpickle.dumps(vectorizer._plan)) < 10_000
     copy.unlink()  # the worker has what was shipped alone
     original = shipped.read_bytes()
     shipped.write_bytes(original + b" ")
@@ -111,20 +119,20 @@ def test_what_travels_is_small_and_the_file_verified(path, tmp_path):
 
 
 def test_preprocessing_is_of_the_programs_input_size(path, tmp_path):
-    assert recipe_of(model=str(path)).spec.preprocessing == INPUT_OF_32
+    assert make_plan(model=str(path)).spec.preprocessing == INPUT_OF_32
     any_size = {**BATCH, 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     export(Mean(), tmp_path / "any.pt2", torch.zeros(2, 3, 64, 64), any_size)
-    assert recipe_of(model=str(tmp_path / "any.pt2")).spec.preprocessing == Preprocessing()
+    assert make_plan(model=str(tmp_path / "any.pt2")).spec.preprocessing == Preprocessing()
 
 
 def test_it_can_be_registered_with_its_preprocessing(path):
     preprocessing = Preprocessing(resize_size=40, crop_size=32, mean=(0.5, 0.5, 0.5))
     register_model("exported", path, preprocessing=preprocessing)
-    spec = recipe_of(model="exported").spec
+    spec = make_plan(model="exported").spec
     assert (spec.model, spec.preprocessing) == ("exported", preprocessing)
     register_model("exported too large", str(path), preprocessing=Preprocessing())
     with pytest.raises(OptionError, match="crop_size=224 is not valid: backbone.pt2 takes 32"):
-        recipe_of(model="exported too large")
+        make_plan(model="exported too large")
 
 
 @pytest.mark.parametrize(

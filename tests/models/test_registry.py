@@ -21,11 +21,20 @@ from imagevec import (
     list_models,
     register_model,
 )
-from imagevec.images.preprocess import preprocess
-from imagevec.models.registry import find_entry
+from imagevec.models.entry import ModelSource
+from imagevec.models.registry import find_source
+from imagevec.options import ENGINES
+from imagevec.plan import make_plan
 from tests.helpers.factories import Tiny, tiny, tiny_swin, tiny_vit
 from tests.helpers.images import cosine, encode, photo
-from tests.helpers.pipeline import pixels_of, recipe_and_engine, recipe_of, saved, vector_of
+from tests.helpers.pipeline import (
+    pixels_of,
+    plan_and_engine,
+    preprocess,
+    run_python,
+    saved,
+    vector_of,
+)
 
 ALL = list_models()
 ONE_OF_EACH_FAMILY = [
@@ -77,7 +86,7 @@ def test_every_classification_model_of_torchvision_is_listed():
 
 @pytest.mark.parametrize("name", ALL)
 def test_preprocessing_is_the_preset_of_the_weights(name):
-    ours = find_entry(name).preprocessing(None)
+    ours = find_source(name).preprocessing(None)
     preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     assert [ours.resize_size, ours.crop_size] == [*preset.resize_size, *preset.crop_size]
     assert (list(ours.mean), list(ours.std)) == (list(preset.mean), list(preset.std))
@@ -86,23 +95,23 @@ def test_preprocessing_is_the_preset_of_the_weights(name):
 
 @pytest.mark.parametrize(("version", "resize_size"), [("V1", 256), ("V2", 232)])
 def test_preprocessing_follows_the_digest_of_the_weights(version, resize_size):
-    entry = find_entry("resnet50")
-    file = entry.weights_enum[f"IMAGENET1K_{version}"].url.rpartition("-")[2]
+    source = find_source("resnet50")
+    file = source.weights_enum[f"IMAGENET1K_{version}"].url.rpartition("-")[2]
     digest = file.removesuffix(".pth").ljust(64, "0")
-    assert entry.preprocessing(digest).resize_size == resize_size
+    assert source.preprocessing(digest).resize_size == resize_size
 
 
 @pytest.mark.parametrize("name", TESTED)
 def test_every_model_yields_what_it_declares(name):
-    recipe, engine = recipe_and_engine(model=name, weights="random")
-    size = recipe.spec.preprocessing.crop_size
+    plan, engine = plan_and_engine(model=name, weights="random")
+    size = plan.spec.preprocessing.crop_size
     vectors = engine(pixels_of(photo(size, size))[None])
     assert vectors.dtype == np.float32
-    assert vectors.shape == (1, recipe.spec.num_features)
+    assert vectors.shape == (1, plan.spec.num_features)
     assert np.isfinite(vectors).all()
     assert vectors.std() > 0
-    assert len(cloudpickle.dumps(recipe)) < 100_000
-    assert cloudpickle.loads(cloudpickle.dumps(recipe)) == recipe
+    assert len(cloudpickle.dumps(plan)) < 100_000
+    assert cloudpickle.loads(cloudpickle.dumps(plan)) == plan
 
 
 @pytest.mark.parametrize(
@@ -126,7 +135,7 @@ def test_logits_are_the_classifiers_output(name, tmp_path):
     model = saved(functools.partial(torchvision.models.get_model, name), weights)
     vector = vector_of(PNG, model=name, weights=str(weights), layer="logits")
     with torch.inference_mode():
-        expected = model(model_input(find_entry(name).preprocessing(None)))[0]
+        expected = model(model_input(find_source(name).preprocessing(None)))[0]
     assert len(vector) == 1000
     assert cosine(vector, expected) >= 0.9999
 
@@ -144,7 +153,7 @@ def test_pooled_is_the_input_of_the_last_linear_layer(name, tmp_path):
     last_linear = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     last_linear.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
     with torch.inference_mode():
-        model(model_input(find_entry(name).preprocessing(None)))
+        model(model_input(find_source(name).preprocessing(None)))
     vector = vector_of(PNG, model=name, weights=str(weights))
     assert cosine(vector, inputs[0][0]) >= 0.9999
 
@@ -299,7 +308,7 @@ def test_timms_preprocessing_is_its_evaluation_transform(name, size):
     config = timm.data.resolve_data_config(timm.get_pretrained_cfg(name).to_dict())
     transform = timm.data.create_transform(**config, is_training=False)
     image = photo(*size)
-    preprocessing = find_entry(f"timm/{name}").preprocessing(None)
+    preprocessing = find_source(f"timm/{name}").preprocessing(None)
     ours = preprocess(pixels_of(image), preprocessing)
     assert cosine(ours.flatten(), transform(image).flatten()) >= 0.9999
 
@@ -360,10 +369,10 @@ def test_timms_layers_are_pooled_as_their_shape_says(name, layer, pool, engine, 
     model = saved(functools.partial(timm.create_model, name), weights)
     nodes = []
     model.get_submodule(layer).register_forward_hook(lambda module, args, out: nodes.append(out))
-    entry = find_entry(f"timm/{name}")
+    source = find_source(f"timm/{name}")
     with torch.inference_mode():
-        model(model_input(entry.preprocessing(None)))
-    options = {"model": entry.name, "weights": str(weights), "engine": engine}
+        model(model_input(source.preprocessing(None)))
+    options = {"model": source.name, "weights": str(weights), "engine": engine}
     vector = vector_of(PNG, **options, layer=(layer, "pooled"))[layer]
     (expected,) = pool(nodes[0])
     assert len(vector) == len(expected)
@@ -374,7 +383,7 @@ def test_timms_layers_are_pooled_as_their_shape_says(name, layer, pool, engine, 
 def test_a_data_config_that_is_not_supported_is_refused(name):
     pytest.importorskip("timm")
     with pytest.raises(OptionError, match=f"data config of 'timm/{name}' is not supported"):
-        find_entry(f"timm/{name}").preprocessing(None)
+        find_source(f"timm/{name}").preprocessing(None)
 
 
 class Callable:
@@ -434,10 +443,10 @@ def test_a_live_model_is_refused_with_the_fix():
 def test_a_registered_model_is_known_by_its_name():
     register_model("seven", tiny, preprocessing=Preprocessing(resize_size=7, crop_size=7))
     assert "seven" in list_models()
-    recipe = recipe_of(model="seven", **RANDOM)
-    assert recipe.spec.model == "seven"
-    assert recipe.spec.preprocessing.crop_size == 7
-    assert recipe.spec.num_features == 8
+    plan = make_plan(model="seven", **RANDOM)
+    assert plan.spec.model == "seven"
+    assert plan.spec.preprocessing.crop_size == 7
+    assert plan.spec.num_features == 8
 
 
 @pytest.mark.parametrize("name", ["resnet50", "twice", "timm/anything"])
@@ -468,6 +477,41 @@ def test_what_is_registered_is_a_factory():
 )
 def test_an_unknown_name_lists_the_nearest(name, nearest):
     with pytest.raises(OptionError) as refused:
-        find_entry(name)
+        find_source(name).check("pooled")
     assert repr(name) in str(refused.value)
     assert nearest in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("", {}, "the model name '' is not valid"),
+        (7, {}, "the model name 7 is not valid"),
+        ("wrong preprocessing", {"preprocessing": {}}, "give an imagevec.Preprocessing"),
+    ],
+)
+def test_a_wrong_registration_is_refused(name, options, message):
+    with pytest.raises(OptionError, match=message):
+        register_model(name, tiny, **options)
+    assert name not in list_models()
+
+
+def test_a_source_answers_everything():
+    declared = {name for name in vars(ModelSource) if not name.startswith("_")}
+    assert len(declared) == 12
+    for model in ("resnet50", "timm/resnet18", "tiny_vit", tiny):
+        source = find_source(model)
+        assert all(hasattr(source, name) for name in declared)
+        assert set(source.backends) <= set(ENGINES)
+
+
+def test_finding_a_source_imports_no_pytorch():
+    printed = run_python("""
+import sys
+from imagevec.models.entry import ModelSource
+from imagevec.models.registry import find_source
+from imagevec.options import ENGINES
+print([find_source(name).name for name in ("resnet50", "timm/resnet18", "no model")])
+print({"torch", "torchvision", "timm"} & sys.modules.keys())
+""")
+    assert printed == "['resnet50', 'timm/resnet18', 'no model']\nset()\n"

@@ -19,10 +19,10 @@ from torch import nn
 from torchvision.models import squeezenet1_1
 
 from imagevec import ImageVectorizer, Preprocessing, WeightsError
-from imagevec.images.preprocess import preprocess
+from imagevec.plan import make_plan
 from tests.helpers.factories import Tiny, tiny, tiny_densenet
 from tests.helpers.images import cosine, encode, photo
-from tests.helpers.pipeline import pixels_of, recipe_of, run_python, saved, vector_of
+from tests.helpers.pipeline import pixels_of, preprocess, run_python, saved, vector_of
 
 PNG = encode(photo())
 SQUEEZENET = {"model": "squeezenet1_1", "engine": "torch"}
@@ -161,10 +161,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_a_file_is_known_by_its_content(weights, tmp_path):
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     copy = shutil.copy(weights, tmp_path / "other name.pth")
-    recipes = [recipe_of(weights=str(path), **SQUEEZENET) for path in (weights, copy)]
-    assert recipes[0] == recipes[1]
-    assert recipes[0].spec.weights == f"sha256:{digest}"
-    assert [digest in name for name in recipes[0].files] == [True]
+    plans = [make_plan(weights=str(path), **SQUEEZENET) for path in (weights, copy)]
+    assert plans[0] == plans[1]
+    assert plans[0].spec.weights == f"sha256:{digest}"
+    assert [digest in name for name in plans[0].files] == [True]
 
 
 def altered_after(vectorizer: ImageVectorizer, path: Path) -> str:
@@ -184,7 +184,7 @@ def test_a_file_that_is_altered_is_refused_with_both_digests(tmp_path):
     path = tmp_path / "weights.pth"
     saved(squeezenet1_1, path, seed=5)
     vectorizer = ImageVectorizer(weights=str(path), **SQUEEZENET)
-    (name,) = recipe_of(weights=str(path), **SQUEEZENET).files
+    (name,) = make_plan(weights=str(path), **SQUEEZENET).files
     (cached,) = Path(os.environ["XDG_CACHE_HOME"]).rglob(name)
     assert "was altered" in altered_after(vectorizer, cached)
 
@@ -192,7 +192,7 @@ def test_a_file_that_is_altered_is_refused_with_both_digests(tmp_path):
 def test_an_altered_cache_is_repaired_from_the_file(tmp_path):
     path = tmp_path / "weights.pth"
     saved(squeezenet1_1, path, seed=6)
-    (name,) = recipe_of(weights=str(path), **SQUEEZENET).files
+    (name,) = make_plan(weights=str(path), **SQUEEZENET).files
     (cached,) = Path(os.environ["XDG_CACHE_HOME"]).rglob(name)
     cached.unlink()
     cached.write_bytes(b"something else")

@@ -1,0 +1,131 @@
+"""A digest of what a module computes, the same in every process.
+
+Pickles will not do: cloudpickle gives a class of ``__main__`` another name in each process, and the
+order of a set in a pickle changes with the process, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from imagevec.pickling import captured_by
+
+_LIBRARIES = tuple(
+    sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
+_ATOMS = (type(None), type(...), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+def content_digest(module: nn.Module) -> str:
+    """SHA-256 of a module's classes and their code, attributes and tensors, as 64 hex digits.
+
+    Of a library's classes and functions the name and the version count. What cannot be looked into
+    gives another digest each time.
+    """
+    hasher = _Hasher()
+    hasher.add(module)
+    return hasher.sha256.hexdigest()
+
+
+class _Hasher:
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self._seen: dict[int, tuple[int, Any]] = {}  # kept, so that no id is given away again
+
+    def add(self, value: Any) -> None:
+        if isinstance(value, _ATOMS):
+            self._text(f"{type(value).__name__} {value!r}")
+        elif id(value) in self._seen:
+            self._text(f"the same as {self._seen[id(value)][0]}")
+        else:
+            self._seen[id(value)] = (len(self._seen), value)
+            self._add_new(value)
+
+    def _text(self, text: str) -> None:
+        self.sha256.update(f"{len(text)}:{text}".encode())
+
+    def _add_new(self, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            self._text(f"tensor {value.dtype} {tuple(value.shape)}")
+            self.sha256.update(flat.view(torch.uint8).numpy().data)
+        elif isinstance(value, np.ndarray) and value.dtype != object:
+            self._text(f"array {value.dtype} {value.shape}")
+            self.sha256.update(np.ascontiguousarray(value).data)
+        elif isinstance(value, types.ModuleType):
+            self._text(f"module {value.__name__} {_version(value.__name__)}")
+        elif isinstance(value, types.CodeType):
+            self._text("code")
+            self.sha256.update(value.co_code)
+            self._add_all(value.co_names + value.co_varnames + value.co_freevars)
+            self._add_all(value.co_consts)
+        elif isinstance(value, types.FunctionType | type) and _is_of_a_library(value):
+            self._text(f"library {value.__module__} {value.__qualname__}")
+            self._text(_version(value.__module__))
+        elif isinstance(value, types.FunctionType):
+            self._text(f"function {value.__qualname__}")
+            self.add(value.__code__)
+            self._add_all(item for pair in captured_by(value, "") for item in pair)
+        elif isinstance(value, types.MethodType):
+            self._add_all((value.__self__, value.__func__))
+        elif isinstance(value, type):
+            self._text(f"class {value.__qualname__}")
+            self._add_all(value.__bases__)
+            hidden = ("__dict__", "__weakref__", "__module__", "__doc__", "__annotations__")
+            self._add_all(
+                item for pair in vars(value).items() if pair[0] not in hidden for item in pair
+            )
+        elif isinstance(value, functools.partial):
+            self._add_all((value.func, value.args, value.keywords))
+        elif type(value) in (list, tuple, dict):
+            self._text(f"{type(value).__name__} {len(value)}")
+            pairs = value.items() if isinstance(value, dict) else zip(value, strict=True)
+            self._add_all(item for pair in pairs for item in pair)
+        elif type(value) in (set, frozenset):
+            self._text(f"set {sorted(map(repr, value))}")
+        elif isinstance(value, staticmethod | classmethod):
+            self.add(value.__func__)
+        elif isinstance(value, property):
+            self._add_all((value.fget, value.fset, value.fdel))
+        else:
+            self._add_reduced(value)
+
+    def _add_all(self, values: Any) -> None:
+        for value in values:
+            self.add(value)
+
+    def _add_reduced(self, value: Any) -> None:
+        """What pickle would write of any other object: its class and its state."""
+        try:
+            reduced = value.__reduce_ex__(4)
+        except Exception:  # a lock, a file, or the object's own code
+            self.sha256.update(os.urandom(32))
+            return
+        self._text("object")
+        parts = (reduced, type(value).__module__) if isinstance(reduced, str) else reduced
+        self._add_all(list(part) if isinstance(part, Iterator) else part for part in parts)
+
+
+def _is_of_a_library(value: Any) -> bool:
+    """Whether a class or function is found by its name, where users do not write code."""
+    module = sys.modules.get(value.__module__ or "")
+    if module is None or "<locals>" in value.__qualname__ or module.__name__ == "__main__":
+        return False
+    file = getattr(module, "__file__", None)
+    return file is None or os.path.abspath(file).startswith(_LIBRARIES)  # no file: built in
+
+
+def _version(module: str) -> str:
+    package = sys.modules.get(module.partition(".")[0])
+    return str(getattr(package, "__version__", ""))

@@ -1,0 +1,115 @@
+"""A model, its weights and a layer to what yields feature vectors, and to their spec."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from torch import nn
+
+from imagevec.files import digest_of
+from imagevec.models.content import content_digest
+from imagevec.models.entry import ModelSource
+from imagevec.models.layers import infer_num_features, to_feature_model
+from imagevec.models.state_dict import save_state_dict
+from imagevec.options import RANDOM
+from imagevec.spec import FeatureSpec
+
+
+class FeatureModel:
+    """What options say of a model, on the driver; it is built once, when it is first needed.
+
+    Args:
+        source: The model.
+        weights: The option.
+        layer: The option.
+        normalize: The option.
+        decode: The option.
+
+    Attributes:
+        source: The model.
+        weights_file: Where its weights are; ``None`` for random ones.
+        preprocessing: What happens to the pixels before it.
+
+    Raises:
+        OptionError: There is no such model, or it has no such weights or layer.
+        WeightsError: The weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        weights: str,
+        layer: str | tuple[str, ...],
+        normalize: bool,
+        decode: str,
+    ) -> None:
+        source.check(layer)
+        self.source = source
+        self._layer = layer
+        self._normalize = normalize
+        found = source.weights(weights)
+        if isinstance(found, nn.Module):
+            self._built: nn.Module | None = found
+            self.weights_file: Path | None = save_state_dict(found)
+        else:
+            self._built = None
+            self.weights_file = found
+        self._digest = digest_of(self.weights_file) if self.weights_file else None
+        self.preprocessing = dataclasses.replace(
+            source.preprocessing(self._digest),
+            decode=decode,  # type: ignore[arg-type]
+        )
+
+    @property
+    def weights_name(self) -> str:
+        """What ``FeatureSpec.weights`` holds."""
+        return f"sha256:{self._digest}" if self._digest else RANDOM
+
+    @functools.cached_property
+    def content(self) -> str:
+        """A digest of what the model computes, before its layers are chosen."""
+        if self._built is None:
+            crop_size = self.preprocessing.crop_size
+            self._built = self.source.module(crop_size, self.weights_file)
+        return content_digest(self._built)
+
+    @functools.cached_property
+    def module(self) -> nn.Module:
+        """float32 ``(N, 3, S, S)`` to ``(N, D)``, in evaluation mode.
+
+        Raises:
+            OptionError: The model has no such layer; the message holds the nearest ones.
+            WeightsError: The weights are of another model.
+        """
+        model, self._built = self._built, None
+        if model is None:
+            model = self.source.module(self.preprocessing.crop_size, self.weights_file)
+        return to_feature_model(model, self._layer, self._normalize)
+
+    @functools.cached_property
+    def spec(self) -> FeatureSpec:
+        """What its vectors are, in float32.
+
+        Raises:
+            OptionError: The model's output is not a tensor of two dimensions.
+        """
+        device = "meta" if self.source.infers_shapes else "cpu"
+        sizes = infer_num_features(self.module, self.preprocessing.crop_size, device)
+        return FeatureSpec(
+            model=self.source.name,
+            weights=self.weights_name,
+            layer=self._layer,
+            num_features=sizes if isinstance(self._layer, tuple) else sizes[0],
+            preprocessing=self.preprocessing,
+            precision="float32",
+            normalize=self._normalize,
+        )
+
+
+def feature_module(source: ModelSource, spec: FeatureSpec, weights_file: Path | None) -> nn.Module:
+    """On a worker: the module of a spec, float32 ``(N, 3, S, S)`` to ``(N, D)``."""
+    model = source.module(spec.preprocessing.crop_size, weights_file)
+    return to_feature_model(model, spec.layer, spec.normalize)

@@ -1,0 +1,115 @@
+"""Models of timm, as ``timm/<name>``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
+from imagevec.models.entry import ModelSource
+from imagevec.options import ENGINES
+from imagevec.spec import Preprocessing
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PREFIX = "timm/"
+
+
+def find(model: Any) -> ModelSource | None:
+    """The source of a name with the prefix; whether timm has it is asked later."""
+    if not isinstance(model, str) or not model.startswith(PREFIX):
+        return None
+    return TimmSource(model.removeprefix(PREFIX))
+
+
+def names(part: str = "") -> list[str]:
+    """The names that hold ``part``, none without timm."""
+    try:
+        listed = _timm().list_models(f"*{part.casefold()}*")
+    except MissingExtraError:
+        return []
+    return [PREFIX + name for name in listed]
+
+
+@dataclass(frozen=True)
+class TimmSource:
+    """A model of timm; ``timm_name`` has no prefix."""
+
+    timm_name: str
+
+    backends: ClassVar[tuple[str, ...]] = ENGINES
+    identity: ClassVar[Literal["name"]] = "name"
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "timm")
+    infers_shapes: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return PREFIX + self.timm_name
+
+    def why_not_saved(self) -> str | None:
+        return None
+
+    def check(self, layer: str | tuple[str, ...]) -> None:
+        timm = _timm()
+        architecture, _, tag = self.timm_name.partition(".")
+        tagged = [known for known in timm.list_pretrained() if known.startswith(architecture)]
+        if not timm.is_model(architecture) or (tag and self.timm_name not in tagged):
+            known_names = tagged if timm.is_model(architecture) else timm.list_models()
+            near = did_you_mean(self.name, (PREFIX + known for known in known_names))
+            raise OptionError(f"model={self.name!r} is not known: {near}")
+
+    def weights(self, option: str) -> Path | nn.Module | None:
+        from imagevec.models.state_dict import OFFLINE, local_file
+
+        if option != "DEFAULT":
+            return local_file(self.name, option)
+        try:
+            model: nn.Module = _timm().create_model(self.timm_name, pretrained=True)
+        except (OSError, RuntimeError) as error:  # what timm raises without a network, or weights
+            raise WeightsError(
+                f"cannot download the weights of {self.name} ({error}). {OFFLINE}"
+            ) from error
+        return model
+
+    def has_weights(self) -> bool:
+        return False  # they are in the cache of the Hugging Face hub, or of torch.hub, or nowhere
+
+    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+        """timm's data config (``timm/data/config.py``, ``timm/data/transforms_factory.py``)."""
+        pretrained_cfg = _timm().get_pretrained_cfg(self.timm_name).to_dict()
+        config = _timm().data.resolve_data_config(pretrained_cfg=pretrained_cfg)
+        _, height, width = config["input_size"]
+        if height != width or config["crop_mode"] not in ("center", "squash"):
+            raise OptionError(
+                f"the data config of {self.name!r} is not supported ({config}): only models with "
+                "a square input and a crop_mode of 'center' or 'squash' are"
+            )
+        return Preprocessing(
+            resize_size=math.floor(height / config["crop_pct"]),
+            crop_size=height,
+            mean=config["mean"],
+            std=config["std"],
+            interpolation=config["interpolation"],
+            squash=config["crop_mode"] == "squash",
+        )
+
+    def build(self, crop_size: int) -> nn.Module:
+        """For the size that timm's data config states."""
+        model: nn.Module = _timm().create_model(self.timm_name, pretrained=False)
+        return model
+
+    def module(self, crop_size: int, weights: Path | None) -> nn.Module:
+        from imagevec.models.state_dict import with_weights
+
+        return with_weights(self, crop_size, weights)
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtraError("timm", "timm") from error
+    return timm

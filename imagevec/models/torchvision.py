@@ -1,0 +1,144 @@
+"""The classification models of ``torchvision.models``."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from imagevec.errors import OptionError, WeightsError, did_you_mean
+from imagevec.models.entry import REGISTERED, ModelSource
+from imagevec.options import ENGINES, RANDOM, WEIGHTS_SUFFIXES
+from imagevec.spec import Preprocessing
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+PREFIX = ""
+
+
+def find(model: Any) -> ModelSource | None:
+    """The source of any name; whether torchvision has it is asked later, since that takes time."""
+    if not isinstance(model, str) or os.sep in model:
+        return None
+    return TorchvisionSource(model)
+
+
+def names(part: str = "") -> list[str]:
+    """The names that hold ``part``."""
+    import torchvision.models
+
+    listed = torchvision.models.list_models(module=torchvision.models)
+    return [name for name in listed if part.casefold() in name]
+
+
+@dataclass(frozen=True)
+class TorchvisionSource:
+    """A model of ``torchvision.models``."""
+
+    name: str
+
+    backends: ClassVar[tuple[str, ...]] = ENGINES
+    identity: ClassVar[Literal["name"]] = "name"
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision")
+    infers_shapes: ClassVar[bool] = True
+
+    @property
+    def weights_enum(self) -> Any:
+        """The enumeration of the pretrained weights, with their presets and addresses."""
+        import torchvision.models
+
+        return torchvision.models.get_model_weights(self.name)
+
+    def why_not_saved(self) -> str | None:
+        return None
+
+    def check(self, layer: str | tuple[str, ...]) -> None:
+        known = names()
+        if self.name not in known:
+            near = did_you_mean(self.name, [*REGISTERED, *known])
+            raise OptionError(f"model={self.name!r} is not known: {near}")
+
+    def weights(self, option: str) -> Path | nn.Module | None:
+        from imagevec.models.state_dict import local_file
+
+        members = self.weights_enum.__members__
+        if option == RANDOM or option.endswith(WEIGHTS_SUFFIXES):
+            return local_file(self.name, option)
+        if option not in members:
+            near = did_you_mean(option, [*members, RANDOM])
+            raise OptionError(
+                f"weights={option!r} is not known for {self.name!r}: {near}; "
+                f"or give a path that ends in {', '.join(WEIGHTS_SUFFIXES)}"
+            )
+        return self._downloaded(members[option])
+
+    def has_weights(self) -> bool:
+        return _hub_path(self.weights_enum.DEFAULT).exists()
+
+    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+        """The preset of the weights entry (``torchvision/transforms/_presets.py``).
+
+        Weights that are not torchvision's, and random ones, take the preset of the default entry.
+        """
+        weights = self.weights_enum.DEFAULT
+        for candidate in self.weights_enum:
+            # The name of a file of torch.hub ends in the first digits of its SHA-256.
+            if weights_digest and weights_digest.startswith(
+                Path(candidate.url).stem.split("-")[-1]
+            ):
+                weights = candidate
+        preset = weights.transforms()
+        return Preprocessing(
+            resize_size=preset.resize_size[0],
+            crop_size=preset.crop_size[0],
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+            interpolation=preset.interpolation.value,
+        )
+
+    def build(self, crop_size: int) -> nn.Module:
+        import torchvision.models
+
+        kwargs: dict[str, Any] = {}
+        if self.name in ("googlenet", "inception_v3"):
+            # What torchvision sets where it loads its weights, which expect another input scale.
+            kwargs = {"transform_input": True, "init_weights": False}
+        elif self.name.startswith("vit_"):
+            kwargs = {"image_size": crop_size}
+        model: nn.Module = torchvision.models.get_model(self.name, weights=None, **kwargs)
+        return model
+
+    def module(self, crop_size: int, weights: Path | None) -> nn.Module:
+        from imagevec.models.state_dict import with_weights
+
+        return with_weights(self, crop_size, weights)
+
+    def _downloaded(self, entry: Any) -> Path:
+        """The weights file in torch.hub's folder, downloaded where it is not there."""
+        import torch
+
+        from imagevec.models.state_dict import OFFLINE
+
+        path = _hub_path(entry)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            hash_prefix = path.stem.rpartition("-")[2]
+            try:
+                torch.hub.download_url_to_file(entry.url, str(path), hash_prefix, progress=False)
+            except (urllib.error.URLError, OSError, RuntimeError) as error:
+                raise WeightsError(
+                    f"cannot download {entry} of {self.name} from {entry.url} ({error}). "
+                    f"{OFFLINE}; or put {path.name} into {path.parent}"
+                ) from error
+        return path
+
+
+def _hub_path(weights_entry: Any) -> Path:
+    import torch
+
+    name: str = weights_entry.url.rpartition("/")[2]
+    return Path(torch.hub.get_dir()) / "checkpoints" / name

@@ -1,0 +1,83 @@
+"""What tells two modules apart."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from imagevec.models.content import content_digest
+from tests.helpers.factories import Tiny, tiny_vit
+
+
+def built(factory) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return factory()
+
+
+def digest(factory, change=lambda model: None) -> str:
+    model = built(factory)
+    change(model)
+    return content_digest(model)
+
+
+def test_the_same_code_and_tensors_are_the_same_model():
+    assert digest(Tiny) == digest(Tiny)
+    assert digest(tiny_vit) == digest(tiny_vit)
+
+
+def test_whatever_changes_the_output_changes_the_digest():
+    def double_a_weight(model):
+        model.fc.weight.data[0, 0] *= 2
+
+    def add_an_attribute(model):
+        model.scale = 2.0
+
+    def replace_a_module(model):
+        model.fc = nn.Identity()
+
+    changes = [double_a_weight, add_an_attribute, replace_a_module, lambda model: None]
+    assert len({digest(Tiny, change) for change in changes}) == len(changes)
+
+
+def test_code_counts_and_its_name_does_not():
+    def variant(scale):
+        class Net(Tiny):
+            def forward(self, images):
+                return super().forward(images) * scale
+
+        return Net
+
+    def other():
+        class Net(Tiny):
+            def forward(self, images):
+                return super().forward(images) + 1
+
+        return Net
+
+    digests = [digest(variant(1)), digest(variant(2)), digest(other())]
+    assert len(set(digests)) == 3
+    assert digest(variant(1)) == digests[0]
+
+
+def test_a_function_that_is_used_counts():
+    def net(function):
+        class Net(Tiny):
+            def forward(self, images):
+                return function(super().forward(images))
+
+        return Net
+
+    digests = {digest(net(f)) for f in (lambda x: x, lambda x: -x, torch.relu)}
+    assert len(digests) == 3
+    assert digest(net(functools.partial(max, 1))) != digest(net(functools.partial(max, 2)))
+
+
+def test_what_cannot_be_looked_into_is_never_the_same():
+    def lock(model):
+        model.stream = open(__file__)  # noqa: SIM115
+        model.stream.close()
+
+    assert digest(Tiny, lock) != digest(Tiny, lock)
