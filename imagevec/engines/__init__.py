@@ -1,37 +1,88 @@
-"""Engines: a prepared forward pass, behind one small protocol.
+"""Engines: a prepared forward pass behind one small protocol, and the backends that make them.
 
-An engine takes pixels as they are after the crop, and normalises them itself: as uint8 they are a
-quarter of what float32 would move to a device.
+A backend is one module of this folder, of the name that ``imagevec.options.ENGINES`` has, with the
+functions of ``Backend``. An engine takes pixels as they are after the crop, and normalises them
+itself: as uint8 they are a quarter of what float32 would move to a device.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
 
-from imagevec.images.preprocess import normalize
-from imagevec.spec import Preprocessing
+from imagevec.spec import FeatureSpec
+
+if TYPE_CHECKING:
+    from imagevec.models.entry import ModelSource
+    from imagevec.models.features import FeatureModel
 
 
 class Engine(Protocol):
     """A model, loaded and ready."""
 
-    def __call__(self, images: torch.Tensor) -> npt.NDArray[np.float32]:
-        """uint8 ``(N, 3, S, S)`` on the CPU to float32 ``(N, D)``, for any N >= 1."""
+    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """uint8 ``(N, S, S, 3)``, contiguous, to float32 ``(N, D)``, for any N >= 1."""
 
 
-class PixelModel(nn.Module):
-    """A feature model that takes uint8 pixels, ``(N, 3, S, S) -> (N, D)``."""
+class Backend(Protocol):
+    """A library that runs forward passes. Its module imports it where it is used, not before."""
 
-    def __init__(self, feature_model: nn.Module, preprocessing: Preprocessing) -> None:
-        super().__init__()
-        self.feature_model = feature_model
-        self.preprocessing = preprocessing
+    BUILDS_MODULE: bool
+    """Whether workers build the model from its source, with PyTorch. Else it is in the files."""
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.feature_model(normalize(images, self.preprocessing))
-        return features
+    def is_available(self) -> bool:
+        """Whether it is installed; it is not imported."""
+
+    def preload(self) -> None:
+        """Imports what its workers need, before they are forked; it starts no thread."""
+
+    def version(self) -> str:
+        """Of what ``prepare`` depends on: another version prepares anew."""
+
+    def why_not(self, precision: str, device: str) -> str | None:
+        """Why it cannot run this, for a person; ``None`` if it can.
+
+        Args:
+            precision: One of ``imagevec.options.PRECISIONS``.
+            device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        """
+
+    def has_bfloat16(self, device: str) -> bool:
+        """Whether this machine computes bfloat16 natively there."""
+
+    def prepare(self, model: FeatureModel) -> tuple[Path, ...]:
+        """On the driver: the files that an engine is loaded from, in the user's cache.
+
+        They do not depend on the precision.
+
+        Raises:
+            OptionError: It cannot run this model.
+        """
+
+    def load(
+        self,
+        spec: FeatureSpec,
+        source: ModelSource | None,
+        files: Sequence[Path],
+        device: str,
+        threads: int,
+    ) -> Engine:
+        """On the worker: the engine.
+
+        Args:
+            spec: What to compute.
+            source: What builds the model, with ``BUILDS_MODULE``.
+            files: What ``prepare`` made, in order.
+            device: ``"cpu"`` or ``"cuda:N"``.
+            threads: Of one forward pass on the CPU.
+        """
+
+
+def backend(name: str) -> Backend:
+    """The backend of a name in ``imagevec.options.ENGINES``."""
+    return cast(Backend, importlib.import_module(f"imagevec.engines.{name}"))

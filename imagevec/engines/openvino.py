@@ -1,46 +1,131 @@
-"""The OpenVINO engine: the fastest one on x86 and Arm CPUs.
+"""The OpenVINO backend: the fastest one on x86 and Arm CPUs.
 
 A model is converted once, on the driver, into two files: ``.xml`` (the graph) and ``.bin`` (the
-weights). Workers need nothing else, not even the model's Python code.
+weights). Workers need nothing else, neither the model's Python code nor PyTorch.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
 
-from imagevec.engines import PixelModel
+from imagevec import cache
 from imagevec.errors import MissingExtraError
-from imagevec.spec import Preprocessing
+from imagevec.spec import FeatureSpec
+
+if TYPE_CHECKING:
+    from imagevec.models.entry import ModelSource
+    from imagevec.models.features import FeatureModel
 
 logger = logging.getLogger(__name__)
 
 # What int8 models compute outside their quantized layers.
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
+BUILDS_MODULE = False
+
+
+def is_available() -> bool:
+    try:
+        return importlib.util.find_spec("openvino") is not None
+    except ValueError:  # it is in sys.modules, without a spec
+        return False
+
+
+def preload() -> None:
+    _openvino()
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingExtraError("openvino", "openvino") from error
+
+
+def why_not(precision: str, device: str) -> str | None:
+    if device != "cpu":
+        return f"engine='openvino' runs on the CPU, not on device={device!r}"
+    if precision == "float16":
+        return "precision='float16' needs CUDA: did you mean 'bfloat16'?"
+    return None
+
+
+def has_bfloat16(device: str) -> bool:
+    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def prepare(model: FeatureModel) -> tuple[Path, ...]:
+    """The graph and its weights."""
+    converted = convert(model)
+    with cache.temporary_folder() as folder:
+        return tuple(cache.store(path, move=True) for path in save(converted, folder))
+
+
+def load(
+    spec: FeatureSpec,
+    source: ModelSource | None,
+    files: Sequence[Path],
+    device: str,
+    threads: int,
+) -> OpenVINOEngine:
+    graph, weights = files
+    model = _openvino().Core().read_model(graph, weights)
+    return OpenVINOEngine(model, spec.precision, threads)
+
+
+def convert(model: FeatureModel) -> Any:
+    """A model as an ``openvino.Model``: uint8 ``(?, S, S, 3)`` to float32 ``(?, D)``."""
+    import torch
+
+    from imagevec.engines.torch_engine import PixelModel
+
+    openvino = _openvino()
+    size = model.preprocessing.crop_size
+    pixel_model = PixelModel(model.module, model.preprocessing).eval()
+    with without_telemetry(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # tracing warns of each shape that it takes as constant
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+        decoder = TorchScriptPythonDecoder(
+            pixel_model,
+            example_input=torch.zeros(2, size, size, 3, dtype=torch.uint8),
+            # To trace a second time and compare takes longer than all the rest.
+            trace_kwargs={"check_trace": False},
+        )
+        shape = openvino.PartialShape([-1, size, size, 3])
+        return openvino.convert_model(decoder, input=[shape])
+
+
+def save(model: Any, folder: Path) -> tuple[Path, ...]:
+    """Writes an ``openvino.Model`` to two files: what ``load`` takes."""
+    graph = folder / "model.xml"
+    _openvino().save_model(model, graph, compress_to_fp16=False)
+    return graph, graph.with_suffix(".bin")
+
 
 class OpenVINOEngine:
     """A converted model, compiled for this CPU.
 
     Args:
-        model: An ``openvino.Model``: uint8 ``(?, 3, S, S)`` to float32 ``(?, D)``.
+        model: An ``openvino.Model``: uint8 ``(?, S, S, 3)`` to float32 ``(?, D)``.
         precision: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
         threads: Of one forward pass.
     """
 
     def __init__(self, model: Any, precision: str, threads: int) -> None:
-        if precision == "bfloat16" and not supports_bfloat16():
+        if precision == "bfloat16" and not has_bfloat16("cpu"):
             logger.warning("this CPU has no bfloat16 instructions: OpenVINO computes in float32")
         compiled = _openvino().compile_model(
             model,
@@ -56,25 +141,11 @@ class OpenVINOEngine:
         self._request = compiled.create_infer_request()
         self._lock = threading.Lock()  # a request runs one inference at a time
 
-    def __call__(self, images: torch.Tensor) -> npt.NDArray[np.float32]:
+    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         with self._lock:
-            self._request.infer({0: images.contiguous().numpy()})
+            self._request.infer({0: images})
             features: npt.NDArray[np.float32] = self._request.get_output_tensor(0).data
             return features.copy()  # the request reuses its memory
-
-
-def convert(feature_model: nn.Module, preprocessing: Preprocessing) -> Any:
-    """A feature model as an ``openvino.Model``: uint8 ``(?, 3, S, S)`` to float32 ``(?, D)``."""
-    openvino = _openvino()
-    size = preprocessing.crop_size
-    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    with without_telemetry(), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracing warns of each shape that it takes as constant
-        return openvino.convert_model(
-            PixelModel(feature_model, preprocessing).eval(),
-            example_input=example,
-            input=[openvino.PartialShape([-1, 3, size, size])],
-        )
 
 
 @contextmanager
@@ -94,35 +165,6 @@ def without_telemetry() -> Iterator[None]:
             del os.environ["CI"]
         else:
             os.environ["CI"] = before
-
-
-def read(graph: Path, weights: Path) -> Any:
-    """The ``openvino.Model`` of an ``.xml`` and a ``.bin`` file."""
-    return _openvino().Core().read_model(graph, weights)
-
-
-def save(model: Any, graph: Path) -> None:
-    """Writes an ``openvino.Model`` to an ``.xml`` file and a ``.bin`` file beside it."""
-    _openvino().save_model(model, graph, compress_to_fp16=False)
-
-
-def is_installed() -> bool:
-    """Whether the extra ``openvino`` is."""
-    try:
-        _openvino()
-    except MissingExtraError:
-        return False
-    return True
-
-
-def supports_bfloat16() -> bool:
-    """Whether this CPU computes bfloat16 natively, by OpenVINO's account."""
-    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def version() -> str:
-    """OpenVINO's version."""
-    return str(_openvino().__version__)
 
 
 def _openvino() -> Any:

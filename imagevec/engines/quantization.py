@@ -9,26 +9,29 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from imagevec.engines import openvino, saved_model
 from imagevec.errors import ImageVecError, MissingExtraError, OptionError
+from imagevec.images.decode import Pixels
 from imagevec.images.prepare import prepare
-from imagevec.images.values import Value, read_ahead
-from imagevec.plan import convert, feature_spec
-from imagevec.spec import DEFAULTS, ExecutionOptions, FeatureSpec
+from imagevec.images.reading import read_ahead
+from imagevec.images.values import Value
+from imagevec.models.features import FeatureModel
+from imagevec.models.registry import find_source
+from imagevec.options import DEFAULTS, checked
+from imagevec.spec import ExecutionOptions, Preprocessing
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
-    from torch import Tensor
 
-    from imagevec.models.registry import ModelFactory
+    from imagevec.models.factory import ModelFactory
 
 _MAX_IMAGES = 320
 _MIN_IMAGES = 10
@@ -54,11 +57,11 @@ class QuantizationReport(NamedTuple):
 
 
 def quantize(
-    images: Iterable[str | bytes] | DataFrame,
+    images: Iterable[str | Path | bytes] | DataFrame,
     *,
     output: str | os.PathLike[str],
     model: str | ModelFactory = "resnet50",
-    weights: str = "DEFAULT",
+    weights: str | Path = "DEFAULT",
     layer: str = "pooled",
     normalize: bool = False,
     min_median_cosine: float = 0.98,
@@ -69,11 +72,11 @@ def quantize(
         images: Paths, URIs or bytes of images like those to come, or a Spark data frame of one such
             column. The first 320 are used; 100 or more are advised. Each fifth is held out.
         output: The folder of the saved model, which must not exist.
-        model: As in ``imagevec.spec.Options``.
-        weights: As in ``imagevec.spec.Options``.
-        layer: As in ``imagevec.spec.Options``.
-        normalize: As in ``imagevec.spec.Options``.
-        min_median_cosine: Below it nothing is saved.
+        model: As in ``imagevec.options.Options``.
+        weights: As in ``imagevec.options.Options``.
+        layer: As in ``imagevec.options.Options``.
+        normalize: As in ``imagevec.options.Options``.
+        min_median_cosine: Below it nothing is saved; -1 to 1.
 
     Raises:
         ImageVecError: The median cosine to float32 on the held-out images is too low.
@@ -84,17 +87,24 @@ def quantize(
     folder = Path(output)
     if folder.exists():
         raise OptionError(f"output={str(output)!r} is not valid: it exists already")
+    _check_cosine(min_median_cosine)
+    values = _values(images)
     options = {"model": model, "weights": weights, "layer": layer, "normalize": normalize}
-    spec, entry, weights_path = feature_spec({**DEFAULTS, **options}, "float32")
-    pixels, bad_images = _pixels(images, spec)
+    chosen = checked({**options, "decode": DEFAULTS["decode"]})
+    source = find_source(chosen.pop("model"))
+    if "openvino" not in source.backends:
+        raise OptionError(f"model={source.name!r} is not valid: OpenVINO does not run it")
+    exact = FeatureModel(source, **chosen)
+    pixels, bad_images = _pixels(values, exact.preprocessing)
     held_out = pixels[::_HELD_OUT_EVERY]
     calibration = [image for i, image in enumerate(pixels) if i % _HELD_OUT_EVERY]
-    exact = convert(spec, entry, weights_path)
-    vectors = _vectors(exact, "float32", held_out)
+    spec = exact.spec
+    converted = openvino.convert(exact)
+    vectors = _vectors(converted, "float32", held_out)
     with openvino.without_telemetry():
         quantized = nncf.quantize(
-            exact,
-            nncf.Dataset([image[None].numpy() for image in calibration]),  # (1, 3, S, S)
+            converted,
+            nncf.Dataset([image[None] for image in calibration]),  # (1, S, S, 3)
             subset_size=len(calibration),
         )
     cosines = _cosines(vectors, _vectors(quantized, "int8", held_out))
@@ -111,20 +121,44 @@ def quantize(
             f"{len(held_out)} held-out images, min_median_cosine={min_median_cosine}; "
             "precision='bfloat16' loses less"
         )
-    saved_model.write(folder, dataclasses.replace(spec, precision="int8"), quantized)
+    with _folder_whole(folder) as unfinished:
+        files = openvino.save(quantized, unfinished)
+        int8 = dataclasses.replace(spec, precision="int8")
+        saved_model.write(unfinished, int8, "openvino", files)
     return report
 
 
-def _pixels(
-    images: Iterable[str | bytes] | DataFrame, spec: FeatureSpec
-) -> tuple[list[Tensor], int]:
-    """The crops, uint8 ``(3, S, S)``, of the images that can be decoded, and how many cannot."""
+def _check_cosine(min_median_cosine: Any) -> None:
+    is_number = isinstance(min_median_cosine, int | float)
+    if not is_number or not -1 <= min_median_cosine <= 1:
+        raise OptionError(
+            f"min_median_cosine={min_median_cosine!r} is not valid: use a number from -1 to 1"
+        )
+
+
+def _values(images: Any) -> list[Value]:
+    """The first images, as they are given.
+
+    Raises:
+        OptionError: They are a single one, or a data frame of several columns.
+    """
+    if isinstance(images, str | bytes | Path):
+        raise OptionError(f"images={str(images)[:80]!r} is not valid: give a list of images")
     if isinstance(images, Iterable):
-        values: list[Value] = list(itertools.islice(images, _MAX_IMAGES))
-    else:
-        values = [row[0] for row in images.limit(_MAX_IMAGES).collect()]
+        given = itertools.islice(images, _MAX_IMAGES)
+        return [Value(str(image) if isinstance(image, Path) else image) for image in given]
+    if len(images.columns) != 1:
+        raise OptionError(
+            f"images has the columns {images.columns}: give a data frame of one, "
+            "df.select('content') for example"
+        )
+    return [Value(row[0]) for row in images.limit(_MAX_IMAGES).collect()]
+
+
+def _pixels(values: list[Value], preprocessing: Preprocessing) -> tuple[list[Pixels], int]:
+    """The crops, uint8 ``(S, S, 3)``, of the images that can be decoded, and how many cannot."""
     execution = ExecutionOptions.of(DEFAULTS)
-    rows = [prepare(value, spec.preprocessing, execution) for value in read_ahead(values)]
+    rows = [prepare(value, preprocessing, execution) for value in read_ahead(values)]
     pixels = [row.image for row in rows if row.image is not None]
     if len(pixels) < _MIN_IMAGES:
         raise OptionError(
@@ -134,10 +168,19 @@ def _pixels(
     return pixels, len(rows) - len(pixels)
 
 
-def _vectors(model: Any, precision: str, pixels: list[Tensor]) -> npt.NDArray[np.float32]:
+def _vectors(model: Any, precision: str, pixels: list[Pixels]) -> npt.NDArray[np.float32]:
     """float32 ``(N, D)``."""
-    engine = openvino.OpenVINOEngine(model, precision, torch.get_num_threads())
+    engine = openvino.OpenVINOEngine(model, precision, threads=os.cpu_count() or 1)
     return np.concatenate([engine(image[None]) for image in pixels])
+
+
+@contextmanager
+def _folder_whole(folder: Path) -> Iterator[Path]:
+    """A folder that gets its name when all is in it."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    yield unfinished
+    unfinished.rename(folder)
 
 
 def _cosines(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

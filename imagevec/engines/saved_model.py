@@ -1,22 +1,37 @@
-"""A saved model: a folder of ``spec.json`` beside a converted ``model.xml`` and ``model.bin``.
+"""A saved model: a folder of ``spec.json``, which names its backend, beside the engine's files.
 
-``quantize`` writes it and ``model="<path>"`` reads it. The graph is data that OpenVINO interprets,
-not code; the digests in ``spec.json`` tell damage, not malice.
+``quantize`` writes it and ``model="<path>"`` reads it. The digests in ``spec.json`` detect
+corruption, not tampering.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from imagevec.engines import openvino
+from imagevec import cache
 from imagevec.errors import WeightsError
-from imagevec.files import content_addressed, digest_of
+from imagevec.files import digest_of
+from imagevec.options import ENGINES
 from imagevec.spec import FeatureSpec
 
 SPEC_FILE = "spec.json"
-MODEL_FILES = ("model.xml", "model.bin")
+
+
+class SavedModel(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        spec: What it computes.
+        backend: What runs it, one of ``imagevec.options.ENGINES``.
+        files: The files that the backend loads, in order.
+    """
+
+    spec: FeatureSpec
+    backend: str
+    files: tuple[Path, ...]
 
 
 def is_saved_model(model: object) -> bool:
@@ -24,20 +39,25 @@ def is_saved_model(model: object) -> bool:
     return isinstance(model, str | Path) and (Path(model) / SPEC_FILE).is_file()
 
 
-def write(folder: Path, spec: FeatureSpec, model: Any) -> None:
-    """Writes an ``openvino.Model`` and its spec into a folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    openvino.save(model, folder / MODEL_FILES[0])
+def write(folder: Path, spec: FeatureSpec, backend: str, files: Sequence[Path]) -> None:
+    """Writes ``spec.json`` beside the files, which are in the folder."""
     content = {
+        "backend": backend,
         "spec": json.loads(spec.to_json()),
         "fingerprint": spec.fingerprint,
-        "files": {name: digest_of(folder / name) for name in MODEL_FILES},
+        "files": {path.name: digest_of(path) for path in files},
     }
     (folder / SPEC_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def read(folder: Path) -> tuple[FeatureSpec, tuple[Path, ...]]:
-    """The spec and the content-addressed files of a saved model.
+def file_names(folder: Path) -> list[str]:
+    """The names of the files that ``spec.json`` lists, which may not be there yet."""
+    listed = json.loads((folder / SPEC_FILE).read_text())["files"]
+    return [Path(name).name for name in listed]
+
+
+def read(folder: Path) -> SavedModel:
+    """The spec, the backend and the files of a saved model.
 
     Raises:
         WeightsError: The folder is damaged, or was altered.
@@ -45,15 +65,24 @@ def read(folder: Path) -> tuple[FeatureSpec, tuple[Path, ...]]:
     try:
         content = json.loads((folder / SPEC_FILE).read_text())
         spec = FeatureSpec.from_json(json.dumps(content["spec"]))
-        expected = {name: content["files"][name] for name in MODEL_FILES}
-        found = {name: digest_of(folder / name) for name in MODEL_FILES}
+        backend: str = content["backend"]
+        expected: dict[str, str] = dict(content["files"])
+        files = tuple(folder / Path(name).name for name in expected)
+        found = {path.name: digest_of(path) for path in files}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{folder} is not a saved model: {error!r}") from error
+    if backend not in ENGINES:
+        raise WeightsError(f"{folder} is of another version: it runs with {backend!r}")
     if spec.fingerprint != content.get("fingerprint"):
         raise WeightsError(f"{folder / SPEC_FILE} was altered: its fingerprint does not match")
-    for name in MODEL_FILES:
-        if found[name] != expected[name]:
+    for path in files:
+        if found[path.name] != expected[path.name]:
             raise WeightsError(
-                f"{folder / name} was altered: its SHA-256 is {found[name]}, not {expected[name]}"
+                f"{path} was altered: its SHA-256 is {found[path.name]}, not {expected[path.name]}"
             )
-    return spec, tuple(content_addressed(folder / name) for name in MODEL_FILES)
+    return SavedModel(spec, backend, files)
+
+
+def store(saved: SavedModel) -> tuple[Path, ...]:
+    """Its files in the user's cache, content-addressed, from where they are shipped."""
+    return tuple(cache.store(path) for path in saved.files)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from imagevec import ImageVectorizer, OptionError, WeightsError
-from imagevec.plan import resolve
-from tests.helpers.factories import tiny
+from imagevec import ImageVectorizer, MissingExtraError, OptionError, WeightsError, cache, plan
+from imagevec.engines import openvino
+from imagevec.plan import make_plan
+from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import cosine, encode, photo
 from tests.helpers.pipeline import vector_of
 
@@ -30,15 +34,15 @@ def test_bfloat16_is_close() -> None:
 
 
 def test_it_is_what_auto_means_on_the_cpu() -> None:
-    recipe, paths, _ = resolve(model=tiny, weights="random")
-    assert recipe.engine == "openvino"
-    assert recipe.entry is None
-    assert [path.suffix for path in paths] == [".xml", ".bin"]
+    plan = make_plan(model=tiny, weights="random")
+    assert plan.backend == "openvino"
+    assert plan.source is None
+    assert [Path(name).suffix for name in plan.files] == [".xml", ".bin"]
 
 
 def test_a_graph_that_was_altered_is_refused() -> None:
     vectorizer = ImageVectorizer(model=tiny, weights="random", normalize=True)
-    graph = next(path for path in vectorizer._paths if path.suffix == ".xml")
+    graph = cache.stored(vectorizer._plan.files[0])
     original = graph.read_bytes()
     graph.write_bytes(original + b" ")
     try:
@@ -53,21 +57,19 @@ def test_it_runs_on_the_cpu_alone() -> None:
         ImageVectorizer(model=tiny, weights="random", engine="openvino", device="cuda")
 
 
-def test_a_conversion_is_kept_for_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"model": tiny, "weights": "random", "layer": "logits"}
-    first = resolve(**options)
-    monkeypatch.setattr("imagevec.plan.convert", None)
-    assert resolve(**options) == first
-
-
 def test_without_openvino_one_warning_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from imagevec import plan as recipe
-
-    recipe._warn_once_that_openvino_is_missing.cache_clear()
-    monkeypatch.setattr("imagevec.engines.openvino.is_installed", lambda: False)
-    for _ in range(2):
-        assert resolve(model=tiny, weights="random")[0].engine == "torch"
+    plan._warn_once_that_it_is_missing.cache_clear()
+    monkeypatch.setattr("imagevec.engines.openvino.is_available", lambda: False)
+    for layer in ("pooled", "logits"):
+        assert make_plan(model=tiny, weights="random", layer=layer).backend == "torch"
     assert [r.message for r in caplog.records if "imagevec[openvino]" in r.message] != []
     assert len(caplog.records) == 1
+
+
+def test_without_openvino_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert not openvino.is_available()
+    with pytest.raises(MissingExtraError, match=r"imagevec\[openvino\]"):
+        ImageVectorizer(model=Tiny, weights="random", engine="openvino")

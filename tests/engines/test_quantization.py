@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imagevec import ImageVecError, ImageVectorizer, OptionError, WeightsError, quantize
+from imagevec.plan import make_plan
 from tests.helpers.factories import tiny
 from tests.helpers.images import cosine, encode, photo
 from tests.helpers.pipeline import vector_of
@@ -56,9 +58,7 @@ def test_a_saved_model_that_was_altered_is_refused(saved_model: Path, tmp_path: 
 
 def test_nothing_is_saved_below_the_floor(tmp_path: Path) -> None:
     with pytest.raises(ImageVecError, match="int8 is not saved"):
-        quantize(
-            IMAGES, output=tmp_path / "new", model=tiny, weights="random", min_median_cosine=1.01
-        )
+        quantize(IMAGES, output=tmp_path / "new", model=tiny, weights="random", min_median_cosine=1)
     assert not (tmp_path / "new").exists()
 
 
@@ -72,3 +72,49 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
 def test_int8_without_a_saved_model_says_how_to_make_one() -> None:
     with pytest.raises(OptionError, match=r"imagevec\.quantize\("):
         ImageVectorizer(model=tiny, weights="random", precision="int8")
+
+
+def test_images_are_a_list_of_paths_or_bytes(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.jpg" for number in range(len(IMAGES))]
+    for path, image in zip(paths, IMAGES, strict=True):
+        path.write_bytes(image)
+    report = quantize(paths, output=tmp_path / "new", model=tiny, weights="random")
+    assert report.calibration_images == 12
+    for single in (str(paths[0]), paths[0], IMAGES[0]):
+        with pytest.raises(OptionError, match="give a list of images"):
+            quantize(single, output=tmp_path / "other", model=tiny, weights="random")
+
+
+@pytest.mark.parametrize("floor", [1.01, -2, "high", None])
+def test_a_floor_that_makes_no_sense_is_refused_before_the_work(floor: Any, tmp_path: Path) -> None:
+    def never() -> Any:
+        raise AssertionError("the model was built")
+
+    with pytest.raises(OptionError, match="min_median_cosine="):
+        quantize(
+            IMAGES, output=tmp_path / "new", model=never, weights="random", min_median_cosine=floor
+        )
+
+
+def test_a_saved_model_names_its_backend(saved_model: Path, tmp_path: Path) -> None:
+    content = json.loads((saved_model / "spec.json").read_text())
+    assert content["backend"] == "openvino"
+    for name in ("model.xml", "model.bin"):
+        (tmp_path / name).write_bytes((saved_model / name).read_bytes())
+    (tmp_path / "spec.json").write_text(json.dumps({**content, "backend": "another"}))
+    with pytest.raises(WeightsError, match="runs with 'another'"):
+        ImageVectorizer(model=str(tmp_path))
+
+
+def test_a_saved_model_runs_on_the_cpu_where_tasks_have_gpus(saved_model: Path) -> None:
+    plan = make_plan(gpus=True, model=str(saved_model))
+    assert (plan.backend, plan.execution.device) == ("openvino", "cpu")
+    with pytest.raises(OptionError, match="device='cpu' alone"):
+        make_plan(model=str(saved_model), device="cuda")
+
+
+def test_a_folder_that_is_no_saved_model_says_so(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="there is no such folder"):
+        ImageVectorizer(model=str(tmp_path / "moved"))
+    with pytest.raises(OptionError, match=r"it has no spec\.json"):
+        ImageVectorizer(model=str(tmp_path))
