@@ -1,270 +1,315 @@
-"""Options to a ``Recipe``, on the driver: all that a worker needs to build its engine."""
+"""Options to a ``Plan``, on the driver: all that a worker needs to build its engine.
+
+A plan is remembered, in this process and in the user's cache, so that the same options cost
+milliseconds the next time: neither a model is built nor PyTorch imported for one that is known.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
+import json
 import logging
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
-import torch
-
-import imagevec
-from imagevec.engines import Engine, openvino, saved_model
-from imagevec.engines.torch import TorchEngine, supports_bfloat16
-from imagevec.errors import ImageVecError, OptionError, did_you_mean
-from imagevec.files import cache_dir, content_addressed, digest_of, verified
-from imagevec.models.registry import (
-    Entry,
-    ExportedEntry,
-    FactoryEntry,
-    build_model,
-    find_entry,
-    infer_num_features,
-    to_feature_model,
-)
-from imagevec.models.state_dict import RANDOM, find_weights, load_state_dict
-from imagevec.spec import (
-    DEFAULTS,
-    ExecutionOptions,
-    FeatureSpec,
-    Options,
-    Preprocessing,
-    check_choice,
-    check_layer,
-)
+from imagevec import cache
+from imagevec._version import __version__
+from imagevec.engines import backend, saved_model
+from imagevec.errors import ImageVecError, OptionError, WeightsError
+from imagevec.files import digest_of, verified
+from imagevec.models.entry import REGISTERED, ModelSource
+from imagevec.models.registry import find_source
+from imagevec.options import DEFAULTS, ENGINES, WEIGHTS_SUFFIXES, Options, checked
+from imagevec.spec import ExecutionOptions, FeatureSpec
 
 if TYPE_CHECKING:
-    from torch import nn
     from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
+_MAX_PLANS = 32  # that this process remembers
+
+_plans: dict[Any, Plan] = {}
+
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to build an engine: a few KB, whatever the model.
+class Plan:
+    """How to compute features: a few KB, whatever the model. It is what travels to workers.
 
     Attributes:
         spec: What to compute.
-        engine: ``"torch"`` or ``"openvino"``.
-        entry: How to build the model; ``None`` if it is in the files.
-        files: The names of the content-addressed files: the weights (none if they are random), or
-            a converted model's graph and weights.
-        key: Equal for two recipes only if one engine serves both.
+        execution: How; its ``device`` is ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        backend: What runs the forward pass, one of ``imagevec.options.ENGINES``.
+        files: The names of the content-addressed files that the backend prepared.
+        source: What builds the model, for a backend whose workers do.
+        content: What tells two modules apart whose spec is the same, of factories.
     """
 
     spec: FeatureSpec
-    engine: str
-    entry: Entry | None
+    execution: ExecutionOptions
+    backend: str
     files: tuple[str, ...]
-    key: str
+    source: ModelSource | None = None
+    content: str = ""
 
-    def build_engine(
-        self, locate: Callable[[str], Path], device: torch.device, threads: int
-    ) -> Engine:
-        """Loads and verifies the files, and prepares the forward pass.
-
-        Args:
-            locate: The name of a file to its path on this machine.
-            device: Where the forward pass runs.
-            threads: Of one forward pass on the CPU.
-
-        Raises:
-            WeightsError: A file is missing or was altered.
-        """
-        paths = [verified(locate(name)) for name in self.files]
-        if self.entry is None:
-            model = openvino.read(*paths)
-            return openvino.OpenVINOEngine(model, self.spec.precision, threads)
-        spec = self.spec
-        path = paths[0] if paths else None
-        model = _feature_model(self.entry, spec.preprocessing, spec.layer, spec.normalize, path)
-        return TorchEngine(model, spec.preprocessing, device, spec.precision)
+    @property
+    def key(self) -> str:
+        """Equal for two plans if and only if one engine serves both."""
+        return _digest(self.spec.to_json(), self.backend, self.files, self.content)
 
 
-def resolve(**options: Unpack[Options]) -> tuple[Recipe, tuple[Path, ...], ExecutionOptions]:
+def make_plan(*, gpus: bool | None = None, **options: Unpack[Options]) -> Plan:
     """Checks all options and decides what ``"auto"`` and ``"DEFAULT"`` mean.
 
-    Returns:
-        The recipe, its files on this machine, and how to run it.
+    Args:
+        gpus: Whether the tasks have GPUs, which counts for ``device="auto"``; ``None`` if they run
+            on this machine, where it can be seen.
+        **options: See ``imagevec.options.Options``.
 
     Raises:
         OptionError: An option is wrong; the message names the nearest valid choice.
         WeightsError: The weights cannot be had, or do not fit the model.
     """
-    for name in options.keys() - DEFAULTS.keys():
-        raise OptionError(f"the option {name!r} is not known: {did_you_mean(name, DEFAULTS)}")
-    chosen: dict[str, Any] = {**DEFAULTS, **options}
-    execution = ExecutionOptions.of(chosen)
-    if saved_model.is_saved_model(chosen["model"]):
-        recipe, paths = _saved_recipe(Path(chosen["model"]), dict(options), execution)
+    given = checked(options)
+    key = _process_key(given, gpus)
+    if key in _plans and _has_files(_plans[key]):
+        return _plans[key]
+    if saved_model.is_saved_model(given.get("model")):
+        plan = _of_saved_model(Path(given["model"]), given, gpus)
     else:
-        recipe, paths = _recipe(chosen, execution)
-    return recipe, paths, execution
+        plan = _of_source({**checked(DEFAULTS), **given}, gpus)
+    if key is not None:
+        _plans[key] = plan
+        while len(_plans) > _MAX_PLANS:
+            del _plans[next(iter(_plans))]
+    return plan
 
 
-def feature_spec(chosen: dict[str, Any], precision: str) -> tuple[FeatureSpec, Entry, Path | None]:
-    """The spec of a registered model or a factory, its entry, and its weights file.
+def devices(device: str, gpus: bool | None = None) -> tuple[str, ...]:
+    """What a ``device`` option may mean, the best first: here, and only here, ``"auto"`` is read.
 
-    Args:
-        chosen: All of ``Options``.
-        precision: What ``chosen["precision"]`` comes to.
+    ``gpus`` is the one of ``make_plan``.
     """
-    layer = check_layer(chosen["layer"])
-    entry = find_entry(chosen["model"])
-    weights_path = find_weights(chosen["weights"], entry)
-    digest = digest_of(weights_path) if weights_path else None
-    preprocessing = dataclasses.replace(entry.preprocessing(digest), decode=chosen["decode"])
-    model = _feature_model(entry, preprocessing, layer, chosen["normalize"], weights_path)
-    # A library model's shapes tell; one of the user's own is run once, on a black image.
-    device = "cpu" if isinstance(entry, FactoryEntry | ExportedEntry) else "meta"
-    num_features = infer_num_features(model, preprocessing.crop_size, device)
-    spec = FeatureSpec(
-        model=entry.name,
-        weights=f"sha256:{digest}" if digest else RANDOM,
-        layer=layer,
-        num_features=num_features if isinstance(layer, tuple) else num_features[0],
-        preprocessing=preprocessing,
-        precision=precision,
-        normalize=chosen["normalize"],
-    )
-    return spec, entry, weights_path
+    if device != "auto":
+        return (device,)
+    return ("cuda", "cpu") if (has_cuda() if gpus is None else gpus) else ("cpu",)
 
 
-def convert(spec: FeatureSpec, entry: Entry, weights_path: Path | None) -> Any:
-    """The spec's model as an ``openvino.Model``.
+def has_cuda() -> bool:
+    """Whether PyTorch finds a GPU here; it is imported only where a driver library is found."""
+    if not _has_gpu_driver():
+        return False
+    import torch
 
-    Raises:
-        OptionError: The model is a ``.pt2`` file: tracing would fix the size of a batch.
-    """
-    if isinstance(entry, ExportedEntry):
-        raise OptionError(f"OpenVINO does not run {entry.path.name}: use engine='torch'")
-    model = _feature_model(entry, spec.preprocessing, spec.layer, spec.normalize, weights_path)
-    return openvino.convert(model, spec.preprocessing)
-
-
-def _recipe(chosen: dict[str, Any], execution: ExecutionOptions) -> tuple[Recipe, tuple[Path, ...]]:
-    if chosen["engine"] == "auto" and isinstance(find_entry(chosen["model"]), ExportedEntry):
-        chosen = {**chosen, "engine": "torch"}  # the only one that runs it
-    engine = _resolve_engine(chosen["engine"], execution.device, chosen["precision"])
-    precision = _resolve_precision(chosen["precision"], engine, execution.device)
-    spec, entry, weights_path = feature_spec(chosen, precision)
-    if engine == "openvino":
-        try:
-            paths = _converted(spec, entry, weights_path)
-        except ImageVecError:
-            raise
-        except Exception as error:  # OpenVINO's frontend and torch.jit raise whatever comes up
-            if chosen["engine"] != "auto":
-                raise OptionError(f"OpenVINO cannot convert {entry.name!r}: {error}") from error
-            logger.warning("OpenVINO cannot convert %r, PyTorch runs it: %s", entry.name, error)
-            engine = "torch"
-    if engine == "torch":
-        paths = (content_addressed(weights_path),) if weights_path else ()
-    names = tuple(path.name for path in paths)
-    key = hashlib.sha256(cloudpickle.dumps((spec, entry, engine))).hexdigest()
-    return Recipe(spec, engine, entry if engine == "torch" else None, names, key), paths
-
-
-def _saved_recipe(
-    folder: Path, options: dict[str, Any], execution: ExecutionOptions
-) -> tuple[Recipe, tuple[Path, ...]]:
-    spec, paths = saved_model.read(folder)
-    if "layer" in options:
-        options["layer"] = check_layer(options["layer"])
-    for name in ("layer", "normalize", "precision"):
-        saved = getattr(spec, name)
-        if options.get(name, saved) not in (saved, "auto"):
-            raise OptionError(f"{name}={options[name]!r} is not valid: {folder} has {saved!r}")
-    if "weights" in options:
-        raise OptionError(f"weights={options['weights']!r} is not valid: {folder} has its own")
-    if execution.engine == "torch" or execution.device.startswith("cuda"):
-        raise OptionError(f"{folder} runs with engine='openvino' and device='cpu' alone")
-    preprocessing = dataclasses.replace(
-        spec.preprocessing, decode=options.get("decode", spec.preprocessing.decode)
-    )
-    spec = dataclasses.replace(spec, preprocessing=preprocessing)
-    names = tuple(path.name for path in paths)
-    key = hashlib.sha256(repr((spec, names)).encode()).hexdigest()
-    return Recipe(spec, "openvino", None, names, key), paths
-
-
-def _feature_model(
-    entry: Entry,
-    preprocessing: Preprocessing,
-    layer: str | tuple[str, ...],
-    normalize: bool,
-    weights_path: Path | None,
-) -> nn.Module:
-    if isinstance(entry, ExportedEntry):
-        if layer != "pooled":
-            raise OptionError(
-                f"layer={layer!r} is not valid: a .pt2 file has its output alone, use 'pooled'"
-            )
-        # On a worker the file is at another place.
-        model = dataclasses.replace(entry, path=weights_path or entry.path).build(0)
-        return to_feature_model(model, layer, normalize)
-    state_dict = load_state_dict(weights_path) if weights_path else None
-    model = build_model(entry, preprocessing.crop_size, state_dict)
-    return to_feature_model(model, layer, normalize)
-
-
-def _resolve_engine(engine: str, device: str, precision: str) -> str:
-    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if engine == "openvino" and on_cuda:
-        raise OptionError(f"engine='openvino' runs on the CPU, not on device={device!r}")
-    if engine != "auto":
-        return engine
-    if on_cuda or precision == "float16":
-        return "torch"
-    if openvino.is_installed():
-        return "openvino"
-    _warn_once_that_openvino_is_missing()
-    return "torch"
+    return torch.cuda.is_available()
 
 
 @functools.cache
-def _warn_once_that_openvino_is_missing() -> None:
+def _has_gpu_driver() -> bool:
+    for name in ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+def _of_source(chosen: dict[str, Any], gpus: bool | None) -> Plan:
+    execution = ExecutionOptions.of(chosen)
+    source = find_source(chosen["model"])
+    if chosen["precision"] == "int8":
+        raise OptionError(
+            "precision='int8' needs a saved model: imagevec.quantize(images, model=..., "
+            "output=path) makes one, and model=path runs it"
+        )
+    for name, device in _candidates(source, chosen, gpus):
+        try:
+            prepared = _prepared(source, chosen, name)
+        except ImageVecError:
+            raise
+        except Exception as error:  # converters and torch.jit raise whatever comes up
+            if chosen["engine"] != "auto":
+                raise OptionError(f"{name} cannot convert {source.name!r}: {error}") from error
+            logger.warning("%s cannot convert %r: %s", name, source.name, error)
+            continue
+        precision = chosen["precision"]
+        if precision == "auto":
+            precision = "bfloat16" if backend(name).has_bfloat16(device) else "float32"
+        return dataclasses.replace(
+            prepared,
+            spec=_with(prepared.spec, precision, chosen["decode"]),
+            execution=dataclasses.replace(execution, device=device),
+        )
+    raise OptionError(f"no engine can run {source.name!r}: see the warnings above")
+
+
+def _candidates(
+    source: ModelSource, chosen: dict[str, Any], gpus: bool | None
+) -> Iterator[tuple[str, str]]:
+    """Backends and devices that can run what is chosen, the best first.
+
+    Raises:
+        OptionError: None can; the message is the reason of the last.
+    """
+    engine = chosen["engine"]
+    precision = "float32" if chosen["precision"] == "auto" else chosen["precision"]
+    if engine != "auto" and engine not in source.backends:
+        raise OptionError(
+            f"{engine} does not run {chosen['model']}: "
+            f"use engine={' or '.join(map(repr, source.backends))}"
+        )
+    reasons = []
+    found = False
+    for device in devices(chosen["device"], gpus):
+        for name in source.backends if engine == "auto" else (engine,):
+            reason = backend(name).why_not(precision, device)
+            if reason is not None:
+                reasons.append(reason)
+            elif engine == "auto" and not backend(name).is_available():
+                _warn_once_that_it_is_missing(name)
+            else:
+                found = True
+                yield name, device
+    if not found:
+        raise OptionError(reasons[-1])
+
+
+@functools.cache
+def _warn_once_that_it_is_missing(name: str) -> None:
     logger.warning(
-        "OpenVINO is not installed, PyTorch computes on the CPU; for ResNet-50 OpenVINO is about "
-        "1.3 times as fast: pip install 'imagevec[openvino]'"
+        "%s is not installed, another engine computes, which is slower on the CPU: "
+        "pip install 'imagevec[%s]'",
+        name,
+        name,
     )
 
 
-def _resolve_precision(precision: str, engine: str, device: str) -> str:
-    check_choice("precision", precision, ("float32", "bfloat16", "float16", "int8", "auto"))
-    if precision == "int8":
+def _prepared(source: ModelSource, chosen: dict[str, Any], name: str) -> Plan:
+    """A plan in float32, from the cache if it was made before."""
+    parts = [chosen[option] for option in ("layer", "normalize")]
+    parts += [name, backend(name).version(), __version__, *map(_version, source.libraries)]
+    model = None
+    content = ""
+    if source.identity == "name":
+        key = _digest(source.name, _weights_key(chosen["weights"]), *parts)
+    else:
+        model = _feature_model(source, chosen)
+        content = model.content if source.identity == "content" else ""
+        preprocessing = dataclasses.asdict(model.preprocessing)
+        key = _digest(source.name, model.weights_name, content, preprocessing, *parts)
+    record = cache.recall(key)
+    if record is None:
+        model = model or _feature_model(source, chosen)
+        spec = model.spec
+        files = tuple(path.name for path in backend(name).prepare(model))
+        cache.remember(key, {"spec": json.loads(spec.to_json()), "files": files})
+    else:
+        spec = FeatureSpec.from_json(json.dumps(record["spec"]))
+        files = tuple(record["files"])
+    builds = backend(name).BUILDS_MODULE
+    execution = ExecutionOptions.of(chosen)
+    return Plan(spec, execution, name, files, source if builds else None, content if builds else "")
+
+
+def _feature_model(source: ModelSource, chosen: dict[str, Any]) -> Any:
+    from imagevec.models.features import FeatureModel
+
+    names = ("weights", "layer", "normalize", "decode")
+    return FeatureModel(source, **{name: chosen[name] for name in names})
+
+
+def _of_saved_model(folder: Path, given: dict[str, Any], gpus: bool | None) -> Plan:
+    saved = saved_model.read(folder)
+    for name in ("layer", "normalize", "precision"):
+        value = getattr(saved.spec, name)
+        if given.get(name, value) not in (value, "auto"):
+            raise OptionError(f"{name}={given[name]!r} is not valid: {folder} has {value!r}")
+    if "weights" in given:
+        raise OptionError(f"weights={given['weights']!r} is not valid: {folder} has its own")
+    chosen = {**checked(DEFAULTS), **given}
+    runs_on = [
+        device
+        for device in ("cpu", "cuda")
+        if backend(saved.backend).why_not(saved.spec.precision, device) is None
+    ]
+    wanted = devices(chosen["device"], gpus)
+    usable = [device for device in wanted if device.partition(":")[0] in runs_on]
+    if chosen["engine"] not in ("auto", saved.backend) or not usable:
         raise OptionError(
-            "precision='int8' is of a saved model: imagevec.quantize(images, model=..., "
-            "output=path) makes one, and model=path runs it"
+            f"{folder} runs with engine={saved.backend!r} and "
+            f"device={' or '.join(map(repr, runs_on))} alone"
         )
-    if precision == "float16" and (device == "cpu" or engine == "openvino"):
-        raise OptionError("precision='float16' needs CUDA: did you mean 'bfloat16'?")
-    if precision != "auto":
-        return precision
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    native = supports_bfloat16("cpu" if on_cpu else "cuda")
-    return "bfloat16" if native else "float32"
+    decode = given.get("decode", saved.spec.preprocessing.decode)
+    return Plan(
+        _with(saved.spec, saved.spec.precision, decode),
+        dataclasses.replace(ExecutionOptions.of(chosen), device=usable[0]),
+        saved.backend,
+        tuple(path.name for path in saved_model.store(saved)),
+    )
 
 
-def _converted(spec: FeatureSpec, entry: Entry, weights_path: Path | None) -> tuple[Path, ...]:
-    """A model's graph and weights for OpenVINO; the user's cache keeps them for the next call."""
-    preprocessing = dataclasses.replace(spec.preprocessing, decode="exact")
-    graph_spec = dataclasses.replace(spec, preprocessing=preprocessing, precision="float32")
-    parts = (graph_spec, entry, openvino.version(), imagevec.__version__)
-    key = hashlib.sha256(cloudpickle.dumps(parts)).hexdigest()
-    folder = cache_dir("openvino") / key
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            openvino.save(convert(spec, entry, weights_path), Path(temporary) / "new" / "model.xml")
-            with contextlib.suppress(OSError):  # another process was first
-                (Path(temporary) / "new").rename(folder)
-    return tuple(content_addressed(folder / f"model.{kind}") for kind in ("xml", "bin"))
+def _with(spec: FeatureSpec, precision: str, decode: Any) -> FeatureSpec:
+    preprocessing = dataclasses.replace(spec.preprocessing, decode=decode)
+    return dataclasses.replace(spec, precision=precision, preprocessing=preprocessing)
+
+
+def _weights_key(weights: str) -> str:
+    """A name as it is, a file as its digest."""
+    if not weights.endswith(WEIGHTS_SUFFIXES):
+        return weights
+    path = Path(weights).expanduser()
+    return digest_of(path) if path.is_file() else weights
+
+
+def _process_key(given: dict[str, Any], gpus: bool | None) -> Any:
+    """Equal if this process made the plan before; ``None`` if that cannot be said."""
+    model = given.get("model", DEFAULTS["model"])
+    files = [_version_of_file(path) for path in (model, given.get("weights"))]
+    spec_file = _version_of_file(Path(model) / saved_model.SPEC_FILE) if _is_path(model) else None
+    known = REGISTERED.get(model) if isinstance(model, str) else None
+    available = tuple(name for name in ENGINES if backend(name).is_available())
+    key = (tuple(sorted(given.items(), key=lambda item: item[0])), *files, spec_file, known)
+    try:
+        hash(key)
+    except TypeError:  # a factory that cannot be hashed
+        return None
+    return (*key, available, gpus)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | Path)
+
+
+def _version_of_file(path: Any) -> tuple[int, int] | None:
+    try:
+        stat = Path(path).expanduser().stat()
+    except (OSError, TypeError, ValueError):
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _has_files(plan: Plan) -> bool:
+    try:
+        for name in plan.files:
+            cache.use(verified(cache.stored(name)))
+    except WeightsError:
+        return False
+    return True
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

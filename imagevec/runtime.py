@@ -1,106 +1,121 @@
-"""The state of one Python worker process: its engines, its device, its threads.
+"""A ``Plan`` on a worker: its device, its schedule, and its engine, which this process keeps.
 
 Spark keeps Python workers alive between tasks (``spark.python.worker.reuse``, its default), so an
 engine is built once in a process and then serves every task, query and re-created UDF with the same
-recipe. A worker that idles for a minute is ended by Spark, and its engines with it.
+plan. A worker that idles for a minute is ended by Spark, and its engines with it.
 """
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-import torch
-
-from imagevec.engines import Engine
+from imagevec.engines import Engine, backend
 from imagevec.errors import OptionError
-from imagevec.plan import Recipe
+from imagevec.files import verified
+from imagevec.plan import Plan
+from imagevec.stream import Schedule
 
 _MAX_ENGINES = 3
-_engines: OrderedDict[tuple[str, torch.device], Engine] = OrderedDict()
+_engines: OrderedDict[tuple[str, str, int], Engine] = OrderedDict()
 _lock = threading.Lock()
 
 _AUTO_BATCH_PIXELS = {"cpu": 8 * 224 * 224, "cuda": 128 * 224 * 224}
 
 
 def get_engine(
-    recipe: Recipe, locate: Callable[[str], Path], device: torch.device, threads: int
+    plan: Plan,
+    locate: Callable[[str], Path],
+    device: str,
+    threads: int,
+    when_built: Callable[[], None] = lambda: None,
 ) -> Engine:
-    """This process's engine for a recipe; of too many, the least recently used is dropped.
+    """This process's engine for a plan; of too many, the least recently used is dropped.
 
     Args:
-        recipe: What to build.
+        plan: What to build.
         locate: The name of a shipped file to its path on this machine.
-        device: Where it runs.
+        device: Where it runs: ``"cpu"`` or ``"cuda:N"``.
         threads: Of one forward pass on the CPU.
+        when_built: Called where the engine was not there yet.
+
+    Raises:
+        WeightsError: A file is missing or was altered.
     """
-    key = (recipe.key, device)
+    key = (plan.key, device, threads)
     with _lock:
         if key not in _engines:
-            _engines[key] = recipe.build_engine(locate, device, threads)
+            files = [verified(locate(name)) for name in plan.files]
+            load = backend(plan.backend).load
+            _engines[key] = load(plan.spec, plan.source, files, device, threads)
             if len(_engines) > _MAX_ENGINES:
                 _engines.popitem(last=False)
+            when_built()
         _engines.move_to_end(key)
         return _engines[key]
 
 
-def resolve_device(device: str, gpu_addresses: Sequence[str] = ()) -> torch.device:
-    """The device that an option means in this process.
+def freeze_heap() -> None:
+    """Takes all objects that there are out of the garbage collector's sight.
+
+    PySpark collects garbage in the worker after each task, which walks every object: with PyTorch
+    imported that takes 0.2 s. What the imports and an engine made stays as long as the process.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def device_here(device: str, gpu_addresses: Sequence[str] = ()) -> str:
+    """The device that a plan means in this process: ``"cpu"`` or ``"cuda:N"``.
 
     Args:
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-        gpu_addresses: The GPUs that Spark assigned to the task; the first one is used.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        gpu_addresses: The GPUs that Spark assigned to the task; ``"cuda"`` is the first one.
 
     Raises:
-        OptionError: An explicit device is not here.
+        OptionError: The device is not here.
     """
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if device in ("auto", "cuda"):
-        device = f"cuda:{gpu_addresses[0]}" if gpu_addresses else "cuda:0"
+    if device == "cpu":
+        return device
+    import torch
+
+    if device == "cuda":
+        device = f"cuda:{gpu_addresses[0] if gpu_addresses else 0}"
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(device.partition(":")[2]) >= found:
         raise OptionError(
             f"device={device!r} is not there: PyTorch finds {found} CUDA devices on this machine; "
             "use 'cpu' or 'auto'"
         )
-    return torch.device(device)
+    return device
 
 
-class Schedule(NamedTuple):
-    """How one task divides the cores that Spark gave it.
-
-    Attributes:
-        batch_size: Images in one forward pass.
-        forward_threads: Of the forward pass, if it is on the CPU.
-        decode_threads: Images that are decoded at a time.
-        overlap: Whether decoding goes on during the forward pass.
-    """
-
-    batch_size: int
-    forward_threads: int
-    decode_threads: int
-    overlap: bool
+def threads_here() -> int:
+    """How many threads one forward pass outside of Spark takes: this process's cores."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return int(limit) if limit.isdigit() and int(limit) else cores or 1
 
 
-def schedule(
-    recipe: Recipe, batch_size: int | Literal["auto"], device: torch.device, task_cpus: int
-) -> Schedule:
+def schedule(plan: Plan, device: str, task_cpus: int) -> Schedule:
     """Never more threads at work than ``task_cpus``, but for one that only feeds a GPU.
 
     Args:
-        recipe: Its engine and input size matter.
-        batch_size: The option.
-        device: Where the forward pass runs.
+        plan: Its input size and batch size matter.
+        device: Where the forward pass runs: ``"cpu"`` or ``"cuda:N"``.
         task_cpus: ``spark.task.cpus``.
     """
-    on_gpu = device.type == "cuda"
-    pixels = _AUTO_BATCH_PIXELS[device.type] * (1 if on_gpu else task_cpus)
-    fitting = max(1, pixels // recipe.spec.preprocessing.crop_size**2)
-    # PyTorch's own threads resize, where its engine runs on the CPU.
-    decode_threads = 1 if recipe.engine == "torch" and not on_gpu else task_cpus
-    images = fitting if batch_size == "auto" else batch_size
-    return Schedule(images, task_cpus, decode_threads, overlap=on_gpu)
+    on_gpu = device != "cpu"
+    pixels = _AUTO_BATCH_PIXELS["cuda"] if on_gpu else _AUTO_BATCH_PIXELS["cpu"] * task_cpus
+    fitting = max(1, pixels // plan.spec.preprocessing.crop_size**2)
+    wanted = plan.execution.batch_size
+    return Schedule(
+        batch_size=fitting if isinstance(wanted, str) else wanted,
+        forward_threads=task_cpus,
+        decode_threads=task_cpus,
+        overlap=on_gpu,
+    )

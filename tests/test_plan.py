@@ -5,21 +5,25 @@ import pickle
 import cloudpickle
 import pytest
 
-from imagevec import ImageVectorizer
+from imagevec import ImageVectorizer, plan
+from imagevec.plan import make_plan
 from tests.helpers.factories import Tiny, tiny
-from tests.helpers.pipeline import recipe_of, saved
+from tests.helpers.pipeline import saved
 
 MODEL = {"model": "squeezenet1_1", "weights": "random", "engine": "torch"}
 
 
-def test_the_same_options_make_the_same_recipe():
-    assert recipe_of(**MODEL) == recipe_of(**MODEL)
-    assert recipe_of(**MODEL).key == recipe_of(**MODEL).key
+def test_the_same_options_make_the_same_plan():
+    assert make_plan(**MODEL) == make_plan(**MODEL)
+    assert make_plan(**MODEL).key == make_plan(**MODEL).key
 
 
 @pytest.mark.parametrize("factory", [tiny, Tiny, lambda: Tiny()], ids=["function", "class", "λ"])
-def test_the_same_factory_makes_the_same_recipe(factory):
-    keys = {recipe_of(model=factory, weights="random", engine="torch").key for _ in range(3)}
+def test_the_same_factory_makes_the_same_plan(factory, monkeypatch):
+    keys = set()
+    for _ in range(3):
+        monkeypatch.setattr(plan, "_plans", {})  # it is not remembered, but made again
+        keys.add(make_plan(model=factory, weights="random", engine="torch").key)
     assert len(keys) == 1
 
 
@@ -35,7 +39,7 @@ def test_the_same_factory_makes_the_same_recipe(factory):
     ids=lambda change: next(iter(change)),
 )
 def test_another_vector_needs_another_engine(change):
-    assert recipe_of(**{**MODEL, **change}).key != recipe_of(**MODEL).key
+    assert make_plan(**{**MODEL, **change}).key != make_plan(**MODEL).key
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,7 @@ def test_another_vector_needs_another_engine(change):
     ids=lambda change: next(iter(change)),
 )
 def test_the_same_vector_needs_no_other_engine(change):
-    assert recipe_of(**MODEL, **change).key == recipe_of(**MODEL).key
+    assert make_plan(**MODEL, **change).key == make_plan(**MODEL).key
 
 
 def test_two_factories_that_differ_in_a_number_are_told_apart():
@@ -57,7 +61,7 @@ def test_two_factories_that_differ_in_a_number_are_told_apart():
         return build
 
     keys = {
-        recipe_of(model=factory(scale), weights="random", engine="torch").key for scale in (1, 2)
+        make_plan(model=factory(scale), weights="random", engine="torch").key for scale in (1, 2)
     }
     assert len(keys) == 2
 
@@ -66,26 +70,26 @@ def test_the_weights_are_part_of_the_key(tmp_path):
     keys = set()
     for seed in (1, 2):
         saved(tiny, tmp_path / "weights.pth", seed)
-        recipe = recipe_of(model=tiny, weights=str(tmp_path / "weights.pth"), engine="torch")
-        keys.add(recipe.key)
+        plan = make_plan(model=tiny, weights=str(tmp_path / "weights.pth"), engine="torch")
+        keys.add(plan.key)
     assert len(keys) == 2
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
 @pytest.mark.parametrize("engine", ["torch", "auto"])
 def test_nothing_is_left_to_be_decided(engine, precision):
-    recipe = recipe_of(**{**MODEL, "engine": engine}, precision=precision)
-    assert recipe.engine in ("torch", "openvino")
-    assert recipe.spec.precision in ("float32", "bfloat16")
-    assert precision in ("auto", recipe.spec.precision)
-    assert recipe.spec.num_features == 512
+    plan = make_plan(**{**MODEL, "engine": engine}, precision=precision)
+    assert plan.backend in ("torch", "openvino")
+    assert plan.spec.precision in ("float32", "bfloat16")
+    assert precision in ("auto", plan.spec.precision)
+    assert plan.spec.num_features == 512
 
 
 @pytest.mark.parametrize("model", ["resnet50", tiny, lambda: Tiny()], ids=["name", "function", "λ"])
 def test_what_travels_is_small(model):
     options = {"model": model, "weights": "random", "engine": "torch"}
-    recipe = recipe_of(**options)
-    pickled = cloudpickle.dumps(recipe)
+    plan = make_plan(**options)
+    pickled = cloudpickle.dumps(plan)
     assert len(pickled) < 10_000
-    assert pickle.loads(pickled).spec == recipe.spec
+    assert pickle.loads(pickled).spec == plan.spec
     assert len(cloudpickle.dumps(ImageVectorizer(**options))) < 10_000

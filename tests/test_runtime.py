@@ -8,90 +8,133 @@ from pathlib import Path
 import pytest
 import torch
 
-from imagevec import ImageVectorizer, OptionError
-from imagevec.runtime import get_engine, resolve_device, schedule
+from imagevec import ImageVectorizer, OptionError, runtime
+from imagevec.plan import devices, has_cuda, make_plan
+from imagevec.runtime import device_here, get_engine, schedule
 from tests.helpers.factories import logging_tiny
 from tests.helpers.images import encode, photo
-from tests.helpers.pipeline import recipe_of
-
-CPU = torch.device("cpu")
-CUDA = torch.device("cuda:0")
+from tests.helpers.pipeline import run_python
 
 
 class FakeEngine:
     pass
 
 
-class FakeRecipe:
-    """Counts how often its engine is built."""
+class FakePlan:
+    """Counts how often its engine is built, by a backend that is itself."""
+
+    spec = source = None
+    files = ()
 
     def __init__(self, key: str) -> None:
         self.key = key
+        self.backend = self
         self.engines: list[weakref.ref] = []
 
-    def build_engine(self, *args: object, **kwargs: object) -> FakeEngine:
+    def load(self, *args: object) -> FakeEngine:
         engine = FakeEngine()
         self.engines.append(weakref.ref(engine))
         return engine
 
 
-def engine_of(recipe: FakeRecipe, device: torch.device = CPU) -> FakeEngine:
-    return get_engine(recipe, Path, device, threads=1)
+@pytest.fixture(autouse=True)
+def fake_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = runtime.backend
+    monkeypatch.setattr(runtime, "backend", lambda b: real(b) if isinstance(b, str) else b)
+
+
+def engine_of(plan: FakePlan, device: str = "cpu", threads: int = 1) -> FakeEngine:
+    return get_engine(plan, Path, device, threads)
 
 
 def test_an_engine_is_built_once():
-    recipe = FakeRecipe("once")
-    assert engine_of(recipe) is engine_of(recipe) is engine_of(FakeRecipe("once"))
-    assert len(recipe.engines) == 1
+    plan = FakePlan("once")
+    assert engine_of(plan) is engine_of(plan) is engine_of(FakePlan("once"))
+    assert len(plan.engines) == 1
 
 
 def test_each_device_has_its_own_engine():
-    recipe = FakeRecipe("devices")
-    assert engine_of(recipe, CPU) is not engine_of(recipe, CUDA)
-    assert engine_of(recipe, torch.device("cuda:1")) is not engine_of(recipe, CUDA)
+    plan = FakePlan("devices")
+    assert engine_of(plan, "cpu") is not engine_of(plan, "cuda:0")
+    assert engine_of(plan, "cuda:1") is not engine_of(plan, "cuda:0")
+
+
+def test_each_number_of_threads_has_its_own_engine():
+    plan = FakePlan("threads")
+    assert engine_of(plan, threads=1) is not engine_of(plan, threads=2)
+    assert engine_of(plan, threads=2) is engine_of(plan, threads=2)
+
+
+def test_the_heap_is_frozen_when_an_engine_was_built_and_not_again():
+    plan, frozen = FakePlan("frozen"), []
+    for _ in range(3):
+        get_engine(plan, Path, "cpu", 1, when_built=lambda: frozen.append(plan))
+    assert len(frozen) == 1
+
+
+def test_a_frozen_heap_is_not_walked():
+    printed = run_python("""
+import gc
+from imagevec.runtime import freeze_heap
+kept = [[] for _ in range(100_000)]
+before = len(gc.get_objects())
+freeze_heap()
+print(before > 100_000, len(gc.get_objects()) < 1000, gc.get_freeze_count() > 100_000)
+""")
+    assert printed.split() == ["True"] * 3
 
 
 def test_only_a_few_engines_are_kept():
-    recipes = [FakeRecipe(f"many {number}") for number in range(12)]
-    for recipe in recipes:
-        engine_of(recipe)
+    plans = [FakePlan(f"many {number}") for number in range(12)]
+    for plan in plans:
+        engine_of(plan)
     gc.collect()
-    kept = [recipe.key for recipe in recipes if recipe.engines[0]() is not None]
+    kept = [plan.key for plan in plans if plan.engines[0]() is not None]
     assert 1 <= len(kept) <= 6
-    assert kept == [recipe.key for recipe in recipes[-len(kept) :]]
+    assert kept == [plan.key for plan in plans[-len(kept) :]]
 
 
 def test_the_engine_in_use_is_not_dropped():
-    used = FakeRecipe("in use")
+    used = FakePlan("in use")
     for number in range(12):
         engine_of(used)
-        engine_of(FakeRecipe(f"passing {number}"))
+        engine_of(FakePlan(f"passing {number}"))
     assert len(used.engines) == 1
 
 
 def test_an_engine_that_cannot_be_built_is_tried_again():
-    recipe = FakeRecipe("fails")
-    recipe.build_engine, build = lambda *args: 1 / 0, recipe.build_engine
+    plan = FakePlan("fails")
+    plan.load, build = lambda *args: 1 / 0, plan.load
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
-            engine_of(recipe)
-    recipe.build_engine = build
-    assert engine_of(recipe) is recipe.engines[0]()
+            engine_of(plan)
+    plan.load = build
+    assert engine_of(plan) is plan.engines[0]()
 
 
-def test_a_model_is_built_once_for_many_images(tmp_path):
+def test_a_factory_is_called_once_for_a_plan_and_once_for_an_engine(tmp_path):
     log = tmp_path / "built"
-    factory = functools.partial(logging_tiny, str(log))
-    vectorizer = ImageVectorizer(model=factory, weights="random", engine="torch")
-    built_to_resolve = len(log.read_text().split())
+    options = {"model": functools.partial(logging_tiny, str(log)), "engine": "torch"}
+    vectorizer = ImageVectorizer(**options)
+    assert len(log.read_text().split()) == 1
     for seed in range(3):
         vectorizer.extract_features(encode(photo(seed=seed)))
-    ImageVectorizer(model=factory, weights="random", engine="torch", output="struct")
-    assert len(log.read_text().split()) - built_to_resolve == 1 + built_to_resolve
+    ImageVectorizer(**options)
+    assert len(log.read_text().split()) == 2
+
+
+def test_an_openvino_engine_does_not_call_the_factory(tmp_path):
+    pytest.importorskip("openvino")
+    log = tmp_path / "built"
+    model = functools.partial(logging_tiny, str(log))
+    vectorizer = ImageVectorizer(model=model, engine="openvino")
+    vectorizer.extract_features(encode(photo()))
+    assert len(log.read_text().split()) == 1
 
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imagevec.plan._has_gpu_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
@@ -107,8 +150,6 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("cpu", (), "cpu"),
         ("cpu", ("1",), "cpu"),
-        ("auto", (), "cuda:0"),
-        ("auto", ("1",), "cuda:1"),
         ("cuda", (), "cuda:0"),
         ("cuda", ("1", "0"), "cuda:1"),
         ("cuda:1", (), "cuda:1"),
@@ -116,25 +157,38 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("two_gpus")
 def test_a_device_is_the_one_that_is_asked_for_or_assigned(device, addresses, expected):
-    assert resolve_device(device, addresses) == torch.device(expected)
+    assert device_here(device, addresses) == expected
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_auto_is_the_gpu_that_is_here():
+    assert devices("auto") == ("cuda", "cpu")
+    assert devices("cpu") == ("cpu",)
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_without_a_gpu_auto_is_the_cpu():
-    assert resolve_device("auto") == CPU
+def test_without_a_gpu_auto_is_the_cpu_unless_tasks_have_gpus():
+    assert devices("auto") == ("cpu",)
+    assert devices("auto", gpus=True) == ("cuda", "cpu")
+
+
+def test_pytorch_is_not_imported_to_learn_that_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr("imagevec.plan._has_gpu_driver", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: 1 / 0)
+    assert not has_cuda()
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
 @pytest.mark.usefixtures("no_gpu")
 def test_a_gpu_that_is_not_there_is_never_replaced(device):
     with pytest.raises(OptionError, match=rf"device='{device}.*finds 0 CUDA.*'cpu' or 'auto'"):
-        resolve_device(device)
+        device_here(device)
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_a_gpu_beyond_the_last_is_refused():
     with pytest.raises(OptionError, match="device='cuda:2' is not there: PyTorch finds 2 CUDA"):
-        resolve_device("cuda:2")
+        device_here("cuda:2")
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
@@ -142,10 +196,11 @@ def test_a_gpu_beyond_the_last_is_refused():
 def test_no_more_threads_than_cores(engine, task_cpus):
     if engine == "openvino":
         pytest.importorskip("openvino")
-    recipe = recipe_of(model="squeezenet1_1", weights="random", engine=engine)
-    plan = schedule(recipe, "auto", CPU, task_cpus)
-    assert 1 <= plan.forward_threads <= task_cpus
-    assert 1 <= plan.decode_threads <= task_cpus
-    assert not plan.overlap
-    assert plan.batch_size >= 1
-    assert schedule(recipe, 5, CPU, task_cpus).batch_size == 5
+    options = {"model": "squeezenet1_1", "weights": "random", "engine": engine}
+    how = schedule(make_plan(**options), "cpu", task_cpus)
+    assert 1 <= how.forward_threads <= task_cpus
+    assert 1 <= how.decode_threads <= task_cpus
+    assert not how.overlap
+    assert how.batch_size >= 1
+    assert schedule(make_plan(**options, batch_size=5), "cpu", task_cpus).batch_size == 5
+    assert schedule(make_plan(**options), "cuda:0", task_cpus).overlap
