@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from imagevec.errors import OptionError
-from imagevec.spec import check_positive
+from imagevec.options import check_positive
 
 ARROW_RECORDS = "spark.sql.execution.arrow.maxRecordsPerBatch"
 ARROW_BYTES = "spark.sql.execution.arrow.maxBytesPerBatch"
@@ -34,7 +34,8 @@ def recommended_conf(
           where the default of 10,000 rows is 1 GB of 100 KB images.
         - ``spark.task.cpus`` and ``spark.executor.cores``: see above.
         - ``spark.python.worker.reuse``: without it, each task loads the model anew.
-        - ``spark.python.daemon.module``: workers start with PyTorch imported, once an executor.
+        - ``spark.python.daemon.module``: imports are done once for each executor, and workers start
+          at once.
         - ``spark.executor.memoryOverhead``: Python workers live outside the JVM's heap, at 1.5 GiB
           each with a model of the size of ResNet-50.
         - ``spark.executor.resource.gpu.amount`` and ``spark.task.resource.gpu.amount``, with GPUs.

@@ -1,15 +1,22 @@
 """PySpark's daemon with imagevec's imports done: workers are forked from it, and start at once.
 
 ``spark.python.daemon.module=imagevec.spark.daemon`` (of ``recommended_conf``) makes an executor use
-it. Importing PyTorch and torchvision takes seconds; here that happens once an executor, and the
-memory is shared. No thread is started before the fork.
+it. The imports take about a second, here once an executor, and their memory is shared. It does not
+import PyTorch, which the workers of the OpenVINO engine do without: those of the PyTorch engine do
+it themselves, once. No thread is started before the fork.
 """
 
 from __future__ import annotations
 
-from pyspark.daemon import manager
-
-import imagevec.spark.udf  # noqa: F401
-
 if __name__ == "__main__":
+    from pyspark.daemon import manager
+
+    from imagevec.engines import backend
+    from imagevec.options import ENGINES
+    from imagevec.runtime import freeze_heap
+
+    for name in ENGINES:
+        if backend(name).is_available() and not backend(name).BUILDS_MODULE:
+            backend(name).preload()
+    freeze_heap()  # or the workers' garbage collector would walk it after each task, and copy it
     manager()

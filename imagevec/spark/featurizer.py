@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
 from pyspark.ml import Transformer
 from pyspark.ml.functions import array_to_vector
@@ -27,24 +26,32 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.functions import col, when
 from pyspark.sql.types import ArrayType, FloatType, StructField, StructType
 
+from imagevec import cache
 from imagevec.engines import saved_model
-from imagevec.engines.saved_model import MODEL_FILES, SPEC_FILE, is_saved_model
-from imagevec.errors import ImageVecError, OptionError, WeightsError, did_you_mean
-from imagevec.files import cache_dir, content_addressed, digest_of, verified
-from imagevec.models.exported import is_exported
-from imagevec.models.registry import FactoryEntry, ModelFactory, find_entry
-from imagevec.models.state_dict import RANDOM, SUFFIXES, find_weights
-from imagevec.spark.udf import check_input_column
+from imagevec.errors import OptionError, WeightsError, did_you_mean
+from imagevec.files import PREFIX, digest_of, verified
+from imagevec.models.registry import find_source
+from imagevec.options import (
+    OPTIONS,
+    RANDOM,
+    WEIGHTS_SUFFIXES,
+    Option,
+    Options,
+    check_choice,
+)
+from imagevec.spark import hadoop
+from imagevec.spark.sessions import check_input_column, find_column, is_connect, quoted
 from imagevec.spark.vectorizer import ImageVectorizer
-from imagevec.spec import DEFAULTS, FeatureSpec, Options, check_choice
-from imagevec.table.provenance import metadata_of
+from imagevec.spec import FeatureSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from imagevec.models.factory import ModelFactory
+
 _OUTPUT_TYPES = ("array", "vector")
 _FILES = "files"  # the folder of what is saved beside the metadata
-_SAVED_NAME = re.compile(r"imagevec-[0-9a-f]{64}(\.\w+)?")
+_SAVED_NAME = re.compile(PREFIX + r"[0-9a-f]{64}(\.\w+)?")
 
 
 def _camel(option: str) -> str:
@@ -52,13 +59,13 @@ def _camel(option: str) -> str:
     return first + "".join(word.capitalize() for word in others)
 
 
-_OPTION_OF = {_camel(option): option for option in DEFAULTS if option != "output"}
+_OPTION_OF = {_camel(option.name): option for option in OPTIONS if option.name != "output"}
 _DEFAULTS: dict[str, Any] = {
     "inputCol": "content",
     "outputCol": "features",
     "outputType": "array",
     **{
-        name: list(value) if isinstance(value := dict(DEFAULTS)[option], tuple) else value
+        name: list(option.default) if isinstance(option.default, tuple) else option.default
         for name, option in _OPTION_OF.items()
     },
 }
@@ -68,7 +75,7 @@ class FeaturizerParams(TypedDict, total=False):
     """The keyword arguments of ``ImageFeaturizer``.
 
     ``inputCol``, ``outputCol`` and ``outputType`` (``"array"`` or ``"vector"``) are its own, all
-    others are those of ``imagevec.spec.Options`` in camelCase.
+    others are those of ``imagevec.options.Options`` in camelCase.
     """
 
     inputCol: str
@@ -90,18 +97,64 @@ class FeaturizerParams(TypedDict, total=False):
     isolate: bool
 
 
-def _to_model(value: Any) -> Any:
-    if callable(value):
-        return value
-    return _to_path(value)
-
-
 def _to_path(value: Any) -> str:
     return TypeConverters.toString(str(value) if isinstance(value, Path) else value)
 
 
-def _to_batch_size(value: Any) -> int | str:
+def _to_model(value: Any) -> Any:
+    return value if callable(value) else _to_path(value)
+
+
+def _to_layer(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        raise TypeError(
+            f"{value!r} is not one layer: use a featurizer for each, or ImageVectorizer, whose "
+            "layers are fields of a struct"
+        )
+    return TypeConverters.toString(value)
+
+
+def _to_count_or_auto(value: Any) -> int | str:
     return "auto" if value == "auto" else TypeConverters.toInt(value)
+
+
+_CONVERTERS: dict[str, Callable[[Any], Any]] = {
+    "model": _to_model,
+    "path": _to_path,
+    "layer": _to_layer,
+    "names": TypeConverters.toListString,
+    "flag": TypeConverters.toBoolean,
+    "choice": TypeConverters.toString,
+    "text": TypeConverters.toString,
+    "auto_or_count": _to_count_or_auto,
+    "count": TypeConverters.toInt,
+}
+
+_C = TypeVar("_C", bound=type)
+
+
+def _with_option_params(cls: _C) -> _C:
+    """Adds a Param for each of ``imagevec.options.OPTIONS``, with its getter and its setter."""
+    for name, option in _OPTION_OF.items():
+        _add_param(cls, name, option)
+    return cls
+
+
+def _add_param(cls: type, name: str, option: Option) -> None:
+    def get(self: Params) -> Any:
+        return self.getOrDefault(name)
+
+    def set(self: Params, value: Any) -> Any:
+        return self._set(**{name: value})
+
+    title = name[0].upper() + name[1:]
+    for prefix, method in (("get", get), ("set", set)):
+        method.__name__ = f"{prefix}{title}"
+        method.__qualname__ = f"{cls.__qualname__}.{method.__name__}"
+        method.__doc__ = f"{prefix.capitalize()}s {name}: {option.described}."
+        setattr(cls, method.__name__, method)
+    converter = _CONVERTERS[option.kind]
+    setattr(cls, name, Param(Params._dummy(), name, option.described, converter))
 
 
 def _length_of_vectors(spec: FeatureSpec) -> dict[str, Any]:
@@ -109,18 +162,12 @@ def _length_of_vectors(spec: FeatureSpec) -> dict[str, Any]:
     return {"ml_attr": {"num_attrs": spec.num_features}}  # one layer's: the Param is one name
 
 
-def _param(
-    name: str, doc: str, converter: Callable[[Any], Any] = TypeConverters.toString
-) -> Param[Any]:
-    return Param(Params._dummy(), name, doc, converter)
-
-
 class _Resolved(NamedTuple):
     """What a featurizer's options came to.
 
     Attributes:
         options: As they were set.
-        weights: A content-addressed copy of one's own weights; ``None`` for a library's.
+        weights: A content-addressed copy of weights that are no library's, else ``None``.
         vectorizer: Of these.
     """
 
@@ -129,6 +176,7 @@ class _Resolved(NamedTuple):
     vectorizer: ImageVectorizer
 
 
+@_with_option_params
 class ImageFeaturizer(
     Transformer, HasInputCol, HasOutputCol, MLReadable["ImageFeaturizer"], MLWritable
 ):
@@ -157,44 +205,16 @@ class ImageFeaturizer(
         TypeError: A value is of a wrong type.
     """
 
-    model: Param[Any] = _param(
-        "model",
-        "a name of list_models(), timm/<name>, a zero-argument factory of an nn.Module, "
-        "or the folder of a saved model",
-        _to_model,
+    outputType: Param[str] = Param(
+        Params._dummy(),
+        "outputType",
+        "array (of float), or vector (of pyspark.ml)",
+        TypeConverters.toString,
     )
-    weights: Param[str] = _param(
-        "weights",
-        "a torchvision weights name, a path to .pth, .pt or .safetensors, or random",
-        _to_path,
-    )
-    layer: Param[str] = _param("layer", "pooled, logits, or the name of a node of the model")
-    normalize: Param[bool] = _param(
-        "normalize", "whether each vector gets length 1", TypeConverters.toBoolean
-    )
-    precision: Param[str] = _param("precision", "float32, bfloat16, float16, int8 or auto")
-    engine: Param[str] = _param("engine", "what runs the forward pass: torch, openvino or auto")
-    device: Param[str] = _param("device", "cpu, cuda, cuda:N or auto")
-    batchSize: Param[int | str] = _param(
-        "batchSize", "images in one forward pass, or auto", _to_batch_size
-    )
-    maxPixels: Param[int] = _param(
-        "maxPixels", "a larger image is a bad image, by its header", TypeConverters.toInt
-    )
-    formats: Param[list[str]] = _param(
-        "formats", "the formats that are decoded", TypeConverters.toListString
-    )
-    allowedRoots: Param[list[str]] = _param(
-        "allowedRoots",
-        "folders and prefixes of URIs under which paths are read; none: anywhere",
-        TypeConverters.toListString,
-    )
-    decode: Param[str] = _param("decode", "exact, or scaled, which is faster for large JPEGs")
-    onError: Param[str] = _param("onError", "a bad image gives a null, or raises its reason")
-    isolate: Param[bool] = _param(
-        "isolate", "whether images are decoded in a child process", TypeConverters.toBoolean
-    )
-    outputType: Param[str] = _param("outputType", "array (of float), or vector (of pyspark.ml)")
+
+    if TYPE_CHECKING:  # the params of options, their getters and their setters
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, **params: Unpack[FeaturizerParams]) -> None:
         super().__init__()
@@ -218,11 +238,11 @@ class ImageFeaturizer(
         """
         check_input_column(schema, self.getInputCol())
         name = self.getOutputCol()
-        if name.lower() in (existing.lower() for existing in schema.names):
+        if find_column(schema.names, name):
             raise OptionError(f"outputCol={name!r} is not valid: there is such a column already")
         check_choice("outputType", self.getOutputType(), _OUTPUT_TYPES)
         spec = self._resolve().vectorizer.spec
-        metadata = metadata_of(spec)
+        metadata = spec.metadata
         if self.getOutputType() == "array":
             field = StructField(name, ArrayType(FloatType()), True, metadata)
         else:
@@ -236,7 +256,7 @@ class ImageFeaturizer(
         df = vectorizer.process_images(dataset, self.getInputCol(), name)
         if self.getOutputType() == "array":
             return df
-        features = col("`" + name.replace("`", "``") + "`")
+        features = col(quoted(name))
         vectors = when(features.isNotNull(), array_to_vector(features))  # which fails on a null
         metadata = df.schema[name].metadata | _length_of_vectors(vectorizer.spec)
         return df.withColumn(name, vectors.alias(name, metadata=metadata))
@@ -249,12 +269,9 @@ class ImageFeaturizer(
         """
         options = self._options()
         if self._resolved is None or self._resolved.options != options:
-            weights = None
-            if self._has_own_weights():
-                path = find_weights(self.getWeights(), find_entry(self.getModel()))
-                weights = content_addressed(path) if path else None
-            exact: Options = {**options, "weights": str(weights)} if weights else options
-            self._resolved = _Resolved(options, weights, ImageVectorizer(**exact))
+            vectorizer = ImageVectorizer(**options)
+            weights = self._own_weights(vectorizer.spec) if self._has_own_weights() else None
+            self._resolved = _Resolved(options, weights, vectorizer)
         return self._resolved
 
     def _options(self) -> Options:
@@ -265,7 +282,7 @@ class ImageFeaturizer(
         return cast(
             Options,
             {
-                option: self.getOrDefault(name)
+                option.name: self.getOrDefault(name)
                 for name, option in _OPTION_OF.items()
                 if self.isSet(name) or self.getOrDefault(name) != _DEFAULTS[name]
             },
@@ -274,9 +291,14 @@ class ImageFeaturizer(
     def _has_own_weights(self) -> bool:
         """Whether the weights are no library's, but a file's, or what a factory builds."""
         model, weights = self.getModel(), self.getWeights()
-        if is_saved_model(model) or weights == RANDOM:
+        if saved_model.is_saved_model(model) or weights == RANDOM:
             return False
-        return str(weights).endswith(SUFFIXES) or isinstance(find_entry(model), FactoryEntry)
+        return weights.endswith(WEIGHTS_SUFFIXES) or find_source(model).identity != "name"
+
+    def _own_weights(self, spec: FeatureSpec) -> Path:
+        """A copy of these weights, which the vectorizer of this spec has."""
+        stored = cache.find(spec.weights.removeprefix("sha256:"))
+        return stored or cache.store(Path(self.getWeights()).expanduser())
 
     def write(self) -> MLWriter:
         """What saves it: ``featurizer.write().overwrite().save(path)`` for example.
@@ -304,90 +326,6 @@ class ImageFeaturizer(
     def getOutputType(self) -> str:
         return self.getOrDefault(self.outputType)
 
-    def setModel(self, value: str | ModelFactory) -> Self:
-        return self._set(model=value)
-
-    def getModel(self) -> str | ModelFactory:
-        return cast("str | ModelFactory", self.getOrDefault(self.model))
-
-    def setWeights(self, value: str) -> Self:
-        return self._set(weights=value)
-
-    def getWeights(self) -> str:
-        return self.getOrDefault(self.weights)
-
-    def setLayer(self, value: str) -> Self:
-        return self._set(layer=value)
-
-    def getLayer(self) -> str:
-        return self.getOrDefault(self.layer)
-
-    def setNormalize(self, value: bool) -> Self:
-        return self._set(normalize=value)
-
-    def getNormalize(self) -> bool:
-        return self.getOrDefault(self.normalize)
-
-    def setPrecision(self, value: str) -> Self:
-        return self._set(precision=value)
-
-    def getPrecision(self) -> str:
-        return self.getOrDefault(self.precision)
-
-    def setEngine(self, value: str) -> Self:
-        return self._set(engine=value)
-
-    def getEngine(self) -> str:
-        return self.getOrDefault(self.engine)
-
-    def setDevice(self, value: str) -> Self:
-        return self._set(device=value)
-
-    def getDevice(self) -> str:
-        return self.getOrDefault(self.device)
-
-    def setBatchSize(self, value: int | str) -> Self:
-        return self._set(batchSize=value)
-
-    def getBatchSize(self) -> int | str:
-        return self.getOrDefault(self.batchSize)
-
-    def setMaxPixels(self, value: int) -> Self:
-        return self._set(maxPixels=value)
-
-    def getMaxPixels(self) -> int:
-        return self.getOrDefault(self.maxPixels)
-
-    def setFormats(self, value: list[str]) -> Self:
-        return self._set(formats=value)
-
-    def getFormats(self) -> list[str]:
-        return self.getOrDefault(self.formats)
-
-    def setAllowedRoots(self, value: list[str]) -> Self:
-        return self._set(allowedRoots=value)
-
-    def getAllowedRoots(self) -> list[str]:
-        return self.getOrDefault(self.allowedRoots)
-
-    def setDecode(self, value: str) -> Self:
-        return self._set(decode=value)
-
-    def getDecode(self) -> str:
-        return self.getOrDefault(self.decode)
-
-    def setOnError(self, value: str) -> Self:
-        return self._set(onError=value)
-
-    def getOnError(self) -> str:
-        return self.getOrDefault(self.onError)
-
-    def setIsolate(self, value: bool) -> Self:
-        return self._set(isolate=value)
-
-    def getIsolate(self) -> bool:
-        return self.getOrDefault(self.isolate)
-
 
 class _Writer(MLWriter):
     """Saves a featurizer; what cannot be saved is refused before anything is overwritten."""
@@ -397,24 +335,18 @@ class _Writer(MLWriter):
         model = featurizer.getModel()
         self._saved = featurizer.copy()
         self._files: dict[str, Path] = {}  # the name in the folder of files, and what goes there
-        if is_saved_model(model):
+        if saved_model.is_saved_model(model):
             folder = Path(str(model))
-            _, model_files = saved_model.read(folder)
-            spec_file = content_addressed(folder / SPEC_FILE)
-            names = (f"{spec_file.stem}/{name}" for name in (SPEC_FILE, *MODEL_FILES))
-            self._files = dict(zip(names, (spec_file, *model_files), strict=True))
+            files = saved_model.read(folder).files
+            spec_file = cache.store(folder / saved_model.SPEC_FILE)
+            self._files = {f"{spec_file.stem}/{path.name}": path for path in files}
+            self._files[f"{spec_file.stem}/{saved_model.SPEC_FILE}"] = spec_file
             self._saved.setModel(spec_file.stem)
-        elif is_exported(model):
-            raise OptionError(
-                f"a featurizer with model={model!r} cannot be saved: it can hold code"
-            )
-        elif not isinstance(model, str):
-            raise OptionError(
-                f"a featurizer with a factory, model={model!r}, cannot be saved, since to load it "
-                "would be to run saved code: give the factory a name with register_model and that "
-                "name as model, or give the folder of a saved model"
-            )
-        elif featurizer._has_own_weights():
+            return
+        reason = find_source(model).why_not_saved()
+        if reason is not None:
+            raise OptionError(reason)
+        if featurizer._has_own_weights():
             weights = cast(Path, featurizer._resolve().weights)
             self._files = {weights.name: weights}
             self._saved.setWeights(weights.name)
@@ -422,10 +354,19 @@ class _Writer(MLWriter):
     def saveImpl(self, path: str) -> None:
         session = self.sparkSession
         if self._files:
-            _check_has_jvm(session)
-        DefaultParamsWriter(self._saved).session(session).saveImpl(path)
+            hadoop.check_has_jvm(session)
+        if is_connect(session) and self.shouldOverwrite:
+            metadata = DefaultParamsWriter._get_metadata_to_save(self._saved, session)
+            rows = session.createDataFrame([(metadata,)], "value string").coalesce(1)
+            rows.write.mode("overwrite").text(f"{path}/metadata")
+        else:
+            DefaultParamsWriter(self._saved).session(session).saveImpl(path)
         for name, file in self._files.items():
-            _copy(session, f"file://{file.resolve()}", f"{path}/{_FILES}/{name}")
+            hadoop.upload(session, file, f"{path}/{_FILES}/{name}")
+
+    def _handleOverwrite(self, path: str) -> None:
+        if not is_connect(self.sparkSession):  # there PySpark has no way to delete a folder
+            super()._handleOverwrite(path)
 
 
 class _Reader(MLReader[ImageFeaturizer]):
@@ -440,7 +381,7 @@ class _Reader(MLReader[ImageFeaturizer]):
         """
         session = self.sparkSession
         # Spark 3.5 reads metadata by the context, Spark 4 by either, Spark Connect has none.
-        reads = session.sparkContext if hasattr(session, "_jsc") else session
+        reads = session if is_connect(session) else session.sparkContext
         metadata = DefaultParamsReader.loadMetadata(path, reads)
         expected = f"{ImageFeaturizer.__module__}.{ImageFeaturizer.__qualname__}"
         if metadata["class"] != expected:
@@ -450,7 +391,7 @@ class _Reader(MLReader[ImageFeaturizer]):
         model, weights = featurizer.getModel(), featurizer.getWeights()
         if _SAVED_NAME.fullmatch(str(model)):
             featurizer.setModel(str(_load_saved_model(session, path, str(model))))
-        elif weights.endswith(SUFFIXES):
+        elif weights.endswith(WEIGHTS_SUFFIXES):
             featurizer.setWeights(str(_load_weights(session, path, weights)))
         return featurizer
 
@@ -459,25 +400,26 @@ def _load_weights(session: SparkSession, folder: str, name: str) -> Path:
     """A saved featurizer's weights file, in the user's cache."""
     if not _SAVED_NAME.fullmatch(name):
         raise WeightsError(f"weights={name!r} in {folder} is not the name of a saved file")
-    with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary) / name
-        _copy(session, f"{folder}/{_FILES}/{name}", f"file://{copy}")
-        return content_addressed(verified(copy))
+    with cache.temporary_folder() as temporary:
+        hadoop.download(session, f"{folder}/{_FILES}/{name}", temporary / name)
+        return cache.store(verified(temporary / name), move=True)
 
 
 def _load_saved_model(session: SparkSession, folder: str, name: str) -> Path:
     """A saved featurizer's saved model, in the user's cache; its name is its spec's digest."""
-    cached = cache_dir("saved_models") / name
-    with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
-        copy = Path(temporary) / name
-        for file in (SPEC_FILE, *MODEL_FILES):
-            _copy(session, f"{folder}/{_FILES}/{name}/{file}", f"file://{copy / file}")
-        found, expected = digest_of(copy / SPEC_FILE), name.rpartition("-")[2]
+    cached = cache.folder("saved_models") / name
+    source = f"{folder}/{_FILES}/{name}"
+    with cache.temporary_folder() as temporary:
+        copy = temporary / name
+        spec_file = copy / saved_model.SPEC_FILE
+        hadoop.download(session, f"{source}/{spec_file.name}", spec_file)
+        found, expected = digest_of(spec_file), name.removeprefix(PREFIX)
         if found != expected:
             raise WeightsError(
-                f"{folder}/{_FILES}/{name}/{SPEC_FILE} was altered: "
-                f"its SHA-256 is {found}, not {expected}"
+                f"{source}/{spec_file.name} was altered: its SHA-256 is {found}, not {expected}"
             )
+        for file in saved_model.file_names(copy):
+            hadoop.download(session, f"{source}/{file}", copy / file)
         saved_model.read(copy)
         try:
             saved_model.read(cached)
@@ -485,32 +427,5 @@ def _load_saved_model(session: SparkSession, folder: str, name: str) -> Path:
             shutil.rmtree(cached, ignore_errors=True)
             with contextlib.suppress(OSError):  # another process was first
                 copy.rename(cached)
+    cache.use(cached)
     return cached
-
-
-def _check_has_jvm(session: SparkSession) -> None:
-    if not hasattr(session, "_jsc"):
-        raise ImageVecError(
-            "Spark Connect has no access to Hadoop's file systems: save and load a featurizer "
-            "with weights or a saved model of its own in a classic session"
-        )
-
-
-def _copy(session: SparkSession, source: str, target: str) -> None:
-    """Copies a file from and to where the session's Hadoop file systems reach.
-
-    Raises:
-        WeightsError: There is no such file.
-        ImageVecError: Under Spark Connect.
-    """
-    _check_has_jvm(session)
-    fs = cast(Any, session)._jvm.org.apache.hadoop.fs
-    conf = cast(Any, session)._jsparkSession.sessionState().newHadoopConf()
-    # Hadoop's own checksums are hidden files beside local ones: ours go along with the file.
-    conf.set("fs.file.impl", "org.apache.hadoop.fs.RawLocalFileSystem")
-    conf.set("fs.file.impl.disable.cache", "true")
-    source_path, target_path = fs.Path(source), fs.Path(target)
-    source_fs, target_fs = source_path.getFileSystem(conf), target_path.getFileSystem(conf)
-    if not source_fs.exists(source_path):
-        raise WeightsError(f"{source} is not there")
-    fs.FileUtil.copy(source_fs, source_path, target_fs, target_path, False, True, conf)

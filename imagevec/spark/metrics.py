@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from pyspark.accumulators import AccumulatorParam
 
-from imagevec.spark.ship import active_session
+from imagevec.spark.sessions import active_session, is_connect
 from imagevec.stream import Counts
 
 
@@ -18,13 +18,14 @@ class Metrics:
         metrics.value  # {"rows": 1000, "images": 997, "nulls": 1, "errors.corrupt": 2, ...}
 
     Tasks report when they end. A task that Spark runs twice, after a failure or for speculation,
-    may count twice. Under Spark Connect there are no accumulators: ``value`` stays empty.
+    may count twice; one that Spark ends early, since ``limit(3)`` or ``first()`` has what it wants,
+    does not report. Under Spark Connect there are no accumulators: ``value`` stays empty.
     """
 
     def __init__(self) -> None:
         session = active_session()
         self._sum = None
-        if hasattr(session, "_jsc"):  # not under Spark Connect
+        if not is_connect(session):
             self._sum = session.sparkContext.accumulator(defaultdict(float), _CountsParam())
 
     @property
@@ -33,8 +34,13 @@ class Metrics:
 
         - ``rows`` are ``images`` + ``nulls`` + ``errors.<code>`` (of ``imagevec.ImageError``).
         - ``batches``: forward passes.
-        - ``seconds.read`` (waiting for Spark's rows and for files), ``seconds.decode``,
+        - ``tasks``: those that reported.
+        - ``seconds.start`` (until the engine is there, which a worker loads once),
+          ``seconds.read`` (waiting for Spark's rows and for files), ``seconds.decode``,
           ``seconds.preprocess``, ``seconds.forward``: of the workers, added up.
+        - ``seconds.total``: of the tasks, from their first line of imagevec to their last. What is
+          not in the steps is handing over vectors. What is not in it either, and yet in the time
+          that Spark shows for a task, is Spark's own.
         """
         return {} if self._sum is None else dict(sorted(self._sum.value.items()))
 

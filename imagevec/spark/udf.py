@@ -1,21 +1,27 @@
-"""The pandas UDF: the one place where Spark's rows meet the feature stream."""
+"""The pandas UDF: the one place where Spark's rows meet the feature stream.
+
+``features_udf`` gives a column, ``make_features_udf`` a function of columns, and ``register`` a
+function of SQL. They differ in one thing more. The column counts as not deterministic, so that
+Spark computes it once for each row: a deterministic UDF is computed twice where rows are then
+filtered by its result, in the filter, which is pushed down, and again for the rows that are left.
+The functions are ordinary, deterministic ones: SQL does not allow others inside of aggregates, and
+moves other filters before them. ``make_features_udf().asNondeterministic()`` is computed once, too.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 from pyspark import TaskContext
 from pyspark.sql import Column, SparkSession
 from pyspark.sql.pandas.functions import pandas_udf
 from pyspark.sql.types import (
     ArrayType,
-    BinaryType,
     DataType,
     FloatType,
     IntegerType,
@@ -24,20 +30,18 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from imagevec.errors import OptionError, did_you_mean
-from imagevec.images.values import ACCEPTED, IMAGE_FIELDS
-from imagevec.plan import Recipe, resolve
-from imagevec.runtime import get_engine, resolve_device, schedule
+from imagevec.plan import Plan, make_plan
+from imagevec.runtime import device_here, freeze_heap, get_engine, schedule
 from imagevec.spark.metrics import Metrics
-from imagevec.spark.ship import active_session, ship, shipped
-from imagevec.spec import ExecutionOptions, FeatureSpec
+from imagevec.spark.sessions import active_session, gpus_of_tasks, is_local
+from imagevec.spark.ship import ship, shipped
+from imagevec.spec import FeatureSpec
 from imagevec.stream import Counts, feature_stream
-from imagevec.table.provenance import metadata_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from imagevec.spec import Options
+    from imagevec.options import Options
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +59,12 @@ def features_udf(
         column: Of type binary (encoded images) or string (paths or URIs), Spark's image struct, or
             a row struct of the binaryFile source.
         metrics: Where queries add up what they did.
-        **options: See ``imagevec.spec.Options``.
+        **options: See ``imagevec.options.Options``.
 
     Returns:
         ``array<float>`` of ``num_features`` values, null for a null or bad image; or a struct, with
         several layers or ``output="struct"``. The column is called ``features``, and its metadata
-        say what made it: see ``imagevec.fingerprint``. (Spark Connect loses them in
+        say what made it: see ``imagevec.provenance``. (Spark Connect loses them in
         ``withColumn``, not in ``select``.) It counts as not deterministic, so that Spark computes
         it once for each row even where rows are then filtered by it: filter by other columns
         before.
@@ -70,8 +74,8 @@ def features_udf(
         WeightsError: The weights cannot be had, or do not fit the model.
     """
     session = active_session()
-    resolved = resolve(**with_spark_gpus(session, options))
-    return feature_column("features", column, session, *resolved, metrics)
+    plan = make_plan(gpus=gpus_of_tasks(session), **options)
+    return feature_column("features", column, session, plan, metrics)
 
 
 def make_features_udf(*, metrics: Metrics | None = None, **options: Unpack[Options]) -> Any:
@@ -83,70 +87,52 @@ def make_features_udf(*, metrics: Metrics | None = None, **options: Unpack[Optio
     where rows are filtered by its result; its ``asNondeterministic()`` is computed once.
     """
     session = active_session()
-    return udf_of(session, *resolve(**with_spark_gpus(session, options)), metrics)
+    return udf_of(session, make_plan(gpus=gpus_of_tasks(session), **options), metrics)
 
 
-def register(spark: SparkSession, name: str = "image_features", **options: Unpack[Options]) -> None:
+def register(
+    spark: SparkSession,
+    name: str = "image_features",
+    *,
+    metrics: Metrics | None = None,
+    **options: Unpack[Options],
+) -> None:
     """Makes ``SELECT image_features(content) FROM photos`` work in a session.
 
     Args:
         spark: The session.
-        name: Of the SQL function.
-        **options: See ``imagevec.spec.Options``.
+        name: Of the SQL function. Spark may compute it twice where rows are filtered by its result.
+        metrics: Where queries add up what they did.
+        **options: See ``imagevec.options.Options``.
 
     Raises:
         OptionError: An option is wrong.
         WeightsError: The weights cannot be had, or do not fit the model.
     """
-    spark.udf.register(name, udf_of(spark, *resolve(**with_spark_gpus(spark, options))))
-
-
-def with_spark_gpus(session: SparkSession, options: Options) -> Options:
-    """``device="auto"`` is ``"cuda"`` where tasks get GPUs: the driver may have none itself."""
-    gpus_per_task = session.conf.get("spark.task.resource.gpu.amount", None)
-    if options.get("device", "auto") == "auto" and gpus_per_task:
-        return {**options, "device": "cuda"}
-    return options
+    plan = make_plan(gpus=gpus_of_tasks(spark), **options)
+    spark.udf.register(name, udf_of(spark, plan, metrics))
 
 
 def feature_column(
-    name: str,
-    column: Column | str,
-    session: SparkSession,
-    recipe: Recipe,
-    paths: tuple[Path, ...],
-    execution: ExecutionOptions,
-    metrics: Metrics | None,
+    name: str, column: Column | str, session: SparkSession, plan: Plan, metrics: Metrics | None
 ) -> Column:
-    """A column of features with its provenance, which Spark computes once for each row.
-
-    A UDF that counts as deterministic is computed twice where rows are then filtered by its result:
-    Spark evaluates it in the filter, which it pushes down, and again for the rows that are left.
-    """
-    image_features = udf_of(session, recipe, paths, execution, metrics).asNondeterministic()
-    features: Column = image_features(column)
-    return features.alias(name, metadata=metadata_of(recipe.spec))
+    """A column of features with its provenance, which Spark computes once for each row."""
+    features: Column = udf_of(session, plan, metrics).asNondeterministic()(column)
+    return features.alias(name, metadata=plan.spec.metadata)
 
 
-def udf_of(
-    session: SparkSession,
-    recipe: Recipe,
-    paths: tuple[Path, ...],
-    execution: ExecutionOptions,
-    metrics: Metrics | None = None,
-) -> Any:
-    """The pandas UDF of resolved options; ships the files."""
-    if str(session.conf.get("spark.master", "")).split("[")[0] == "local":
-        resolve_device(execution.device)  # the workers are on this machine: ask here
-    for path in paths:
-        ship(session, path)
+def udf_of(session: SparkSession, plan: Plan, metrics: Metrics | None = None) -> Any:
+    """The pandas UDF of a plan, whose files it ships."""
+    if is_local(session):
+        device_here(plan.execution.device)  # the workers are on this machine: ask here
+    ship(session, plan)
 
-    return_type = _return_type(recipe.spec, execution.output)
+    return_type = _return_type(plan.spec, plan.execution.output)
 
     @pandas_udf(return_type)  # type: ignore[untyped-decorator, call-overload]
     def image_features(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
         # With a struct as the return type, Spark takes data frames for Series.
-        yield from extract_in_worker(batches, recipe, execution, metrics)  # type: ignore[misc]
+        yield from extract_in_worker(batches, plan, metrics)  # type: ignore[misc]
 
     return image_features
 
@@ -167,43 +153,19 @@ def _return_type(spec: FeatureSpec, output: str) -> DataType:
     )
 
 
-def check_input_column(schema: StructType, name: str) -> None:
-    """Raises ``OptionError`` unless the schema has such a column, of an accepted type."""
-    if name not in schema.names:
-        raise OptionError(f"there is no column {name!r}: {did_you_mean(name, schema.names)}")
-    kind = schema[name].dataType
-    fields = set(kind.names) if isinstance(kind, StructType) else set()
-    is_struct = fields >= set(IMAGE_FIELDS) or "content" in fields
-    if not (isinstance(kind, BinaryType | StringType) or is_struct):
-        raise OptionError(f"column {name!r} is of type {kind.simpleString()}: {ACCEPTED}")
-
-
 def extract_in_worker(
-    batches: Iterator[pd.Series],
-    recipe: Recipe,
-    execution: ExecutionOptions,
-    metrics: Metrics | None = None,
+    batches: Iterator[pd.Series], plan: Plan, metrics: Metrics | None = None
 ) -> Iterator[pd.Series | pd.DataFrame]:
     """What runs in a Python worker, once a task."""
+    start = time.perf_counter()
     context = TaskContext.get()
     gpu = context.resources().get("gpu") if context else None
-    device = resolve_device(execution.device, gpu.addresses if gpu else ())
-    plan = schedule(recipe, execution.batch_size, device, context.cpus() if context else 1)
-    on_torch_cpu = recipe.engine == "torch" and device.type == "cpu"
-    torch.set_num_threads(plan.forward_threads if on_torch_cpu else 1)
-    engine = get_engine(recipe, shipped, device, plan.forward_threads)
-    counts: Counts = defaultdict(float)
-    yield from feature_stream(
-        batches,
-        engine,
-        recipe.spec.preprocessing,
-        execution,
-        plan.batch_size,
-        plan.decode_threads,
-        plan.overlap,
-        counts,
-        recipe.spec.layer_sizes,
-    )
+    device = device_here(plan.execution.device, gpu.addresses if gpu else ())
+    how = schedule(plan, device, context.cpus() if context else 1)
+    engine = get_engine(plan, shipped, device, how.forward_threads, when_built=freeze_heap)
+    counts: Counts = defaultdict(float, {"tasks": 1, "seconds.start": time.perf_counter() - start})
+    yield from feature_stream(batches, engine, plan.spec, plan.execution, how, counts)
+    counts["seconds.total"] = time.perf_counter() - start
     logger.debug("a task did %s", dict(counts))
     if metrics is not None:
         metrics.add(counts)

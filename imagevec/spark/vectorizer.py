@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
 
-from imagevec.plan import resolve
-from imagevec.runtime import get_engine, resolve_device
-from imagevec.stream import feature_stream, split
+from imagevec import cache
+from imagevec.plan import Plan, has_cuda, make_plan
+from imagevec.runtime import device_here, get_engine, schedule, threads_here
+from imagevec.stream import feature_stream
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
     from typing_extensions import Unpack
 
+    from imagevec.options import Options
     from imagevec.spark.metrics import Metrics
-    from imagevec.spec import FeatureSpec, Options
+    from imagevec.spec import FeatureSpec
 
 
 class ImageVectorizer:
     """Images to feature vectors. It holds options alone, so it can be pickled and used anywhere.
 
     Args:
-        **options: See ``imagevec.spec.Options``.
+        **options: See ``imagevec.options.Options``.
 
     Raises:
         OptionError: An option is wrong. The message names the nearest valid choice.
@@ -36,17 +37,18 @@ class ImageVectorizer:
 
     def __init__(self, **options: Unpack[Options]) -> None:
         self._options = options
-        self._recipe, self._paths, self._execution = resolve(**options)
+        self._gpus = _gpus_of_session()
+        self._plan = make_plan(gpus=self._gpus, **options)
 
     @property
     def spec(self) -> FeatureSpec:
         """What fixes the numbers of its vectors."""
-        return self._recipe.spec
+        return self._plan.spec
 
     @property
     def num_features(self) -> int | dict[str, int]:
         """The length of a vector; of several layers, by name."""
-        spec = self._recipe.spec
+        spec = self._plan.spec
         return cast(int, spec.num_features) if spec.layer_sizes is None else spec.layer_sizes
 
     def process_images(
@@ -69,16 +71,13 @@ class ImageVectorizer:
         """
         from pyspark.sql.functions import col
 
-        from imagevec.spark.udf import check_input_column, feature_column, with_spark_gpus
+        from imagevec.spark import sessions
+        from imagevec.spark.udf import feature_column
 
-        check_input_column(df.schema, input_col)
-        options = with_spark_gpus(df.sparkSession, self._options)
-        resolved = (self._recipe, self._paths, self._execution)
-        if options != self._options:
-            resolved = resolve(**options)
-        quoted = "`" + input_col.replace("`", "``") + "`"  # else a dot is of a struct's field
-        features = feature_column(output_col, col(quoted), df.sparkSession, *resolved, metrics)
-        if output_col.lower() in (name.lower() for name in df.columns):  # it is to be replaced
+        column = col(sessions.quoted(sessions.check_input_column(df.schema, input_col)))
+        plan = self._plan_for(sessions.gpus_of_tasks(df.sparkSession))
+        features = feature_column(output_col, column, df.sparkSession, plan, metrics)
+        if sessions.find_column(df.columns, output_col):  # it is to be replaced
             return df.withColumn(output_col, features)
         return df.select("*", features)  # Spark Connect's withColumn would lose the metadata
 
@@ -95,17 +94,36 @@ class ImageVectorizer:
         Raises:
             ImageError: The image is bad, with ``on_error="raise"``.
         """
-        device = resolve_device(self._execution.device)
-        engine = get_engine(self._recipe, self._locate, device, torch.get_num_threads())
-        execution = dataclasses.replace(self._execution, output="array")
+        plan = self._plan
+        if plan.execution.device != "cpu" and not has_cuda():  # the driver of a cluster with GPUs
+            plan = self._plan_for(None)
+        device = device_here(plan.execution.device)
+        how = dataclasses.replace(schedule(plan, device, threads_here()), decode_threads=1)
+        engine = get_engine(plan, cache.stored, device, how.forward_threads)
+        execution = dataclasses.replace(plan.execution, output="array")
         batches = [pd.Series([image], dtype=object)]
-        preprocessing = self._recipe.spec.preprocessing
-        (features,) = feature_stream(batches, engine, preprocessing, execution, batch_size=1)
-        vector: npt.NDArray[np.float32] | None = features.array[0]
-        sizes = self._recipe.spec.layer_sizes
-        if vector is None or sizes is None:
-            return None if vector is None else vector.tolist()
-        return {layer: part.tolist() for layer, part in split(vector, sizes).items()}
+        (rows,) = feature_stream(batches, engine, plan.spec, execution, how)
+        if plan.spec.layer_sizes is None:
+            return _floats(rows.array[0])
+        vectors = {layer: _floats(rows[layer].array[0]) for layer in plan.spec.layer_sizes}
+        return None if None in vectors.values() else cast("dict[str, list[float]]", vectors)
 
-    def _locate(self, name: str) -> Path:
-        return next(path for path in self._paths if path.name == name)
+    def _plan_for(self, gpus: bool | None) -> Plan:
+        """Its plan, unless it was made for tasks of another kind."""
+        return self._plan if gpus == self._gpus else make_plan(gpus=gpus, **self._options)
+
+
+def _gpus_of_session() -> bool | None:
+    """Of the tasks of the session there is, if any: PySpark is not imported to ask."""
+    if "pyspark.sql" not in sys.modules:
+        return None
+    from pyspark.sql import SparkSession
+
+    from imagevec.spark.sessions import gpus_of_tasks
+
+    session = SparkSession.getActiveSession()
+    return gpus_of_tasks(session) if session is not None else None
+
+
+def _floats(vector: npt.NDArray[np.float32] | None) -> list[float] | None:
+    return None if vector is None else vector.tolist()

@@ -37,6 +37,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "some photos"
 
 
+@pytest.mark.java
 def test_it_tells_colours_apart(folder: Path) -> None:
     assert classify(folder, "--model", "squeezenet1_1", "--weights", "random").splitlines() == [
         "train: 12 photos, 2 classes",

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -20,11 +22,14 @@ from pyspark.sql import DataFrame, SparkSession
 from safetensors.torch import save_file
 
 import imagevec
-from imagevec import ImageVectorizer, errors, explain_pickle
-from imagevec import plan as recipe
-from imagevec.cli import _parser
-from imagevec.models import registry as models
-from imagevec.models import state_dict as weights
+from imagevec import ImageVectorizer, cli, errors, explain_pickle, plan
+from imagevec.engines import Backend, quantization
+from imagevec.models.entry import REGISTERED, ModelSource
+from imagevec.models.factory import FactorySource
+from imagevec.models.layers import infer_num_features, to_feature_model
+from imagevec.models.registry import find_source
+from imagevec.models.torchvision import TorchvisionSource
+from imagevec.options import OPTIONS, RANDOM
 from imagevec.spark import featurizer
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
@@ -122,29 +127,38 @@ def reader(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / "photos" / f"{seed}.png").write_bytes(encode(photo(seed=seed)))
     (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
     save_file(tiny().state_dict(), tmp_path / "lite0.safetensors")
-    for module in (recipe, featurizer):
-        monkeypatch.setattr(module, "find_entry", find_tiny_entry)
-        monkeypatch.setattr(module, "find_weights", find_weights_at_hand)
-    monkeypatch.setattr(models, "_registered", {})
+    for module in (plan, featurizer, quantization):
+        monkeypatch.setattr(module, "find_source", find_small_source)
+    monkeypatch.setattr(plan, "_plans", {})
     monkeypatch.setattr(SparkSession.Builder, "getOrCreate", lambda builder: spark)
     monkeypatch.chdir(tmp_path)
     arrow_rows = "spark.sql.execution.arrow.maxRecordsPerBatch"
     before = spark.conf.get(arrow_rows)
+    registered = dict(REGISTERED)
     yield tmp_path
+    REGISTERED.clear()
+    REGISTERED.update(registered)
     spark.conf.set(arrow_rows, before)
 
 
-def find_tiny_entry(model: Any) -> models.Entry:
-    entry = models.find_entry(model)  # which must know it
-    if isinstance(entry, models.FactoryEntry) or entry.name in REAL:
-        return entry
-    return models.FactoryEntry(tiny, registered_name=entry.name)
+@dataclass(frozen=True)
+class Untrained(TorchvisionSource):
+    """A model of torchvision whose default weights are random ones."""
+
+    identity: ClassVar[Literal["content"]] = "content"  # its plans are not those of its name
+
+    def weights(self, option: str) -> Path | torch.nn.Module | None:
+        return super().weights(RANDOM if option == "DEFAULT" else option)
 
 
-def find_weights_at_hand(name: str, entry: Any) -> Path | None:
-    if isinstance(entry, models.TorchvisionEntry):
-        return None
-    return weights.find_weights(name, entry)
+def find_small_source(model: Any) -> ModelSource:
+    source = find_source(model)
+    source.check("pooled")  # the real one must have it
+    if isinstance(source, FactorySource):
+        return source
+    if source.name in REAL:
+        return Untrained(source.name)
+    return FactorySource(tiny, registered_name=source.name)
 
 
 def run(page: Path, folder: Path, **names: Any) -> dict[str, Any]:
@@ -194,19 +208,33 @@ def check_tuning(scope: dict[str, Any], folder: Path) -> None:
     told = re.findall(r"`([a-z.<>]+)`", "".join(table(section("tuning", "Metrics"))))
     assert {name.replace(".unsupported_format", ".<code>") for name in value} <= set(told)
     assert (value["rows"], value["images"], value["errors.unsupported_format"]) == (26, 24, 2)
+    assert [len(row.prediction) for row in scope["predictions"].collect()] == 13 * [4]
 
 
 def check_pipelines(scope: dict[str, Any], folder: Path) -> None:
-    spark, series = scope["spark"], scope["vectors"]
+    spark = scope["spark"]
     assert spark.read.parquet(str(folder / "features/stream")).count() == 13
     assert {row.prediction for row in scope["predictions"].collect()} <= {0.0, 1.0}
     assert scope["together"].count() == 2 * 13
-    assert series is not None
+    rows = scope["series"].to_frame().to_spark(index_col="path").collect()
+    assert scope["series"].name == "features" and len(rows) == len({row.path for row in rows}) == 13
+    assert [row.path.rpartition("/")[2] for row in rows if row.features is None] == ["broken.jpg"]
+    assert {len(row.features) for row in rows if row.features is not None} == {512}
 
 
 def check_errors(scope: dict[str, Any], folder: Path) -> None:
     codes = {row.code for row in scope["codes"].collect()}
     assert codes == {None, "unsupported_format"}
+
+
+def check_contributing(scope: dict[str, Any], folder: Path) -> None:
+    """The backend that the page writes has what the protocol asks for."""
+    for name, member in inspect.getmembers(Backend, inspect.isfunction):
+        if not name.startswith("_"):
+            wanted = list(inspect.signature(member).parameters)[1:]  # without self
+            assert list(inspect.signature(scope[name]).parameters) == wanted, name
+    for name in Backend.__annotations__:
+        assert name in scope
 
 
 CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
@@ -215,6 +243,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "tuning": check_tuning,
     "pipelines": check_pipelines,
     "errors": check_errors,
+    "contributing": check_contributing,
 }
 
 
@@ -277,24 +306,59 @@ def test_the_models_are_as_told() -> None:
     rows = [cells(row) for row in table(section("models", "Which one")) if row.count("|") == 4]
     assert len(rows) > 10
     for quoted, features, size in rows:
-        entry = models.find_entry(quoted.strip("`"))
-        input_size = entry.preprocessing(None).crop_size
+        source = find_source(quoted.strip("`"))
+        input_size = source.preprocessing(None).crop_size
         with torch.device("meta"):
-            model = models.to_feature_model(entry.build(input_size), "pooled", normalize=False)
+            model = to_feature_model(source.build(input_size), "pooled", normalize=False)
         num_features = int(features.replace(",", ""))
-        assert models.infer_num_features(model, input_size) == (num_features,), quoted
+        assert infer_num_features(model, input_size, "meta") == (num_features,), quoted
         assert input_size == int(size), quoted
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (found,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(found.choices)
+
+
+def flag_rows(verb: str) -> dict[str, list[str]]:
+    """The rows of a command's flags, by flag."""
+    text = (DOCS / "command-line.md").read_text().partition(f"\n## {verb}\n")[2]
+    rows = [cells(row) for row in table(text.partition("\n## ")[0]) if row.startswith("| `-")]
+    return {row[0].strip("`"): row for row in rows}
 
 
 def test_the_command_line_is_as_told() -> None:
     text = (DOCS / "command-line.md").read_text()
     told = set(re.findall(r"--[a-z][a-z-]+", text))
     known = {"--version"}
-    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
-    for name, parser in commands.choices.items():
+    assert tuple(commands()) == cli.VERBS
+    for name, parser in commands().items():
         assert f"## {name}\n" in text
+        assert f"| [`{name}`](#{name}) |" in text
         known |= {option for action in parser._actions for option in action.option_strings}
     assert told == {option for option in known if option.startswith("--")}
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_command_has_a_row_for_each_flag(verb: str) -> None:
+    flags = {flag: a for a in commands()[verb]._actions for flag in a.option_strings}
+    for common in ("--json", "--quiet", "--help", "-h"):
+        del flags[common]
+    rows = flag_rows(verb)
+    assert rows.keys() == flags.keys()
+    for flag, action in flags.items():
+        told = " ".join(rows[flag])
+        assert all(f"`{choice}`" in told for choice in action.choices or ()), flag
+
+
+def test_the_defaults_of_extract_are_as_told() -> None:
+    rows = flag_rows("extract")
+    in_words = {"normalize": "off", "isolate": "off", "allowed_roots": "anywhere"}
+    in_words["formats"] = "all of them"
+    for option in OPTIONS:
+        if option.name not in ("on_error", "output"):
+            _, told, _ = rows[f"--{option.name.replace('_', '-')}"]
+            assert told.replace(",", "") == in_words.get(option.name, f"`{option.default}`")
 
 
 def test_the_sums_are_right() -> None:
@@ -334,3 +398,35 @@ def number_of(cell: str) -> float:
 def test_every_public_name_is_in_the_reference() -> None:
     text = (DOCS / "api.md").read_text()
     assert set(re.findall(r"^::: imagevec\.(\w+)$", text, re.MULTILINE)) == set(imagevec.__all__)
+
+
+def tree(text: str) -> dict[str, str]:
+    """The files of a drawn tree, as paths from its root, and what is said of each."""
+    folders: list[str] = []
+    files = {}
+    for line in text.splitlines():
+        indent, name, said = re.fullmatch(r"( *)(\S+) +(\S.*)", line).groups()  # type: ignore[union-attr]
+        depth = len(indent) // 2
+        folders[depth:] = [name.rstrip("/")]
+        if not name.endswith("/"):
+            files["/".join(folders[1:])] = said
+    return files
+
+
+def test_the_tree_of_the_package_is_as_told() -> None:
+    (drawn,) = (code for code in blocks(DOCS / "contributing.md", "text") if "imagevec/" in code)
+    package = ROOT / "imagevec"
+    python_files = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if path.stat().st_size  # a folder's line speaks for its empty __init__.py
+    }
+    assert {name for name in tree(drawn) if name.endswith(".py")} == python_files
+    assert {name for name in tree(drawn) if not (package / name).is_file()} == set()
+
+
+def test_every_make_target_that_is_told_is_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in (*PAGES, ROOT / "benchmarks/README.md", ROOT / "CHANGELOG.md"):
+        told = re.findall(r"`make ([a-z-]+)|^make ([a-z-]+) +#", page.read_text(), re.MULTILINE)
+        assert {first or second for first, second in told} <= targets, page

@@ -29,13 +29,15 @@ from imagevec import (
     OptionError,
     Preprocessing,
     WeightsError,
-    fingerprint,
+    provenance,
     register_model,
 )
-from imagevec.engines import saved_model as saved_models
+from imagevec.engines import openvino, saved_model
 from imagevec.files import digest_of
-from imagevec.plan import convert, feature_spec
-from imagevec.spec import DEFAULTS
+from imagevec.models.entry import REGISTERED
+from imagevec.models.features import FeatureModel
+from imagevec.models.registry import find_source
+from imagevec.options import DEFAULTS
 from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.options import WRONG_OPTIONS, option_id
@@ -171,7 +173,10 @@ def test_a_param_is_set_in_all_the_ways_there_are(name: str) -> None:
 def test_params_are_explained() -> None:
     explained = ImageFeaturizer(layer="logits", model=tiny).explainParams().splitlines()
     assert len(explained) == len(VALUES)
-    assert "precision: float32, bfloat16, float16, int8 or auto (default: float32)" in explained
+    assert explained.count(
+        "precision: the arithmetic of the forward pass: float32, bfloat16, float16, int8 or auto "
+        "(default: float32)"
+    )
     (layer,) = (line for line in explained if line.startswith("layer: "))
     assert layer.endswith("(default: pooled, current: logits)")
 
@@ -314,7 +319,7 @@ def test_a_vectors_length_is_known_before(frame: Frame) -> None:
 @pytest.mark.parametrize("output_type", ["array", "vector"])
 def test_the_column_says_what_made_it(frame: Frame, output_type: str) -> None:
     df = ImageFeaturizer(**TINY, outputType=output_type).transform(frame(IMAGES))
-    assert fingerprint(df) == fingerprint(ImageVectorizer(**TINY).process_images(frame(IMAGES)))
+    assert provenance(df) == provenance(ImageVectorizer(**TINY).process_images(frame(IMAGES)))
 
 
 @pytest.mark.parametrize(
@@ -588,10 +593,15 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_overwritten(
 def model_folder(tmp_path: Path) -> Path:
     """A saved model of ``tiny``, float32."""
     pytest.importorskip("openvino")
-    options = {**DEFAULTS, "model": NAME, "weights": "random", "layer": "logits"}
-    spec, entry, path = feature_spec(options, "float32")
-    saved_models.write(tmp_path / "original", spec, convert(spec, entry, path))
-    return tmp_path / "original"
+    model = FeatureModel(
+        find_source(NAME), weights="random", layer="logits", normalize=False, decode="exact"
+    )
+    spec = model.spec
+    folder = tmp_path / "original"
+    folder.mkdir()
+    files = openvino.save(openvino.convert(model), folder)
+    saved_model.write(folder, spec, "openvino", files)
+    return folder
 
 
 def test_a_saved_model_goes_along(frame: Frame, model_folder: Path, tmp_path: Path) -> None:
@@ -759,7 +769,7 @@ def test_a_registered_model_has_to_be_registered(
     spark: SparkSession, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = ImageFeaturizer.load(str(place))
-    monkeypatch.setattr("imagevec.models.registry._registered", {})
+    monkeypatch.delitem(REGISTERED, NAME)
     schema = StructType([StructField("content", BinaryType())])
     with pytest.raises(OptionError, match=f"model='{NAME}' is not known"):
         loaded.transformSchema(schema)

@@ -34,6 +34,9 @@ def test_a_query_is_counted(frame, isolate):
     assert metrics.value["batches"] >= 3
     steps = ("read", "decode", "preprocess", "forward")
     assert all(metrics.value[f"seconds.{step}"] > 0 for step in steps)
+    assert metrics.value["tasks"] == 2
+    accounted = sum(metrics.value[f"seconds.{step}"] for step in ("start", *steps))
+    assert metrics.value["seconds.total"] >= (0 if isolate else accounted)
 
 
 def test_queries_add_up_and_others_are_apart(frame):

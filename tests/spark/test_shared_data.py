@@ -16,7 +16,7 @@ from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
 
 from imagevec import features_udf
 from imagevec.errors import IMAGE_ERROR_CODES
-from imagevec.spec import FORMATS
+from imagevec.options import FORMATS
 from tests.helpers.images import cosine
 from tests.helpers.shared import CLOTHING, HOSTILE, SQUEEZENET_WEIGHTS, needs_shared
 

@@ -22,6 +22,7 @@ from imagevec import (
     make_features_udf,
     register_model,
 )
+from imagevec.plan import make_plan
 from tests.helpers.factories import Tiny, logging_tiny, tiny
 from tests.helpers.images import encode, of_mode, photo
 from tests.helpers.options import WRONG_OPTIONS, option_id
@@ -386,7 +387,6 @@ def test_a_device_that_is_not_there_is_refused_before_a_job_starts(frame, jobs_s
     ("column", "fix"),
     [
         ("contnt", "'content'"),
-        ("Content", "'content'"),
         ("id", "of type int: use a column of type binary"),
         ("ids", "of type array<int>: use a column of type binary"),
         ("row", "of type struct<id:int>: use a column of type binary"),
@@ -450,3 +450,98 @@ except ImageVecError as error:
 """)
     assert "no active SparkSession" in printed
     assert "SparkSession.builder.getOrCreate()" in printed
+
+
+@pytest.mark.java
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_a_worker_imports_what_its_plan_needs(tmp_path, engine):
+    """In a session of its own, whose workers serve one plan alone, with and without isolation."""
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    printed = run_python(f"""
+from pyspark.sql import SparkSession
+from imagevec import features_udf
+from tests.helpers.factories import tiny
+from tests.helpers.images import encode, photo
+
+found = []
+for module in ("pyspark.daemon", "imagevec.spark.daemon"):
+    spark = (
+        SparkSession.builder.master("local[1]")
+        .config("spark.driver.host", "127.0.0.1")
+        .config("spark.driver.bindAddress", "127.0.0.1")
+        .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
+        .config("spark.python.daemon.module", module)
+        .getOrCreate()
+    )
+    images = spark.createDataFrame([(encode(photo()),)], "content binary").coalesce(1)
+    for isolate in (False, True):
+        column = features_udf(
+            "content", model="resnet18", weights="random", engine={engine!r}, isolate=isolate
+        )
+        assert len(images.select(column).first()[0]) == 512
+
+    def modules(rows):
+        import os, sys
+        list(rows)
+        yield os.getpid(), sorted(
+            {{"torch", "torchvision", "timm", "openvino"}} & sys.modules.keys()
+        )
+
+    ((_, names),) = images.rdd.mapPartitions(modules).collect()
+    found.append(names)
+    spark.stop()
+print(found)
+""")
+    expected = {
+        "openvino": [["openvino"], ["openvino"]],
+        "torch": [["torch", "torchvision"]],
+    }[engine]
+    assert eval(printed)[: len(expected)] == expected
+
+
+def test_a_session_whose_tasks_have_gpus_decides_auto(spark, monkeypatch, frame):
+    asked = []
+    monkeypatch.setattr("imagevec.spark.udf.gpus_of_tasks", lambda session: True)
+    monkeypatch.setattr("imagevec.spark.udf.is_local", lambda session: False)
+    monkeypatch.setattr(
+        "imagevec.spark.udf.feature_column", lambda *arguments: asked.append(arguments[3])
+    )
+    features_udf("content", model=tiny, weights="random")
+    features_udf("content", model=tiny, weights="random", precision="float16")
+    assert [(plan.backend, plan.execution.device) for plan in asked] == [("torch", "cuda")] * 2
+
+
+def test_openvino_runs_on_the_cpu_where_tasks_have_gpus(frame, monkeypatch, expected):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("imagevec.spark.udf.gpus_of_tasks", lambda session: True)
+    df = frame(IMAGES[:2])
+    options = {**TINY, "engine": "openvino"}
+    found = vectors(df.withColumn("features", features_udf("content", **options)))
+    assert_vectors(found, [expected[image] for image in IMAGES[:2]])
+
+
+def test_process_images_makes_no_plan_again(frame, monkeypatch):
+    monkeypatch.setattr("imagevec.spark.sessions.gpus_of_tasks", lambda session: True)
+    made = []
+    monkeypatch.setattr(
+        "imagevec.spark.vectorizer.make_plan",
+        lambda **options: made.append(options) or make_plan(**options),
+    )
+    vectorizer = ImageVectorizer(**TINY, device="cpu")
+    for _ in range(3):
+        vectorizer.process_images(frame(IMAGES[:1]))
+    assert len(made) == 1
+
+
+def test_a_column_is_found_whatever_its_case(frame, expected):
+    df = frame(IMAGES[:2]).withColumnRenamed("content", "Content")
+    df = ImageVectorizer(**TINY).process_images(df, "content")
+    assert_vectors(vectors(df), [expected[image] for image in IMAGES[:2]])
+
+
+def test_on_error_raise_names_the_path(frame, folder):
+    df = frame([str(folder / "d.png")], type="string")
+    with pytest.raises(Exception, match=r"unsupported_format: .*d\.png: starts with b'no image'"):
+        df.select(features_udf("content", **TINY, on_error="raise")).collect()
