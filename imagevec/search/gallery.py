@@ -15,8 +15,10 @@ from typing import Any
 from PIL import Image
 
 from imagevec.errors import IMAGE_ERROR_CODES, ImageError
+from imagevec.images.decode import decode
+from imagevec.images.reading import read
+from imagevec.options import DEFAULTS, FORMATS, check_positive
 from imagevec.search.neighbours import map_2d, near_duplicates, nearest
-from imagevec.spec import DEFAULTS, FORMATS, check_positive
 from imagevec.table.read import read_features
 
 NEAR_DUPLICATE_COSINE = 0.95
@@ -111,16 +113,13 @@ def _common_folder(paths: list[str]) -> str:
 
 def _picture(path: str, size: int) -> dict[str, Any]:
     """A thumbnail as a URI, and the image's width and height; or the problem with the file."""
-    from imagevec.images.decode import decode  # PyTorch takes seconds to import
-    from imagevec.images.values import read
-
     try:
         pixels, width, height = decode(
             read(path), max_pixels=DEFAULTS["max_pixels"], formats=FORMATS, min_side=2 * size
         )
     except ImageError as error:
         return {"problem": IMAGE_ERROR_CODES[error.code]}
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+    image = Image.fromarray(pixels)
     scale = min(1, size / min(image.size), 2 * size / max(image.size))
     sides = [max(1, round(side * scale)) for side in image.size]
     file = io.BytesIO()

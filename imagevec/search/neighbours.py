@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imagevec.errors import OptionError
-from imagevec.spec import check_positive
+from imagevec.options import check_positive
 
 Vectors = npt.NDArray[np.float32]
 

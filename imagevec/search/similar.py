@@ -1,21 +1,21 @@
-"""``imagevec similar``: the images of a table that are nearest to one."""
+"""The images of a table that are nearest to one."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from imagevec.cache import find
 from imagevec.errors import FingerprintError, OptionError
-from imagevec.files import cached
+from imagevec.options import Options
 from imagevec.search.neighbours import nearest
 from imagevec.spark.vectorizer import ImageVectorizer
-from imagevec.spec import Options
-from imagevec.table.provenance import KEY, check_same, metadata_of
+from imagevec.table.provenance import Provenance, check_same
 from imagevec.table.read import read_features
 
 _SPARK_SCHEMA = b"org.apache.spark.sql.parquet.row.metadata"
@@ -48,37 +48,37 @@ def similar(
 
 
 def _vector(
-    provenance: dict[str, Any], query: str, model: str | None, weights: str | None
+    made_of: Provenance, query: str, model: str | None, weights: str | None
 ) -> npt.NDArray[np.float32]:
-    options: Options = {
-        "layer": provenance["layer"],
-        "normalize": provenance["normalize"],
-        "precision": provenance["precision"],
-        "decode": provenance["preprocessing"]["decode"],
+    options: dict[str, Any] = {
+        "layer": made_of.layer,
+        "normalize": made_of.normalize,
+        "precision": made_of.precision,
+        "decode": made_of.preprocessing.decode,
         "on_error": "raise",
     }
     if model is None:
-        name = provenance["model"]
-        if provenance["precision"] == "int8" or name.startswith("pt2:"):
+        name = made_of.model
+        if made_of.precision == "int8" or name.startswith("pt2:"):
             raise OptionError(f"the features are of {name!r}, a folder or file: give it as --model")
-        options |= {"model": name, "weights": weights or _weights_at_hand(provenance)}
+        options |= {"model": name, "weights": weights or _weights_at_hand(made_of)}
     else:
         options |= {"model": model, "weights": weights} if weights else {"model": model}
-    vectorizer = ImageVectorizer(**options)
-    check_same(provenance, *metadata_of(vectorizer.spec).values())
+    vectorizer = ImageVectorizer(**cast(Options, options))
+    check_same(made_of, Provenance.of(vectorizer.spec))
     return np.array(vectorizer.extract_features(query), np.float32)
 
 
-def _weights_at_hand(provenance: dict[str, Any]) -> str:
+def _weights_at_hand(made_of: Provenance) -> str:
     kind: str
-    kind, _, digest = provenance["weights"].partition(":")
+    kind, _, digest = made_of.weights.partition(":")
     if kind == "random":
         return kind
-    path = cached(digest)
+    path = find(digest)
     return str(path) if path else "DEFAULT"
 
 
-def _provenance(features: str) -> dict[str, Any]:
+def _provenance(features: str) -> Provenance:
     """Of the table's column, without Spark, from the schema that Spark wrote into its files."""
     file = next(iter(sorted(Path(features.removeprefix("file:")).glob("*.parquet"))), None)
     if file is None:
@@ -86,9 +86,8 @@ def _provenance(features: str) -> dict[str, Any]:
     metadata = pq.read_schema(file).metadata or {}
     fields = json.loads(metadata.get(_SPARK_SCHEMA, b'{"fields": []}'))["fields"]
     for field in fields:
-        if field["name"] == "features" and KEY in field["metadata"]:
-            provenance: dict[str, Any] = field["metadata"][KEY]
-            return provenance
+        if field["name"] == "features" and field["metadata"]:
+            return Provenance.of_metadata(field["metadata"])
     raise FingerprintError(f"{features} does not say what made its features")
 
 

@@ -1,67 +1,106 @@
-"""Where a column of features comes from: its ``FeatureSpec``, in the column's metadata.
+"""Where a column of features comes from, by the column's metadata.
 
 Spark keeps a column's metadata through ``withColumn``, ``select`` and Parquet.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from pyspark.sql import DataFrame
+from imagevec.errors import FingerprintError
+from imagevec.spark.sessions import existing_column
+from imagevec.spec import METADATA_KEY, FeatureSpec, Preprocessing
 
-import imagevec
-from imagevec.errors import FingerprintError, OptionError, did_you_mean
-from imagevec.spec import FeatureSpec
-
-KEY = "imagevec"
-
-
-def metadata_of(spec: FeatureSpec) -> dict[str, Any]:
-    """The metadata of a column of such features."""
-    provenance = json.loads(spec.to_json())
-    provenance |= {"fingerprint": spec.fingerprint, "imagevec": imagevec.__version__}
-    return {KEY: provenance}
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
 
 
-def fingerprint(df: DataFrame, column: str = "features") -> dict[str, Any]:
+@dataclass(frozen=True)
+class Provenance:
     """What made a column of features.
 
-    Returns:
-        ``fingerprint`` (equal for two columns if and only if their vectors are comparable),
-        ``model``, ``weights`` (a SHA-256), ``layer``, ``num_features``, ``preprocessing``,
-        ``precision``, ``normalize``, and ``imagevec``, the version.
+    Attributes:
+        fingerprint: 16 hex digits: equal for two columns if and only if their vectors are
+            comparable.
+        model: The model's name.
+        weights: ``sha256:<hex digest of the weights file>``, or ``random``.
+        layer: ``"pooled"``, ``"logits"`` or a node name; several as a tuple.
+        num_features: The length of a vector; of each layer's, in order, if there are several.
+        preprocessing: What happened to the pixels before the model.
+        precision: The arithmetic of the forward pass.
+        normalize: Whether each vector has length 1.
+        imagevec: The version that computed it.
+    """
+
+    fingerprint: str
+    model: str
+    weights: str
+    layer: str | tuple[str, ...]
+    num_features: int | tuple[int, ...]
+    preprocessing: Preprocessing
+    precision: str
+    normalize: bool
+    imagevec: str
+
+    @classmethod
+    def of(cls, spec: FeatureSpec) -> Provenance:
+        """Of features that would be made now."""
+        return cls.of_metadata(spec.metadata)
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, Any]) -> Provenance:
+        """Of a column with this metadata.
+
+        Raises:
+            FingerprintError: They do not say.
+        """
+        try:
+            fields = dict(metadata[METADATA_KEY])
+            own = {name: fields.pop(name) for name in ("fingerprint", "imagevec")}
+            spec = FeatureSpec.from_json(json.dumps(fields))
+            made_of = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+            return cls(**own, **made_of)
+        except (KeyError, TypeError) as error:
+            raise FingerprintError("the column does not say what made its features") from error
+
+
+def provenance(df: DataFrame, column: str = "features") -> Provenance:
+    """What made a column of features.
 
     Raises:
         OptionError: There is no such column.
         FingerprintError: The column does not say: ``features_udf`` did not make it, or its metadata
             was lost on the way. A UDF that was registered for SQL cannot pass any on.
     """
-    if column not in df.columns:
-        raise OptionError(f"there is no column {column!r}: {did_you_mean(column, df.columns)}")
-    provenance: dict[str, Any] | None = df.schema[column].metadata.get(KEY)
-    if provenance is None:
-        raise FingerprintError(f"column {column!r} does not say what made its features")
-    return provenance
+    name = existing_column(df.columns, column)
+    try:
+        return Provenance.of_metadata(df.schema[name].metadata)
+    except FingerprintError as error:
+        message = f"column {name!r} does not say what made its features"
+        raise FingerprintError(message) from error
 
 
-def check_fingerprints(first: DataFrame, second: DataFrame, column: str = "features") -> None:
+def check_comparable(first: DataFrame, second: DataFrame, column: str = "features") -> None:
     """Before features are compared or put together: nothing, if they are of the same fingerprint.
 
     Raises:
         FingerprintError: They are not; the message says what differs.
     """
-    check_same(fingerprint(first, column), fingerprint(second, column))
+    check_same(provenance(first, column), provenance(second, column))
 
 
-def check_same(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """``check_fingerprints`` for what ``fingerprint`` returned."""
-    if first["fingerprint"] == second["fingerprint"]:
+def check_same(first: Provenance, second: Provenance) -> None:
+    """``check_comparable`` of two provenances."""
+    if first.fingerprint == second.fingerprint:
         return
-    names = sorted((first.keys() | second.keys()) - {"fingerprint", "imagevec"})
+    names = [field.name for field in dataclasses.fields(Provenance)]
     differing = [
-        f"{name} {first.get(name)!r} and {second.get(name)!r}"
-        for name in names
-        if first.get(name) != second.get(name)
+        f"{name} {getattr(first, name)!r} and {getattr(second, name)!r}"
+        for name in sorted(set(names) - {"fingerprint", "imagevec"})
+        if getattr(first, name) != getattr(second, name)
     ]
     raise FingerprintError(f"the features are not comparable: {'; '.join(differing)}")

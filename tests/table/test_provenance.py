@@ -7,10 +7,10 @@ from imagevec import (
     FingerprintError,
     ImageVectorizer,
     OptionError,
-    check_fingerprints,
+    check_comparable,
     features_udf,
-    fingerprint,
     make_features_udf,
+    provenance,
 )
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
@@ -25,17 +25,17 @@ def features(frame, **options):
 
 
 def test_a_column_says_what_made_it(frame):
-    provenance = fingerprint(features(frame, normalize=True))
+    made_of = provenance(features(frame, normalize=True))
     spec = ImageVectorizer(**OPTIONS, normalize=True).spec
-    assert provenance["fingerprint"] == spec.fingerprint
-    assert provenance["model"] == spec.model
-    assert provenance["weights"] == "random"
-    assert provenance["num_features"] == 8
-    assert provenance["layer"] == "pooled"
-    assert provenance["precision"] == "float32"
-    assert provenance["normalize"] is True
-    assert provenance["preprocessing"]["crop_size"] == 224
-    assert provenance["imagevec"] == imagevec.__version__
+    assert made_of.fingerprint == spec.fingerprint
+    assert made_of.model == spec.model
+    assert made_of.weights == "random"
+    assert made_of.num_features == 8
+    assert made_of.layer == "pooled"
+    assert made_of.precision == "float32"
+    assert made_of.normalize is True
+    assert made_of.preprocessing.crop_size == 224
+    assert made_of.imagevec == imagevec.__version__
 
 
 @pytest.mark.parametrize("layer", ["pooled", ("conv", "pooled")], ids=["one", "several"])
@@ -43,23 +43,23 @@ def test_it_survives_parquet_and_renaming(frame, spark, tmp_path, layer):
     df = features(frame, layer=layer)
     df.withColumnRenamed("features", "f").write.parquet(str(tmp_path / "table"))
     read = spark.read.parquet(str(tmp_path / "table"))
-    assert fingerprint(read, "f") == fingerprint(df)
+    assert provenance(read, "f") == provenance(df)
 
 
 def test_process_images_and_structs_say_it_too(frame):
     df = ImageVectorizer(**OPTIONS, output="struct").process_images(frame(IMAGES), output_col="f")
-    assert fingerprint(df, "f")["fingerprint"] == ImageVectorizer(**OPTIONS).spec.fingerprint
+    assert provenance(df, "f").fingerprint == ImageVectorizer(**OPTIONS).spec.fingerprint
 
 
 def test_how_vectors_are_computed_does_not_matter(frame):
-    check_fingerprints(features(frame, batch_size=1), features(frame, engine="auto"))
+    check_comparable(features(frame, batch_size=1), features(frame, engine="auto"))
 
 
 def test_what_differs_is_told(frame, tmp_path):
     saved(tiny, tmp_path / "w.pth")
     others = {"normalize": True, "weights": str(tmp_path / "w.pth")}
     with pytest.raises(FingerprintError) as raised:
-        check_fingerprints(features(frame), features(frame, **others))
+        check_comparable(features(frame), features(frame, **others))
     assert "normalize False and True" in str(raised.value)
     assert "weights 'random' and 'sha256:" in str(raised.value)
     assert "precision" not in str(raised.value)
@@ -68,16 +68,18 @@ def test_what_differs_is_told(frame, tmp_path):
 def test_a_column_without_provenance(frame):
     df = frame(IMAGES).withColumn("features", make_features_udf(**OPTIONS)("content"))
     with pytest.raises(FingerprintError, match="does not say"):
-        fingerprint(df)
+        provenance(df)
     with pytest.raises(OptionError, match="did you mean 'features'"):
-        fingerprint(df, "feature")
+        provenance(df, "feature")
 
 
 def test_register(frame, spark):
-    imagevec.register(spark, **OPTIONS)
+    metrics = imagevec.Metrics()
+    imagevec.register(spark, metrics=metrics, **OPTIONS)
     frame(IMAGES).createOrReplaceTempView("registered")
     rows = spark.sql("select image_features(content) as f from registered order by id").collect()
     expected = [ImageVectorizer(**OPTIONS).extract_features(image) for image in IMAGES]
+    assert metrics.value["images"] == len(IMAGES)
     assert [row.f for row in rows] == [pytest.approx(v, rel=1e-4, abs=1e-6) for v in expected]
 
 
