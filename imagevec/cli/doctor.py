@@ -1,7 +1,8 @@
-"""``imagevec doctor``: what this machine has, what Spark is set to, and what to change."""
+"""Report this machine's setup and suggest changes."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import io
@@ -12,14 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
-from imagevec.cli.session import spark_session
 from imagevec.errors import ImageVecError
 from imagevec.spark.conf import ARROW_BYTES, ARROW_RECORDS
-from imagevec.spark.udf import features_udf
 
 _PACKAGES = (
     "imagevec",
@@ -37,8 +32,20 @@ _LARGE_ARROW_RECORDS = 1000
 _LARGE_ARROW_BYTES = 64 << 20
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--master", help="Spark's master URL (default: spark-submit's, else local[*])"
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    return examine(options.master)
+
+
 def examine(master: str | None) -> dict[str, Any]:
-    """Facts by name, and ``advice``: sentences, none of them if all is well."""
+    """Facts by name, and ``advice``: sentences, none if nothing should be changed."""
+    import torch
+
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "java": _java(),
@@ -60,7 +67,6 @@ def examine(master: str | None) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> str:
-    """For a person."""
     spark = result["spark"] or {}
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [
@@ -72,12 +78,14 @@ def show(result: dict[str, Any]) -> str:
         *(f"{name:<45} {value}" for name, value in spark.items()),
         "",
     ]
-    lines += [f"-> {sentence}" for sentence in result["advice"]] or ["All is well."]
+    lines += [f"-> {sentence}" for sentence in result["advice"]] or ["No changes recommended."]
     return "\n".join(lines)
 
 
 def _examine_spark(master: str | None) -> tuple[dict[str, Any], list[str]]:
     """The user's settings and Spark's defaults, not those that the other commands choose."""
+    from imagevec.cli.session import spark_session
+
     with spark_session(master, recommended=False) as spark:
         conf = spark.sparkContext.getConf()
         rate, start_seconds = _timing(spark)
@@ -129,6 +137,11 @@ def _arrow_bytes(spark: Any) -> int | str:
 
 def _timing(spark: Any) -> tuple[float, float]:
     """Images/s of a warm query, and seconds of the first one, with the start of the workers."""
+    import numpy as np
+    from PIL import Image
+
+    from imagevec.spark.udf import features_udf
+
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (12, 16, 3), np.uint8)
     file = io.BytesIO()

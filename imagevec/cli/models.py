@@ -1,40 +1,55 @@
-"""``imagevec models``."""
+"""List the models."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import argparse
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    from torch import nn
 
-from imagevec.models.registry import (
-    TIMM_PREFIX,
-    TorchvisionEntry,
-    find_entry,
-    infer_num_features,
-    list_models,
-    to_feature_model,
-)
+    from imagevec.models.entry import ModelSource
 
-_MAX_TIMM = 20  # it has over a thousand, and each must be built to know its features
+_MAX_OF_LIBRARY = 20  # timm has over a thousand, and each must be built to know its features
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--search", default="", help="only names that contain this; timm's too: 'timm/'"
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    return {"models": models(options.search)}
 
 
 def models(search: str = "") -> list[dict[str, Any]]:
     """Name, ``num_features``, ``input_size`` in pixels, parameters, whether weights are at hand.
 
-    Of timm's models no more than the first 20 that match are told.
+    Of a library whose names have a prefix, such as timm, the first 20 that match, if any is asked
+    for.
     """
-    wanted = search.removeprefix(TIMM_PREFIX)
-    names = [
-        name for name in list_models() if wanted in name and not search.startswith(TIMM_PREFIX)
-    ]
-    if search:
-        names += _timm_names(wanted)[:_MAX_TIMM]
-    return [_described(name) for name in names]
+    names = []
+    for prefix, found in _found(search.casefold()).items():
+        names += found[:_MAX_OF_LIBRARY] if prefix else sorted(found)
+    return [row for name in names if (row := _described(name)) is not None]
 
 
-def show(rows: list[dict[str, Any]]) -> str:
-    """A table for a person."""
+def _found(search: str) -> dict[str, list[str]]:
+    """The names that match, by their prefix."""
+    from imagevec.models.registry import SOURCES
+
+    prefixes = {source.PREFIX for source in SOURCES if source.PREFIX and search}
+    asked = {prefix for prefix in prefixes if search.startswith(prefix)} or {"", *prefixes}
+    found: dict[str, list[str]] = {prefix: [] for prefix in sorted(asked)}
+    for source in SOURCES:
+        if source.PREFIX in asked:
+            found[source.PREFIX] += source.names(search.removeprefix(source.PREFIX))
+    return found
+
+
+def show(result: dict[str, Any]) -> str:
+    rows = result["models"]
     if not rows:
         return "no model has such a name"
     lines = [f"{'model':<48} {'features':>8} {'input':>6} {'parameters':>12}  weights"]
@@ -47,32 +62,39 @@ def show(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _described(name: str) -> dict[str, Any]:
-    entry = find_entry(name)
-    input_size = entry.preprocessing(None).crop_size
-    with torch.device("meta"):
-        model = entry.build(input_size).eval()
+def _described(name: str) -> dict[str, Any] | None:
+    """A row of the list; ``None`` for a model of a library that imagevec does not support."""
+    from imagevec.errors import OptionError
+    from imagevec.models.layers import infer_num_features, to_feature_model
+    from imagevec.models.registry import find_source
+
+    source = find_source(name)
+    try:
+        input_size = source.preprocessing(None).crop_size
+    except OptionError:
+        return None
+    model = _built(source, input_size).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     feature_model = to_feature_model(model, "pooled", normalize=False)
-    (num_features,) = infer_num_features(feature_model, input_size)
+    device = "meta" if source.infers_shapes else "cpu"
+    (num_features,) = infer_num_features(feature_model, input_size, device)
     return {
         "model": name,
         "num_features": num_features,
         "input_size": input_size,
         "parameters": parameters,
-        "weights_at_hand": isinstance(entry, TorchvisionEntry) and _is_at_hand(entry),
+        "weights_at_hand": source.has_weights(),
     }
 
 
-def _is_at_hand(entry: TorchvisionEntry) -> bool:
-    """Whether the default weights are in torch.hub's folder."""
-    name: str = entry.weights_enum.DEFAULT.url.rpartition("/")[2]
-    return (Path(torch.hub.get_dir()) / "checkpoints" / name).exists()
+def _built(source: ModelSource, input_size: int) -> nn.Module:
+    """The model, without memory for its weights where that works."""
+    from imagevec.models.state_dict import no_memory
 
-
-def _timm_names(part: str) -> list[str]:
-    try:
-        import timm
-    except ImportError:
-        return []
-    return [TIMM_PREFIX + name for name in timm.list_models(f"*{part}*")]
+    if source.infers_shapes:
+        try:
+            with no_memory():
+                return source.build(input_size)
+        except RuntimeError:  # some compute with their weights as they are built
+            pass
+    return source.build(input_size)

@@ -1,8 +1,9 @@
-"""The commands that need no Spark, and what all commands have in common."""
+"""What all verbs have in common."""
 
 from __future__ import annotations
 
-import json
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -10,33 +11,25 @@ import sys
 import pytest
 
 import imagevec
-from imagevec.cli import main
-from imagevec.cli.doctor import _advice
-from imagevec.spark.conf import ARROW_BYTES, ARROW_RECORDS
+from imagevec.cli import VERBS, main
 from tests.helpers.pipeline import run_python
-
-
-def test_models_are_listed(capsys):
-    assert main(["models", "--search", "resnet18", "--json"]) == 0
-    (row, *rest) = json.loads(capsys.readouterr().out)["models"]
-    assert (row["model"], row["num_features"], row["input_size"]) == ("resnet18", 512, 224)
-    assert row["parameters"] == 11_689_512  # torchvision's own count
-    assert row["weights_at_hand"] is False
-    assert all("resnet18" in other["model"] for other in rest)
-    assert any(other["model"] == "timm/resnet18" for other in rest)
-
-
-def test_models_as_a_table(capsys):
-    assert main(["models", "--search", "squeezenet1_1"]) == 0
-    line = capsys.readouterr().out.splitlines()[1]
-    assert line.split() == ["squeezenet1_1", "512", "224", "1.2", "M", "to", "download"]
-    assert main(["models", "--search", "no such model"]) == 0
-    assert capsys.readouterr().out == "no model has such a name\n"
 
 
 def test_quiet_prints_nothing(capsys):
     assert main(["models", "--search", "squeezenet1_1", "--quiet"]) == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_is_a_module_with_three_functions(name):
+    verb = importlib.import_module(f"imagevec.cli.{name}")
+    (line,) = verb.__doc__.splitlines()
+    assert line.endswith(".")
+    parameters = [
+        list(inspect.signature(getattr(verb, function)).parameters)
+        for function in ("add_arguments", "run", "show")
+    ]
+    assert parameters == [["parser"], ["options"], ["result"]]
 
 
 def test_wrong_usage(capsys):
@@ -66,34 +59,10 @@ def test_the_module_runs():
 
 def test_help_is_quick_to_come():
     printed = run_python(
-        "import sys; from imagevec.cli import _parser; _parser().format_help(); "
+        "import sys; from imagevec.cli import parser; parser().format_help(); "
         "print({'torch', 'pyspark', 'rich'} & sys.modules.keys())"
     )
     assert printed.strip() == "set()"
-
-
-def test_the_doctor_says_what_to_change(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    well = {
-        "spark.master": "local[2]",
-        ARROW_RECORDS: 10_000,
-        ARROW_BYTES: 64 << 20,
-        "spark.python.worker.reuse": True,
-        "spark.task.cpus": 1,
-        "cores of Spark": 2,
-        "OMP_NUM_THREADS": "not set",
-    }
-    assert _advice(well) == []
-    assert _advice({**well, ARROW_RECORDS: 160, ARROW_BYTES: "no limit before Spark 4"}) == []
-    for name, value, part in (
-        (ARROW_BYTES, 256 << 20, "Arrow batches of images should be some 16 MB"),
-        (ARROW_BYTES, "no limit before Spark 4", f"{ARROW_RECORDS}=10000"),
-        ("spark.python.worker.reuse", False, "set true"),
-        ("OMP_NUM_THREADS", "2", "unset it"),
-        ("cores of Spark", 4, "use local[2]"),
-    ):
-        (sentence,) = _advice({**well, name: value})
-        assert part in sentence
 
 
 def test_without_java_there_is_a_line_and_no_traceback(tmp_path):

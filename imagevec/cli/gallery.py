@@ -1,0 +1,29 @@
+"""Write one HTML page to look at the neighbours."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("features", help="a table of `imagevec extract`")
+    parser.add_argument("--out", type=Path, default=Path("gallery.html"))
+    parser.add_argument(
+        "--max-images",
+        type=int,
+        default=2000,
+        help="show at most N images, sampled evenly by path (default: 2000)",
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    from imagevec.search.gallery import write_gallery
+
+    count = write_gallery(options.features, options.out, max_images=options.max_images)
+    return {"images": count, "out": str(options.out)}
+
+
+def show(result: dict[str, Any]) -> str:
+    return f"{result['images']:,} images in {result['out']}"
