@@ -8,7 +8,7 @@ unexport SPARK_HOME
 WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
 
 .DEFAULT_GOAL := help
-.PHONY: help java setup demo test test-cluster test-matrix bench bench-peers docs check format clean
+.PHONY: help java setup demo test test-unit test-models test-cluster test-matrix bench bench-peers docs check format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,12 @@ demo: java setup ## Find each photo's nearest neighbours, offline, and draw a co
 test: java setup ## Run the tests
 	@$(WITH_JAVA) $(PYTHON) -m pytest
 
+test-unit: setup ## Run those that need no Java
+	@$(PYTHON) -m pytest -m 'not java'
+
+test-models: setup ## Build all models of torchvision
+	@IMAGEVEC_TEST_ALL_MODELS=1 $(PYTHON) -m pytest tests/models/test_registry.py -k every_model
+
 test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the command line
 	@$(WITH_JAVA) $(PYTHON) -m pytest tests/cluster
 	@$(WITH_JAVA) $(PYTHON) -m pytest tests/connect
@@ -42,10 +48,11 @@ bench-peers: java setup ## Compare it with Ray Data and Daft, in an environment 
 docs: setup ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
-check: setup ## Lint, check the format and the types
+check: setup ## Lint, check the format, the types and the layers
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	.venv/bin/lint-imports --no-cache
 
 format: setup ## Format the code, and fix what the linter can
 	$(PYTHON) -m ruff check --fix .

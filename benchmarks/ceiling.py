@@ -104,7 +104,10 @@ class Engine:
         dtype = compiled.input(0).get_element_type().to_dtype()
 
         def prepare(batch_size: int) -> Callable[[], Any]:
-            shape = (batch_size, 3, self.input_size, self.input_size)
+            sides = (self.input_size, self.input_size)
+            # imagevec's own graphs take (N, S, S, 3).
+            is_imagevecs = compiled.input(0).partial_shape[3] == 3
+            shape = (batch_size, *sides, 3) if is_imagevecs else (batch_size, 3, *sides)
             images = (np.random.default_rng(0).random(shape) * 255).astype(dtype)
             tensor = openvino.Tensor(images, shared_memory=True)
             return lambda: request.infer({0: tensor})
