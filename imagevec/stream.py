@@ -91,14 +91,14 @@ def feature_stream(
 
 
 def _prepare_function(spec: FeatureSpec, execution: ExecutionOptions) -> Callable[[Value], Row]:
-    function: Callable[[Value], Row] = functools.partial(
+    here: Callable[[Value], Row] = functools.partial(
         prepare, preprocessing=spec.preprocessing, options=execution
     )
-    if execution.isolate:
-        function = isolated(function)
+    decoding = isolated(here) if execution.isolate else here
 
     def prepare_value(value: Value) -> Row:
-        row = function(value)
+        has_data = value.data is not None and not isinstance(value.data, ImageError)
+        row = (decoding if has_data else here)(value)
         return row if row.error is None else row._replace(path=value.path)
 
     return prepare_value

@@ -9,10 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagevec import Preprocessing
-from imagevec.images.preprocess import preprocess
 from tests.helpers.factories import tiny
 from tests.helpers.images import FORMATS_AND_MODES, cosine, encode, of_mode, photo
-from tests.helpers.pipeline import decoded, engine_of, rows, series, stream
+from tests.helpers.pipeline import (
+    decoded,
+    engine_of,
+    mean_engine,
+    preprocess,
+    rows,
+    series,
+    stream,
+)
 
 MAX_PIXELS = 150_000  # of a generated image, to keep it quick
 
@@ -47,9 +54,9 @@ def test_any_image_becomes_the_models_input(format_and_mode, size, preprocessing
     data = encode(of_mode(mode, *size, seed), format)
     image = decoded(data, min_side=preprocessing.min_decoded_side)
     assert (image.width, image.height) == size
-    assert image.pixels.dtype == torch.uint8
+    assert image.pixels.dtype == np.uint8
     if preprocessing.decode == "exact":
-        assert image.pixels.shape == (3, image.height, image.width)
+        assert image.pixels.shape == (image.height, image.width, 3)
     ready = preprocess(image.pixels, preprocessing)
     assert ready.dtype == torch.float32
     assert ready.shape == (3, preprocessing.crop_size, preprocessing.crop_size)
@@ -81,10 +88,6 @@ SCHEDULES = st.sampled_from(
         {"decode_threads": 2, "overlap": True},
     ]
 )
-
-
-def mean_engine(images: torch.Tensor) -> np.ndarray:
-    return images.float().mean((2, 3)).numpy()
 
 
 def split(values: list[Any], cuts: list[int]) -> list[Any]:

@@ -1,18 +1,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 
 from imagevec import ImageError, OptionError, Preprocessing
-from imagevec.stream import feature_stream
+from imagevec.images.decode import Pixels
+from imagevec.stream import Schedule, feature_stream
 from tests.helpers.images import encode, photo
-from tests.helpers.pipeline import engine_of, execution_options, rows, series, stream
-from tests.helpers.structs import BGR, image_struct, struct_batch
+from tests.helpers.pipeline import (
+    engine_of,
+    execution_options,
+    mean_engine,
+    rows,
+    run_python,
+    series,
+    spec_of,
+    stream,
+)
+from tests.helpers.structs import BGR, file_batch, image_struct, struct_batch
 
 SMALL = Preprocessing(resize_size=16, crop_size=16)
 
@@ -35,11 +45,12 @@ class MeanEngine:
     def __init__(self) -> None:
         self.batch_sizes: list[int] = []
 
-    def __call__(self, images: torch.Tensor) -> np.ndarray:
-        assert images.dtype == torch.uint8
-        assert images.shape[1:] == (3, 16, 16)
+    def __call__(self, images: Pixels) -> np.ndarray:
+        assert images.dtype == np.uint8
+        assert images.shape[1:] == (16, 16, 3)
+        assert images.flags.c_contiguous
         self.batch_sizes.append(len(images))
-        return images.float().mean((2, 3)).numpy()
+        return mean_engine(images)
 
 
 def levels(batches: list) -> list[int | None]:
@@ -96,7 +107,9 @@ def test_what_is_held_is_bounded_by_the_batch(filler, schedule):
             yield series([filler])
 
     options = execution_options()
-    out = feature_stream(batches(), MeanEngine(), SMALL, options, batch_size=2, **schedule)
+    out = feature_stream(
+        batches(), MeanEngine(), spec_of(SMALL), options, Schedule(batch_size=2, **schedule)
+    )
     next(out)
     assert taken < 100
 
@@ -110,7 +123,10 @@ def test_images_are_decoded_as_they_are_needed(schedule, monkeypatch):
     )
     options = execution_options()
     batch = series([shade(level) for level in range(100)])
-    next(feature_stream(iter([batch]), MeanEngine(), SMALL, options, batch_size=4, **schedule))
+    out = feature_stream(
+        iter([batch]), MeanEngine(), spec_of(SMALL), options, Schedule(batch_size=4, **schedule)
+    )
+    next(out)
     assert 4 <= len(opened) <= 24
 
 
@@ -168,6 +184,59 @@ def test_on_error_raise_raises_the_reason(schedule):
         stream([batch], MeanEngine(), SMALL, on_error="raise", **schedule)
 
 
+def raised(batch: pd.Series | pd.DataFrame, **options: Any) -> ImageError:
+    with pytest.raises(ImageError) as error:
+        stream([batch], MeanEngine(), SMALL, on_error="raise", **options)
+    return error.value
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_on_error_raise_names_the_path_of_a_string(schedule, tmp_path):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    good.write_bytes(shade(1))
+    bad.write_bytes(b"garbage")
+    error = raised(series([str(good), None, str(bad)]), **schedule)
+    assert error.code == "unsupported_format"
+    assert str(error).startswith(f"unsupported_format: {bad}: starts with ")
+    assert isinstance(error.__cause__, ImageError)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_on_error_raise_names_the_path_of_a_file_row(schedule):
+    contents = {"file:/good.png": shade(1), "file:/none.png": None, "file:/bad.png": b"garbage"}
+    error = raised(file_batch(contents), **schedule)
+    assert str(error).startswith("unsupported_format: file:/bad.png: starts with ")
+
+
+def test_on_error_raise_names_the_origin_of_an_image_struct():
+    good = image_struct(photo(20, 20), BGR)
+    batch = struct_batch([good, good._replace(height=21)], origins=["file:/a.png", "file:/b.png"])
+    error = raised(batch)
+    assert error.code == "corrupt"
+    assert error.detail.startswith("file:/b.png: ")
+
+
+@pytest.mark.parametrize("options", [{}, {"allowed_roots": ["/photos"]}], ids=str)
+def test_on_error_raise_names_a_path_once(options):
+    path = "/no such/a.png"
+    row, *_ = rows(stream([series([path])], MeanEngine(), SMALL, output="struct", **options))
+    error = raised(series([path]), **options)
+    assert path in error.detail
+    assert str(error) == row["error"]
+
+
+def test_on_error_raise_names_no_path_where_there_is_none():
+    assert raised(series([b"garbage"])).detail == "starts with b'garbage'"
+
+
+def test_an_error_row_is_the_same_whether_its_path_is_known(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"garbage")
+    batches = [series([str(path)]), series([b"garbage"]), file_batch({str(path): b"garbage"})]
+    of_path, of_bytes, of_file = rows(stream(batches, MeanEngine(), SMALL, output="struct"))
+    assert of_path["error"] == of_bytes["error"] == of_file["error"]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_on_error_raise_lets_nulls_through(schedule):
     batch = series([None, shade(1), None])
@@ -183,7 +252,7 @@ def test_a_column_of_another_type_is_refused(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_an_engines_error_is_not_a_bad_image(schedule):
-    def engine(images: torch.Tensor) -> np.ndarray:
+    def engine(images: Pixels) -> np.ndarray:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -205,3 +274,16 @@ def test_a_bad_image_leaves_its_neighbours_as_they_were():
     with_bad = [images[0], b"garbage", images[1], encode(photo(), "JPEG")[:300], images[2], None]
     mixed = [vector for vector in rows(stream([series(with_bad)], engine)) if vector is not None]
     np.testing.assert_array_equal(np.stack(clean), np.stack(mixed))
+
+
+def test_the_stream_and_the_images_import_neither_pytorch_nor_spark():
+    imported = run_python("""
+import importlib, pkgutil, sys
+import imagevec.images
+for module in pkgutil.iter_modules(imagevec.images.__path__, "imagevec.images."):
+    importlib.import_module(module.name)
+import imagevec.stream
+print(*sys.modules)
+""").split()
+    assert {"imagevec.images.decode", "imagevec.images.isolation", "imagevec.stream"} <= {*imported}
+    assert {"torch", "torchvision", "timm", "pyspark", "openvino"}.isdisjoint(imported)

@@ -35,7 +35,7 @@ def isolated(prepare: Prepare, timeout_seconds: float = TIMEOUT_SECONDS) -> Prep
     have been killed for another reason, for its memory say.
 
     Args:
-        prepare: A picklable function that gives an empty row for a null.
+        prepare: A picklable function.
         timeout_seconds: The child is killed when one value takes longer.
 
     Raises:
@@ -69,10 +69,15 @@ _waiting_children: queue.LifoQueue[ProcessPoolExecutor] = queue.LifoQueue()
 
 
 def _waiting() -> ProcessPoolExecutor | None:
-    try:
-        return _waiting_children.get_nowait()
-    except queue.Empty:
-        return None
+    """A child that is still alive."""
+    while True:
+        try:
+            child = _waiting_children.get_nowait()
+        except queue.Empty:
+            return None
+        if all(process.is_alive() for process in (child._processes or {}).values()):
+            return child
+        _end(child)
 
 
 def _started() -> ProcessPoolExecutor:

@@ -56,7 +56,7 @@ def read(path: str, allowed_roots: Sequence[str] = ()) -> bytes:
     scheme, colon, rest = path.partition(":")
     try:
         if not colon or scheme == "file":
-            return _read_local(rest if colon else path, allowed_roots)
+            return _read_local(rest if colon else path, allowed_roots, given=path)
         uri = urllib.parse.quote(path, safe="/:%@?=&+,;~")  # Spark's paths hold spaces as they are
         if allowed_roots and not (_is_under(uri, allowed_roots) and ".." not in uri.split("/")):
             raise ImageError("forbidden_path", f"{path} is under none of allowed_roots")
@@ -68,7 +68,7 @@ def read(path: str, allowed_roots: Sequence[str] = ()) -> bytes:
         raise ImageError("unreadable_path", f"{path}: {error}") from error
 
 
-def _read_local(path: str, allowed_roots: Sequence[str]) -> bytes:
+def _read_local(path: str, allowed_roots: Sequence[str], given: str) -> bytes:
     path = "/" + path.lstrip("/") if path.startswith("/") else path  # file:/a and file:///a
     if not os.path.exists(path):
         path = urllib.parse.unquote(path)  # the file_path of Spark's _metadata is quoted
@@ -80,9 +80,9 @@ def _read_local(path: str, allowed_roots: Sequence[str]) -> bytes:
         for root in allowed_roots
     ]
     if allowed_roots and not _is_under(real, local_roots):
-        raise ImageError("forbidden_path", f"{path} is under none of allowed_roots")
+        raise ImageError("forbidden_path", f"{given} is under none of allowed_roots")
     if os.path.exists(real) and not os.path.isfile(real):  # a pipe or a device would not end
-        raise ImageError("unreadable_path", f"{path}: not a file")
+        raise ImageError("unreadable_path", f"{given}: not a file")
     return Path(real).read_bytes()
 
 

@@ -15,8 +15,8 @@ from imagevec import (
     Metrics,
     OptionError,
     features_udf,
-    fingerprint,
     make_features_udf,
+    provenance,
     register,
 )
 from tests.helpers.factories import tiny
@@ -87,14 +87,14 @@ def test_sql(spark: SparkSession, frame: DataFrame, weights: str) -> None:
     check([row.f for row in rows], weights=weights, engine="auto")
 
 
-def test_register_and_fingerprint(spark: SparkSession, frame: DataFrame, weights: str) -> None:
+def test_register_and_provenance(spark: SparkSession, frame: DataFrame, weights: str) -> None:
     register(spark, "registered_features", model=tiny, weights=weights)
     frame.createOrReplaceTempView("images")
     rows = spark.sql("select id, registered_features(content) as f from images order by id")
     check([row.f for row in rows.collect()], weights=weights, engine="auto")
     vectorizer = ImageVectorizer(model=tiny, weights=weights)
-    provenance = fingerprint(vectorizer.process_images(frame))
-    assert provenance["fingerprint"] == vectorizer.spec.fingerprint
+    made_of = provenance(vectorizer.process_images(frame))
+    assert made_of.fingerprint == vectorizer.spec.fingerprint
 
 
 def test_a_pipeline_is_fitted(frame: DataFrame, weights: str) -> None:
@@ -104,6 +104,21 @@ def test_a_pipeline_is_fitted(frame: DataFrame, weights: str) -> None:
     predictions = fitted.transform(labelled).select("prediction").collect()
     assert {row.prediction for row in predictions} <= {0.0, 1.0}
     assert len(predictions) == 6
+
+
+def test_a_featurizer_of_names_is_saved_twice(spark: SparkSession, tmp_path: Path) -> None:
+    place = str(tmp_path / "saved")
+    ImageFeaturizer(model="resnet18", layer="logits").save(place)
+    assert ImageFeaturizer.load(place).getLayer() == "logits"
+    ImageFeaturizer(model="resnet50", normalize=True).write().overwrite().save(place)
+    loaded = ImageFeaturizer.load(place)
+    assert (loaded.getModel(), loaded.getLayer(), loaded.getNormalize()) == (
+        "resnet50",
+        "pooled",
+        True,
+    )
+    with pytest.raises(Exception, match="PATH_ALREADY_EXISTS|already exists"):
+        ImageFeaturizer().save(place)
 
 
 def test_metrics_are_absent_and_harmless(frame: DataFrame, weights: str) -> None:

@@ -15,13 +15,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from imagevec import ImageVectorizer
+from imagevec import FeatureSpec, ImageVectorizer, Preprocessing, cache
 from imagevec.engines import Engine
-from imagevec.images.decode import DecodedImage, decode
-from imagevec.plan import Recipe, resolve
+from imagevec.engines.torch_engine import normalize
+from imagevec.images.decode import DecodedImage, Pixels, decode
+from imagevec.images.preprocess import resize_and_crop
+from imagevec.options import DEFAULTS
+from imagevec.plan import Plan, make_plan
 from imagevec.runtime import get_engine
-from imagevec.spec import DEFAULTS, ExecutionOptions, Preprocessing
-from imagevec.stream import feature_stream
+from imagevec.spec import ExecutionOptions
+from imagevec.stream import Schedule, feature_stream
 
 Batch = pd.Series | pd.DataFrame
 
@@ -32,29 +35,29 @@ def decoded(data: bytes, **options: Any) -> DecodedImage:
     return decode(data, **{**limits, **options})
 
 
-def pixels_of(image: Image.Image) -> torch.Tensor:
-    """uint8 ``(3, H, W)`` of an RGB image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def pixels_of(image: Image.Image) -> Pixels:
+    """uint8 ``(H, W, 3)`` of an RGB image."""
+    return np.array(image)
+
+
+def preprocess(pixels: Pixels, preprocessing: Preprocessing) -> torch.Tensor:
+    """uint8 ``(H, W, 3)`` to what the model gets: float32 ``(3, S, S)``."""
+    cropped = torch.from_numpy(resize_and_crop(pixels, preprocessing).copy())
+    return normalize(cropped.permute(2, 0, 1)[None], preprocessing)[0]
 
 
 def execution_options(**options: Any) -> ExecutionOptions:
     return ExecutionOptions.of({**DEFAULTS, **options})
 
 
-def recipe_of(**options: Any) -> Recipe:
-    recipe, *_ = resolve(**options)
-    return recipe
-
-
-def recipe_and_engine(**options: Any) -> tuple[Recipe, Engine]:
-    """A recipe, and this process's engine for it on the CPU; by PyTorch, if not said otherwise."""
-    recipe, paths, _ = resolve(**{"engine": "torch", **options})
-    by_name = {path.name: path for path in paths}
-    return recipe, get_engine(recipe, by_name.__getitem__, torch.device("cpu"), threads=1)
+def plan_and_engine(**options: Any) -> tuple[Plan, Engine]:
+    """A plan, and this process's engine for it on the CPU; by PyTorch, if not said otherwise."""
+    plan = make_plan(**{"engine": "torch", **options})
+    return plan, get_engine(plan, cache.stored, "cpu", threads=1)
 
 
 def engine_of(**options: Any) -> Engine:
-    _, engine = recipe_and_engine(**options)
+    _, engine = plan_and_engine(**options)
     return engine
 
 
@@ -80,12 +83,9 @@ def stream(
         feature_stream(
             iter(batches),
             engine,
-            preprocessing or Preprocessing(),
+            spec_of(preprocessing or Preprocessing(), layer_sizes),
             execution_options(**options),
-            batch_size,
-            decode_threads,
-            overlap,
-            layer_sizes=layer_sizes,
+            Schedule(batch_size, decode_threads=decode_threads, overlap=overlap),
         )
     )
 
@@ -102,11 +102,19 @@ def rows(batches: Iterable[Batch]) -> list[Any]:
 def small_row(value: object, **options: Any) -> dict[str, Any]:
     """What becomes of one value, as a struct's fields; the vector is the mean of each channel."""
 
-    def engine(images: torch.Tensor) -> np.ndarray:
-        return images.float().mean((2, 3)).numpy()
-
-    (row,) = rows(stream([series([value])], engine, output="struct", **options))
+    (row,) = rows(stream([series([value])], mean_engine, output="struct", **options))
     return row
+
+
+def mean_engine(images: Pixels) -> np.ndarray:
+    """The mean of each channel: uint8 ``(N, S, S, 3)`` to float32 ``(N, 3)``."""
+    return images.mean((1, 2), dtype=np.float32)
+
+
+def spec_of(preprocessing: Preprocessing, layer_sizes: dict[str, int] | None = None) -> FeatureSpec:
+    """Of a model that does not matter."""
+    layer, sizes = (tuple(layer_sizes), tuple(layer_sizes.values())) if layer_sizes else ("", 3)
+    return FeatureSpec("any", "random", layer, sizes, preprocessing, "float32", False)
 
 
 def series(values: Iterable[object]) -> pd.Series:

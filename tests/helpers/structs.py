@@ -1,4 +1,4 @@
-"""Rows of Spark's image source."""
+"""Rows of Spark's image source and of its binaryFile source."""
 
 from __future__ import annotations
 
@@ -19,12 +19,26 @@ def image_struct(image: Image.Image, mode: int) -> ImageStruct:
     return ImageStruct(image.height, image.width, pixels.shape[2], mode, pixels.tobytes())
 
 
-def struct_batch(structs: list[ImageStruct | None]) -> pd.DataFrame:
+def struct_batch(
+    structs: list[ImageStruct | None], origins: str | list[str] = "file:/a.png"
+) -> pd.DataFrame:
     """Rows as Spark hands them over: nullable integers, and an origin first."""
     columns = {
         field: [None if row is None else row[position] for row in structs]
         for position, field in enumerate(IMAGE_FIELDS)
     }
-    frame = pd.DataFrame({"origin": "file:/a.png", **columns})
+    frame = pd.DataFrame({"origin": origins, **columns})
     numbers = dict.fromkeys(("height", "width", "nChannels", "mode"), "Int32")
     return frame.astype(numbers)
+
+
+def file_batch(contents: dict[str, bytes | None]) -> pd.DataFrame:
+    """Rows of the binaryFile source as Spark hands them over: the content of each path."""
+    return pd.DataFrame(
+        {
+            "path": list(contents),
+            "modificationTime": pd.Timestamp(0, unit="s"),
+            "length": [len(content or b"") for content in contents.values()],
+            "content": list(contents.values()),
+        }
+    )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -54,3 +55,57 @@ def test_no_thread_is_left_behind(threaded_map):
     next(results)
     results.close()
     assert threading.active_count() == before
+
+
+def is_even(number: int) -> bool:
+    return number % 2 == 0
+
+
+def with_thread(number: int) -> tuple[int, int]:
+    return number, threading.get_ident()
+
+
+def test_what_is_not_slow_is_done_in_the_calling_thread():
+    results = map_ahead(with_thread, range(100), 3, 4, is_slow=lambda number: False)
+    assert list(results) == [(number, threading.get_ident()) for number in range(100)]
+
+
+def test_what_is_not_slow_is_done_when_it_is_taken():
+    done = []
+    results = map_ahead(done.append, range(100), 3, 4, is_slow=lambda number: False)
+    next(results)
+    assert done == [0]
+    results.close()
+
+
+def test_what_is_not_slow_waits_for_what_is_slow_before_it():
+    begin = threading.Event()
+
+    def wait_if_slow(number: int) -> tuple[int, int]:
+        assert not is_slow(number) or begin.wait(20)
+        return with_thread(number)
+
+    def is_slow(number: int) -> bool:
+        return number == 2
+
+    def numbers() -> Iterator[int]:
+        yield from range(7)
+        begin.set()  # the numbers of 2 on have been taken while 2 was at work
+        yield from range(7, 20)
+
+    here = threading.get_ident()
+    results = list(map_ahead(wait_if_slow, numbers(), 3, 5, is_slow))
+    assert [number for number, _ in results] == list(range(20))
+    assert [thread == here for _, thread in results[:7]] == [True] * 2 + [False] * 5
+
+
+def test_a_mix_is_in_order():
+    results = map_ahead(slow_for_even, range(50), 3, 4, is_slow=is_even)
+    assert list(results) == [-number for number in range(50)]
+
+
+def test_an_error_of_what_is_not_slow_comes_at_its_place():
+    results = map_ahead(lambda number: 1 // (number - 2), range(4), 3, 4, is_slow=lambda _: False)
+    assert [next(results), next(results)] == [-1, -1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)

@@ -8,11 +8,17 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
 from imagevec import Preprocessing
-from imagevec.images.preprocess import normalize, preprocess, resize_and_crop
+from imagevec.engines.torch_engine import normalize
+from imagevec.images import preprocess as module
+from imagevec.images.preprocess import resize_and_crop
 from tests.helpers.images import cosine, photo
-from tests.helpers.pipeline import pixels_of, run_python
+from tests.helpers.pipeline import pixels_of, preprocess, run_python
 
 SIZES = [(500, 375), (375, 500), (224, 224), (256, 256), (100, 80), (31, 47), (900, 300), (1, 1)]
+PHOTO_SIZES = [(500, 375), (375, 500), (800, 1200), (321, 240), (240, 321), (80, 60)]
+
+NO_CYKOOZ = "cykooz-resizer has no wheel for this machine"
+needs_cykooz = pytest.mark.skipif(module.rust_lib is None, reason=NO_CYKOOZ)
 
 
 def by_torchvision(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
@@ -27,8 +33,18 @@ def by_torchvision(image: Image.Image, preprocessing: Preprocessing) -> torch.Te
     return preset(image)
 
 
+@pytest.fixture(params=["cykooz", "Pillow"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``resize_and_crop`` with cykooz-resizer, and as it is without."""
+    if request.param == "Pillow":
+        monkeypatch.setattr(module, "rust_lib", None)
+    elif module.rust_lib is None:
+        pytest.skip(NO_CYKOOZ)
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.usefixtures("either_way")
 def test_it_is_torchvisions_preset(size, interpolation):
     preprocessing = Preprocessing(interpolation=interpolation)
     image = photo(*size)
@@ -51,6 +67,7 @@ def test_it_is_torchvisions_preset(size, interpolation):
     ids=lambda preprocessing: f"{preprocessing.resize_size}-{preprocessing.crop_size}",
 )
 @pytest.mark.parametrize("size", [(321, 240), (240, 321)], ids=str)
+@pytest.mark.usefixtures("either_way")
 def test_every_size_is_cropped_where_torchvision_crops(size, preprocessing):
     image = photo(*size)
     ours = preprocess(pixels_of(image), preprocessing)
@@ -59,6 +76,7 @@ def test_every_size_is_cropped_where_torchvision_crops(size, preprocessing):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(2000, 20), (20, 2000), (1501, 37), (37, 1501)], ids=str)
+@pytest.mark.usefixtures("either_way")
 def test_extreme_aspect_ratios_are_as_by_torchvision(size, interpolation):
     preprocessing = Preprocessing(interpolation=interpolation)
     image = photo(*size)
@@ -67,6 +85,7 @@ def test_extreme_aspect_ratios_are_as_by_torchvision(size, interpolation):
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (1200, 40)], ids=str)
+@pytest.mark.usefixtures("either_way")
 def test_squash_resizes_to_a_square(size):
     preprocessing = Preprocessing(resize_size=248, crop_size=224, squash=True)
     image = photo(*size)
@@ -77,43 +96,111 @@ def test_squash_resizes_to_a_square(size):
 
 @pytest.mark.parametrize("squash", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2, 2999), (224, 223)], ids=str)
+@pytest.mark.usefixtures("either_way")
 def test_any_size_becomes_the_crop(size, squash):
     cropped = resize_and_crop(pixels_of(photo(*size)), Preprocessing(squash=squash))
-    assert cropped.dtype == torch.uint8
-    assert cropped.shape == (3, 224, 224)
+    assert cropped.dtype == np.uint8
+    assert cropped.shape == (224, 224, 3)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_one_colour_stays_that_colour():
     red = pixels_of(Image.new("RGB", (3000, 1), (250, 20, 3)))
     cropped = resize_and_crop(red, Preprocessing())
-    assert torch.equal(cropped, torch.tensor([250, 20, 3]).view(3, 1, 1).expand(3, 224, 224))
+    assert np.array_equal(cropped, np.broadcast_to([250, 20, 3], (224, 224, 3)))
 
 
+@pytest.mark.usefixtures("either_way")
 def test_the_middle_is_kept():
-    pixels = torch.zeros(3, 300, 900, dtype=torch.uint8)
-    pixels[:, :, 300:600] = 200
+    pixels = np.zeros((300, 900, 3), np.uint8)
+    pixels[:, 300:600] = 200
     cropped = resize_and_crop(pixels, Preprocessing(resize_size=224, crop_size=224))
-    assert (cropped[:, :, 2:-2] == 200).all()
+    assert (cropped[:, 2:-2] == 200).all()
 
 
+@pytest.mark.parametrize("rust_lib", ["module.rust_lib", "None"])
 @pytest.mark.parametrize("size", ["3000, 1", "1, 3000"])
-def test_extreme_aspect_ratios_take_little_memory(size):
+def test_extreme_aspect_ratios_take_little_memory(size, rust_lib):
     used = run_python(f"""
 import resource, sys
-import torch
+from pathlib import Path
+import numpy as np
 from imagevec import Preprocessing
+from imagevec.images import preprocess as module
 from imagevec.images.preprocess import resize_and_crop
 
+module.rust_lib = {rust_lib}
+
 def peak_bytes():
+    if sys.platform == "linux":  # where ru_maxrss begins with the peak of the tests' own process
+        (peak,) = (s for s in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in s)
+        return 1024 * int(peak.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
-resize_and_crop(torch.zeros(3, 500, 375, dtype=torch.uint8), Preprocessing())
+resize_and_crop(np.zeros((375, 500, 3), np.uint8), Preprocessing())
 before = peak_bytes()
-resize_and_crop(torch.zeros(3, {size}, dtype=torch.uint8), Preprocessing())
+resize_and_crop(np.zeros(({size}, 3), np.uint8), Preprocessing())
 print(peak_bytes() - before)
 """)
     assert int(used) < 100e6  # resized whole, to 768000x256, it would be 590 MB
+
+
+def resized_whole(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Pillow's resize of all, and the middle of that, as int."""
+    to, crop = preprocessing.resize_size, preprocessing.crop_size
+    size = tuple(to * side // min(image.size) for side in image.size)
+    left, top = (round((side - crop) / 2) for side in size)
+    resized = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
+    return np.asarray(resized.crop((left, top, left + crop, top + crop))).astype(int)
+
+
+@needs_cykooz
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_cykooz_differs_from_pillow_by_rounding_alone(interpolation):
+    preprocessing = Preprocessing(interpolation=interpolation)
+    differences = []
+    for seed, size in enumerate(PHOTO_SIZES):
+        image = photo(*size, seed)
+        ours = resize_and_crop(pixels_of(image), preprocessing)
+        differences.append(np.abs(ours - resized_whole(image, preprocessing)))
+    assert np.max(differences) <= 2
+    assert np.count_nonzero(differences) <= 0.006 * np.size(differences)
+
+
+@needs_cykooz
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(2000, 1500), (1500, 2000), (40, 30)], ids=str)
+def test_rows_that_are_left_out_do_not_matter(size, interpolation, monkeypatch):
+    preprocessing = Preprocessing(resize_size=64, crop_size=32, interpolation=interpolation)
+    cells = np.random.default_rng(0).integers(0, 2, (96, 96, 3), np.uint8) * 255
+    pixels = pixels_of(Image.fromarray(cells).resize(size, Image.Resampling.NEAREST))
+    of_some_rows = resize_and_crop(pixels, preprocessing)
+    monkeypatch.setattr(module, "_SUPPORT", {interpolation: 10_000})
+    assert np.array_equal(of_some_rows, resize_and_crop(pixels, preprocessing))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", PHOTO_SIZES, ids=str)
+def test_without_cykooz_it_is_pillows_resize_and_crop(size, interpolation, monkeypatch):
+    def by_cykooz(*args: object) -> None:
+        raise AssertionError("called")
+
+    monkeypatch.setattr(module, "rust_lib", None)
+    monkeypatch.setattr(module, "_by_cykooz", by_cykooz)
+    image, preprocessing = photo(*size), Preprocessing(interpolation=interpolation)
+    ours = resize_and_crop(pixels_of(image), preprocessing)
+    assert np.array_equal(ours, resized_whole(image, preprocessing))
+
+
+@needs_cykooz
+@pytest.mark.parametrize("squash", [False, True])
+def test_a_crop_of_all_that_is_resized_has_room_in_every_size(squash):
+    preprocessing = Preprocessing(resize_size=224, crop_size=224, squash=squash)
+    for side in range(1, 700):
+        wide = resize_and_crop(np.full((side, side + 1, 3), 77, np.uint8), preprocessing)
+        high = resize_and_crop(np.full((side + 1, side, 3), 77, np.uint8), preprocessing)
+        assert (wide == 77).all() and (high == 77).all()
 
 
 def test_normalize_is_mean_and_std():

@@ -1,4 +1,4 @@
-"""Where paths in the input column may lead."""
+"""What paths in the input column are read as, and where they may lead."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 from imagevec import ImageError, ImageVectorizer, OptionError
-from imagevec.images.values import read
+from imagevec.images.prepare import load
+from imagevec.images.reading import read, read_ahead
+from imagevec.images.values import Value
 from tests.helpers.images import encode, photo
-from tests.helpers.pipeline import small_row
+from tests.helpers.pipeline import execution_options, small_row
 
 PNG = encode(photo())
 
@@ -84,3 +89,63 @@ def test_spaces_and_percent_signs_are_read_as_spark_writes_them(tmp_path: Path) 
     assert read(f"file://{tmp_path}/a%20b.png") == PNG
     assert read(f"file:{tmp_path}/100%25.png") == PNG + b"1"
     assert read(f"{tmp_path}/100%.png") == PNG + b"2"
+
+
+NAMES = ["a.png", "a b.png", "a:b.png", "ä.png", "a#b.png", "a?b.png", "100%.png", "a+b.png"]
+
+
+FORMS = {
+    "path": str,
+    "uri": lambda path: path.as_uri(),  # file:///, escaped: input_file_name(), image.origin
+    "file:": lambda path: f"file:{path}",  # not escaped: the path of binaryFile
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_path_is_read_in_every_form_that_spark_has(tmp_path: Path, name: str, form: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(PNG)
+    value = FORMS[form](path)
+    assert read(value) == PNG
+    assert small_row(value)["width"] == 80
+
+
+def test_a_relative_path_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").write_bytes(PNG)
+    assert read("a.png") == PNG
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "/no/such/file.png", ".", "/", "a\x00b", "x" * 5000, "nope:x", "foo://x/y", "C:\\a.png"],
+    ids=lambda path: ascii(path)[:20],
+)
+def test_a_path_that_cannot_be_read_says_so(path: str) -> None:
+    error = small_row(path)["error"]
+    assert error.startswith("unreadable_path: ")
+    assert path in error
+
+
+def test_a_file_that_is_no_image_is_told_from_one_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("no image")
+    assert small_row(str(tmp_path / "a.txt"))["error"].startswith("unsupported_format: ")
+
+
+@given(st.text(max_size=60).filter(lambda text: "://" not in text))
+def test_any_text_is_a_path_or_an_image_error(text: str) -> None:
+    code, _, _ = small_row(text)["error"].partition(":")
+    assert code in ("unreadable_path", "unsupported_format", "empty")
+
+
+def test_many_paths_stay_in_order(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{number}.png") for number in range(50)]
+    for level, path in enumerate(paths):
+        Image.new("RGB", (4, 4), (level, 0, 0)).save(path)
+    values = [Value(data, data) for path in paths for data in (path, None, "no such")]
+    contents = list(read_ahead(values))
+    assert [type(content.data) for content in contents] == [bytes, type(None), ImageError] * 50
+    assert [content.path for content in contents] == [value.path for value in values]
+    images = [load(content, execution_options()) for content in contents[::3]]
+    assert [int(image.pixels[0, 0, 0]) for image in images] == list(range(50))

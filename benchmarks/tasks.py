@@ -1,0 +1,104 @@
+"""What a task costs beside its images: tasks that do nothing, and the same images in small tasks.
+
+    python -m benchmarks.tasks
+
+PySpark collects garbage in a worker after each task, which walks every object that its imports
+made: workers that have run ``features_udf`` are compared with new ones. It writes
+``results/tasks.md``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.functions import pandas_udf
+
+from benchmarks.images import generated
+from benchmarks.spark import image_frame, session
+from imagevec import make_features_udf
+
+RESULT = Path("benchmarks/results/tasks.md")
+WORKERS = 2
+TASKS = 200
+ROUNDS = 5
+MODEL: dict[str, Any] = {
+    "model": "mobilenet_v3_large",
+    "weights": "random",
+    "precision": "bfloat16",
+}
+SMALL, LARGE = (16, 30), (2, 240)  # tasks, and images in each
+
+
+def main() -> None:
+    contents = generated("small").contents()
+    images = [contents[i % len(contents)] for i in range(SMALL[0] * SMALL[1])]
+    lines = ["| what | |", "|---|---:|"]
+    with session(WORKERS) as spark:
+        lines.append(f"| a task that does nothing, new workers | {nothing(spark):.0f} core-ms |")
+        features = make_features_udf(**MODEL)
+        frames = {tasks: image_frame(spark, images, tasks) for tasks, _ in (SMALL, LARGE)}
+        for frame in frames.values():
+            seconds(frame, features)
+        after = nothing(spark)
+        lines.append(
+            f"| a task that does nothing, workers that ran features_udf | {after:.0f} core-ms |"
+        )
+        rates = {
+            tasks: statistics.median(rates)
+            for tasks, rates in interleaved(frames, features, len(images)).items()
+        }
+    for tasks, count in (SMALL, LARGE):
+        lines.append(
+            f"| MobileNetV3-Large, bfloat16, {tasks} tasks of {count} images "
+            f"| {rates[tasks]:.0f} images/s |"
+        )
+    lines.append(f"| small tasks over large ones | {rates[SMALL[0]] / rates[LARGE[0]]:.2f} |")
+    table = "\n".join(lines) + "\n"
+    RESULT.write_text(table)
+    print(table)
+
+
+def nothing(spark: SparkSession) -> float:
+    """Milliseconds of a core for a task that hands back its one row; the median of the rounds."""
+
+    @pandas_udf("long")
+    def same(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
+        yield from batches
+
+    frame = spark.range(TASKS, numPartitions=TASKS).select(same("id").alias("id"))
+    write(frame)
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        write(frame)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times) * WORKERS / TASKS
+
+
+def interleaved(frames: dict[int, DataFrame], features: Any, images: int) -> dict[int, list[float]]:
+    """Images a second of each frame, in rounds."""
+    rates: dict[int, list[float]] = {tasks: [] for tasks in frames}
+    for _ in range(ROUNDS):
+        for tasks, frame in frames.items():
+            rates[tasks].append(images / seconds(frame, features))
+    return rates
+
+
+def seconds(frame: DataFrame, features: Any) -> float:
+    start = time.perf_counter()
+    write(frame.select(features("content").alias("features")))
+    return time.perf_counter() - start
+
+
+def write(frame: DataFrame) -> None:
+    frame.write.format("noop").mode("overwrite").save()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Decoders that die, hang and wait. Child processes find them by name, and import little for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from imagevec.errors import ImageError
+from imagevec.images.isolation import _exit_with_parent
+from imagevec.images.prepare import Row
+from imagevec.images.values import Value
+
+
+def fragile(value: Value) -> Row:
+    """A decoder that some bytes kill, and others hang."""
+    if value.data is None:
+        return Row()
+    if value.data == b"kill":
+        _die()
+    if value.data == b"hang":
+        time.sleep(600)
+    if value.data == b"bad":
+        raise ImageError("corrupt", "as it says")
+    return Row(np.full((2, 2, 3), len(value.data), np.uint8), width=os.getpid())
+
+
+def fragile_of_stream(value: Value, preprocessing: object, options: object) -> Row:
+    """``fragile`` in the place of ``prepare``."""
+    return fragile(value)
+
+
+def dies_at_first(value: Value, log: Path, deaths: int) -> Row:
+    """A decoder whose process is killed so many times, whatever the value is."""
+    _log_and_die(log, deaths)
+    return fragile(value)
+
+
+def start_that_dies(log: Path, deaths: int) -> None:
+    """An initializer whose process is killed so many times."""
+    _exit_with_parent()
+    _log_and_die(log, deaths)
+
+
+def start_that_hangs() -> None:
+    _exit_with_parent()
+    time.sleep(600)
+
+
+def logged(log: Path) -> list[int]:
+    """The processes that were there, in order."""
+    return [int(line) for line in log.read_text().splitlines()]
+
+
+def meeting(value: Value, preprocessing: object, options: object) -> Row:
+    """In the place of ``prepare``: ``<folder>|<number>`` is an image of that level.
+
+    Numbers 0 and 1 wait until two processes are there, whose width is their process id.
+    """
+    folder, _, number = value.data.decode().partition("|")
+    (Path(folder) / str(os.getpid())).touch()
+    deadline = time.monotonic() + 100
+    while int(number) < 2 and len(os.listdir(folder)) < 2:
+        if time.monotonic() > deadline:
+            raise RuntimeError("one process alone")
+        time.sleep(0.01)
+    return Row(np.full((2, 2, 3), int(number), np.uint8), width=os.getpid())
+
+
+def modules(value: Value) -> tuple[int, set[str]]:
+    """This process, and what it has imported."""
+    return os.getpid(), set(sys.modules)
+
+
+def process(value: Value) -> int:
+    return os.getpid()
+
+
+def _log_and_die(log: Path, deaths: int) -> None:
+    with log.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    if len(logged(log)) <= deaths:
+        _die()
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
