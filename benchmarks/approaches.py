@@ -149,5 +149,7 @@ STAGES = (
 # Approach, model, image set, images.
 MEMORY = (
     (BASELINE, "resnet50", "small", 200),
+    ("features_udf, float32, engine torch", "resnet50", "small", 500),
+    ("features_udf, float32", "resnet50", "small", 2000),
     ("features_udf, bfloat16", "resnet50", "small", 2000),
 )

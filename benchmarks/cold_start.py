@@ -12,7 +12,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import pandas as pd
+from pyspark.sql.functions import pandas_udf
 
 from benchmarks.images import generated
 from benchmarks.spark import image_frame, session, timed_seconds
@@ -20,29 +24,39 @@ from benchmarks.spark import image_frame, session, timed_seconds
 RESULT = Path("benchmarks/results/cold_start.md")
 RUNS = 3
 DAEMON = {"spark.python.daemon.module": "imagevec.spark.daemon"}
+NOTHING = ["-m", "benchmarks.cold_start", "--nothing"]
 IMPORTS = ("import imagevec", "from imagevec import features_udf")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--queries", action="store_true", help="print the figures of one session")
+    parser.add_argument("--nothing", action="store_true", help="the first query of a trivial UDF")
     parser.add_argument("--daemon", action="store_true", help="with imagevec.spark.daemon")
     arguments = parser.parse_args()
     if arguments.queries:
         print(*query_seconds(DAEMON if arguments.daemon else {}))
+        return
+    if arguments.nothing:
+        print(nothing_seconds())
         return
     lines = ["| what | seconds |", "|---|---:|"]
     for code in IMPORTS:
         lines.append(f"| `{code}` | {statistics.median(import_seconds(code)):.2f} |")
     for daemon in (False, True):
         runs = [queries_in_a_new_process(daemon) for _ in range(RUNS)]
-        making, first, second = (statistics.median(figures) for figures in zip(*runs, strict=True))
+        making, again, first, second = (
+            statistics.median(figures) for figures in zip(*runs, strict=True)
+        )
         name = "`imagevec.spark.daemon`" if daemon else "Spark's own daemon"
         lines += [
             f"| {name}: making the UDF (converted model in the cache) | {making:.2f} |",
+            f"| {name}: making it again | {again:.3f} |",
             f"| {name}: first query, two new workers, one image each | {first:.2f} |",
             f"| {name}: second query | {second:.2f} |",
         ]
+    nothing = statistics.median(float(_output(NOTHING).strip()) for _ in range(RUNS))
+    lines.append(f"| a UDF that does nothing, Spark's own daemon: first query | {nothing:.2f} |")
     table = "\n".join(lines) + "\n"
     RESULT.write_text(table)
     print(table)
@@ -58,8 +72,8 @@ def queries_in_a_new_process(daemon: bool) -> list[float]:
     return [float(word) for word in _output(arguments).split()]
 
 
-def query_seconds(conf: dict[str, str]) -> tuple[float, float, float]:
-    """Of making the UDF, of the first query, and of the second, with ResNet-50 in float32."""
+def query_seconds(conf: dict[str, str]) -> tuple[float, float, float, float]:
+    """Of making the UDF twice, of the first query, and of the second, with ResNet-50 in float32."""
     from imagevec import make_features_udf
 
     contents = generated("small").contents()[:2]
@@ -68,7 +82,23 @@ def query_seconds(conf: dict[str, str]) -> tuple[float, float, float]:
         start = time.perf_counter()
         features = make_features_udf(weights="random")
         making = time.perf_counter() - start
-        return making, timed_seconds(frame, features, 1), timed_seconds(frame, features, 1)
+        start = time.perf_counter()
+        features = make_features_udf(weights="random")
+        again = time.perf_counter() - start
+        return making, again, timed_seconds(frame, features, 1), timed_seconds(frame, features, 1)
+
+
+def nothing_seconds() -> float:
+    """What Spark itself takes for a first query with two new workers."""
+
+    @pandas_udf("array<float>")
+    def nothing(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
+        for batch in batches:
+            yield pd.Series([[0.0]] * len(batch))
+
+    with session(2) as spark:
+        frame = image_frame(spark, generated("small").contents()[:2], 2)
+        return timed_seconds(frame, nothing, 1)
 
 
 def _output(arguments: list[str]) -> str:

@@ -4,7 +4,7 @@
 
 PySpark collects garbage in a worker after each task, which walks every object that its imports
 made: workers that have run ``features_udf`` are compared with new ones. It writes
-``results/tasks.md``.
+``results/tasks.md``, for Spark's TCP sockets and for its Unix domain sockets.
 """
 
 from __future__ import annotations
@@ -38,30 +38,32 @@ SMALL, LARGE = (16, 30), (2, 240)  # tasks, and images in each
 def main() -> None:
     contents = generated("small").contents()
     images = [contents[i % len(contents)] for i in range(SMALL[0] * SMALL[1])]
-    lines = ["| what | |", "|---|---:|"]
-    with session(WORKERS) as spark:
-        lines.append(f"| a task that does nothing, new workers | {nothing(spark):.0f} core-ms |")
+    columns = [measure(images, sockets) for sockets in ("false", "true")]
+    lines = ["| what | TCP | Unix sockets |", "|---|---:|---:|"]
+    lines += [f"| {what} | {tcp} | {columns[1][what]} |" for what, tcp in columns[0].items()]
+    table = "\n".join(lines) + "\n"
+    RESULT.write_text(table)
+    print(table)
+
+
+def measure(images: list[bytes], unix_sockets: str) -> dict[str, str]:
+    """What is measured, with its figure, in a session of its own."""
+    found = {}
+    with session(WORKERS, {"spark.python.unix.domain.socket.enabled": unix_sockets}) as spark:
+        found["a task that does nothing, new workers"] = f"{nothing(spark):.0f} core-ms"
         features = make_features_udf(**MODEL)
         frames = {tasks: image_frame(spark, images, tasks) for tasks, _ in (SMALL, LARGE)}
         for frame in frames.values():
             seconds(frame, features)
-        after = nothing(spark)
-        lines.append(
-            f"| a task that does nothing, workers that ran features_udf | {after:.0f} core-ms |"
-        )
-        rates = {
-            tasks: statistics.median(rates)
-            for tasks, rates in interleaved(frames, features, len(images)).items()
-        }
+        name = "a task that does nothing, workers that ran features_udf"
+        found[name] = f"{nothing(spark):.0f} core-ms"
+        rates = interleaved(frames, features, len(images))
+    medians = {tasks: statistics.median(each) for tasks, each in rates.items()}
     for tasks, count in (SMALL, LARGE):
-        lines.append(
-            f"| MobileNetV3-Large, bfloat16, {tasks} tasks of {count} images "
-            f"| {rates[tasks]:.0f} images/s |"
-        )
-    lines.append(f"| small tasks over large ones | {rates[SMALL[0]] / rates[LARGE[0]]:.2f} |")
-    table = "\n".join(lines) + "\n"
-    RESULT.write_text(table)
-    print(table)
+        name = f"MobileNetV3-Large, bfloat16, {tasks} tasks of {count} images"
+        found[name] = f"{medians[tasks]:.0f} images/s"
+    found["small tasks over large ones"] = f"{medians[SMALL[0]] / medians[LARGE[0]]:.2f}"
+    return found
 
 
 def nothing(spark: SparkSession) -> float:

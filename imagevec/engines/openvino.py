@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
 BUILDS_MODULE = False
+WORKER_MEMORY_MB = 768
 
 
 def is_available() -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from imagevec.models.features import FeatureModel
 
 BUILDS_MODULE = True
+WORKER_MEMORY_MB = 1_536
 
 
 def is_available() -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from imagevec.engines import backend
 from imagevec.errors import OptionError
-from imagevec.options import check_positive
+from imagevec.options import ENGINES, check_positive
 
 ARROW_RECORDS = "spark.sql.execution.arrow.maxRecordsPerBatch"
 ARROW_BYTES = "spark.sql.execution.arrow.maxBytesPerBatch"
 
 _ARROW_BATCH_BYTES = 16 << 20  # Spark holds a few Arrow batches a task, in the JVM and in Python
 _MAX_ARROW_RECORDS = 10_000  # Spark's own default
-_WORKER_MEMORY_MB = 1_536
 
 
 def recommended_conf(
@@ -38,8 +38,9 @@ def recommended_conf(
           at once.
         - ``spark.python.unix.domain.socket.enabled``: for Spark 4.1 and newer; a task ends 20 ms
           sooner than over TCP, which waits to acknowledge small packets.
-        - ``spark.executor.memoryOverhead``: Python workers live outside the JVM's heap, at 1.5 GiB
-          each with a model of the size of ResNet-50.
+        - ``spark.executor.memoryOverhead``: Python workers live outside the JVM's heap. With a model
+          of the size of ResNet-50 each takes 768 MiB; 1.5 GiB with PyTorch, which computes on GPUs,
+          and on the CPU where OpenVINO is not installed on the driver.
         - ``spark.executor.resource.gpu.amount`` and ``spark.task.resource.gpu.amount``, with GPUs.
 
     Raises:
@@ -63,9 +64,17 @@ def recommended_conf(
         "spark.python.worker.reuse": "true",
         "spark.python.daemon.module": "imagevec.spark.daemon",
         "spark.python.unix.domain.socket.enabled": "true",
-        "spark.executor.memoryOverhead": f"{workers * _WORKER_MEMORY_MB}m",
+        "spark.executor.memoryOverhead": f"{workers * _worker_memory_mb(executor_gpus)}m",
     }
     if executor_gpus:
         conf["spark.executor.resource.gpu.amount"] = str(executor_gpus)
         conf["spark.task.resource.gpu.amount"] = "1"
     return conf
+
+
+def _worker_memory_mb(gpus: int) -> int:
+    device = "cuda" if gpus else "cpu"
+    for name in ENGINES:
+        if backend(name).is_available() and backend(name).why_not("float32", device) is None:
+            return backend(name).WORKER_MEMORY_MB
+    raise AssertionError("PyTorch runs everywhere")

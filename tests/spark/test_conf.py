@@ -59,3 +59,12 @@ def test_a_gpu_serves_one_task():
 def test_numbers_that_make_no_sense_are_refused(wrong):
     with pytest.raises(OptionError, match=next(iter(wrong))):
         recommended_conf(**wrong)
+
+
+def test_memory_follows_the_engine(monkeypatch):
+    name = "spark.executor.memoryOverhead"
+    assert recommended_conf(executor_cores=8, executor_gpus=2)[name] == f"{2 * 1536}m"
+    monkeypatch.setattr("imagevec.engines.openvino.is_available", lambda: True)
+    assert recommended_conf(executor_cores=4)[name] == f"{4 * 768}m"
+    monkeypatch.setattr("imagevec.engines.openvino.is_available", lambda: False)
+    assert recommended_conf(executor_cores=4)[name] == f"{4 * 1536}m"
