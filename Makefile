@@ -26,11 +26,11 @@ demo: java setup ## Find each photo's nearest neighbours, offline, and draw a co
 test: java setup ## Run the tests
 	@$(WITH_JAVA) $(PYTHON) -m pytest
 
-test-unit: setup ## Run those that need no Java
-	@$(PYTHON) -m pytest -m 'not java'
+test-unit: setup ## Run those that need no Java and build no large models (under 2 minutes)
+	@$(PYTHON) -m pytest -m 'not java and not models'
 
 test-models: setup ## Build all models of torchvision
-	@IMAGEVEC_TEST_ALL_MODELS=1 $(PYTHON) -m pytest tests/models/test_registry.py -k every_model
+	@IMAGEVEC_TEST_ALL_MODELS=1 $(PYTHON) -m pytest tests/models/test_torchvision.py
 
 test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the command line
 	@$(WITH_JAVA) $(PYTHON) -m pytest tests/cluster

@@ -22,6 +22,8 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 # The backends: imagevec/engines/<name>.py. "auto" takes the first that can run the plan.
 ENGINES = ("openvino", "torch")
 
+DECODES = ("exact", "scaled")
+
 RANDOM = "random"
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -269,7 +271,7 @@ OPTIONS = (
         "choice",
         _choice,
         "scaled decodes large JPEGs at a fraction of their size",
-        ("exact", "scaled"),
+        DECODES,
     ),
     Option(
         "on_error",

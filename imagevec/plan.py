@@ -13,7 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ from imagevec.spec import ExecutionOptions, FeatureSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from imagevec.models.features import FeatureModel
 
 logger = logging.getLogger(__name__)
 
@@ -129,15 +131,14 @@ def _of_source(chosen: dict[str, Any], gpus: bool | None) -> Plan:
             "precision='int8' needs a saved model: imagevec.quantize(images, model=..., "
             "output=path) makes one, and model=path runs it"
         )
+    model = functools.cache(functools.partial(_feature_model, source, chosen))
     for name, device in _candidates(source, chosen, gpus):
         try:
-            prepared = _prepared(source, chosen, name)
-        except ImageVecError:
-            raise
-        except Exception as error:  # converters and torch.jit raise whatever comes up
+            prepared = _prepared(source, chosen, name, model)
+        except _ConversionError as error:
             if chosen["engine"] != "auto":
-                raise OptionError(f"{name} cannot convert {source.name!r}: {error}") from error
-            logger.warning("%s cannot convert %r: %s", name, source.name, error)
+                raise OptionError(str(error)) from error.__cause__
+            logger.warning("%s; another engine runs it", error)
             continue
         precision = chosen["precision"]
         if precision == "auto":
@@ -191,24 +192,32 @@ def _warn_once_that_it_is_missing(name: str) -> None:
     )
 
 
-def _prepared(source: ModelSource, chosen: dict[str, Any], name: str) -> Plan:
-    """A plan in float32, from the cache if it was made before."""
+class _ConversionError(Exception):
+    """A backend failed at a model that it should be able to run."""
+
+
+def _prepared(
+    source: ModelSource, chosen: dict[str, Any], name: str, get_model: Callable[[], FeatureModel]
+) -> Plan:
+    """A plan in float32, from the cache if it was made before: then no model is built.
+
+    Raises:
+        _ConversionError: The backend cannot prepare the model.
+    """
     parts = [chosen[option] for option in ("layer", "normalize")]
     parts += [name, backend(name).version(), __version__, *map(_version, source.libraries)]
-    model = None
     content = ""
     if source.identity == "name":
         key = _digest(source.name, _weights_key(chosen["weights"]), *parts)
     else:
-        model = _feature_model(source, chosen)
+        model = get_model()
         content = model.content if source.identity == "content" else ""
         preprocessing = dataclasses.asdict(model.preprocessing)
         key = _digest(source.name, model.weights_name, content, preprocessing, *parts)
     record = cache.recall(key)
     if record is None:
-        model = model or _feature_model(source, chosen)
-        spec = model.spec
-        files = tuple(path.name for path in backend(name).prepare(model))
+        spec = get_model().spec
+        files = _prepared_files(name, get_model())
         cache.remember(key, {"spec": json.loads(spec.to_json()), "files": files})
     else:
         spec = FeatureSpec.from_json(json.dumps(record["spec"]))
@@ -218,7 +227,16 @@ def _prepared(source: ModelSource, chosen: dict[str, Any], name: str) -> Plan:
     return Plan(spec, execution, name, files, source if builds else None, content if builds else "")
 
 
-def _feature_model(source: ModelSource, chosen: dict[str, Any]) -> Any:
+def _prepared_files(name: str, model: FeatureModel) -> tuple[str, ...]:
+    try:
+        return tuple(path.name for path in backend(name).prepare(model))
+    except ImageVecError:
+        raise
+    except Exception as error:  # converters and torch.jit raise whatever comes up
+        raise _ConversionError(f"{name} cannot convert {model.source.name!r}: {error}") from error
+
+
+def _feature_model(source: ModelSource, chosen: dict[str, Any]) -> FeatureModel:
     from imagevec.models.features import FeatureModel
 
     names = ("weights", "layer", "normalize", "decode")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from imagevec._version import __version__
 from imagevec.errors import OptionError
-from imagevec.options import PRECISIONS, check_bool, check_choice, check_positive, checked
+from imagevec.options import DECODES, PRECISIONS, check_bool, check_choice, check_positive, checked
 
 METADATA_KEY = "imagevec"
 
@@ -53,7 +53,7 @@ class Preprocessing:
         return 2 * self.resize_size if self.decode == "scaled" else None
 
     def __post_init__(self) -> None:
-        check_choice("decode", self.decode, ("exact", "scaled"))
+        check_choice("decode", self.decode, DECODES)
         check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
         check_positive("crop_size", self.crop_size)
         check_positive("resize_size", self.resize_size)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import functools
 import pickle
 
 import cloudpickle
 import pytest
 
-from imagevec import ImageVectorizer, plan
+from imagevec import ImageVectorizer, OptionError, plan
 from imagevec.plan import make_plan
-from tests.helpers.factories import Tiny, tiny
+from tests.helpers.factories import Tiny, logging_tiny, tiny
 from tests.helpers.pipeline import saved
 
 MODEL = {"model": "squeezenet1_1", "weights": "random", "engine": "torch"}
@@ -93,3 +94,28 @@ def test_what_travels_is_small(model):
     assert len(pickled) < 10_000
     assert pickle.loads(pickled).spec == plan.spec
     assert len(cloudpickle.dumps(ImageVectorizer(**options))) < 10_000
+
+
+def test_what_a_factory_raises_comes_as_it_is():
+    def broken():
+        raise FileNotFoundError("my checkpoint")
+
+    for engine in ("auto", "torch"):
+        with pytest.raises(FileNotFoundError, match="my checkpoint"):
+            make_plan(model=broken, engine=engine)
+
+
+def test_a_model_that_cannot_be_converted_runs_with_pytorch(monkeypatch, caplog, tmp_path):
+    pytest.importorskip("openvino")
+
+    def fail(model):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr("imagevec.engines.openvino.convert", fail)
+    model = functools.partial(logging_tiny, str(tmp_path / "log"))
+    assert make_plan(model=model).backend == "torch"
+    assert len((tmp_path / "log").read_text().split()) == 1
+    assert "openvino cannot convert" in caplog.text
+    assert "no such operation" in caplog.text
+    with pytest.raises(OptionError, match="openvino cannot convert.*no such operation"):
+        make_plan(model=model, engine="openvino")

@@ -36,7 +36,7 @@ class Backend(Protocol):
     """Whether workers build the model from its source, with PyTorch. Else it is in the files."""
 
     WORKER_MEMORY_MB: int
-    """What a worker with ResNet-50 should have: more than the peak that benchmarks/results shows."""
+    """What a worker with ResNet-50 should have: more than the peak in ``benchmarks/results``."""
 
     def is_available(self) -> bool:
         """Whether it is installed; it is not imported."""

@@ -38,9 +38,9 @@ def recommended_conf(
           at once.
         - ``spark.python.unix.domain.socket.enabled``: for Spark 4.1 and newer; a task ends 20 ms
           sooner than over TCP, which waits to acknowledge small packets.
-        - ``spark.executor.memoryOverhead``: Python workers live outside the JVM's heap. With a model
-          of the size of ResNet-50 each takes 768 MiB; 1.5 GiB with PyTorch, which computes on GPUs,
-          and on the CPU where OpenVINO is not installed on the driver.
+        - ``spark.executor.memoryOverhead``: Python workers live outside the JVM's heap. Each gets
+          768 MiB, for a model of the size of ResNet-50; 1.5 GiB with PyTorch, which computes on
+          GPUs, and on the CPU where OpenVINO is not installed on the driver.
         - ``spark.executor.resource.gpu.amount`` and ``spark.task.resource.gpu.amount``, with GPUs.
 
     Raises:

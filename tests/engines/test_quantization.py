@@ -85,6 +85,14 @@ def test_images_are_a_list_of_paths_or_bytes(tmp_path: Path) -> None:
             quantize(single, output=tmp_path / "other", model=tiny, weights="random")
 
 
+def test_a_data_frame_has_one_column(tmp_path: Path) -> None:
+    class Frame:
+        columns = ("path", "content")
+
+    with pytest.raises(OptionError, match="give a data frame of one"):
+        quantize(Frame(), output=tmp_path / "new", model=tiny, weights="random")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("floor", [1.01, -2, "high", None])
 def test_a_floor_that_makes_no_sense_is_refused_before_the_work(floor: Any, tmp_path: Path) -> None:
     def never() -> Any:

@@ -109,7 +109,7 @@ def test_code_in_a_file_is_refused_and_not_run(suffix, write, tmp_path):
     payload = {"a": trap} if write is torch.save else pickle.dumps({"a": trap}, protocol=2)
     path = tmp_path / f"evil{suffix}"
     write(payload, path)
-    assert "evil" in refused(path) or "is not a file of weights" in refused(path)
+    assert f"evil{suffix} is not a file of weights" in refused(path)
     assert not trap.folder.exists()
 
 

@@ -212,6 +212,11 @@ def test_a_value_of_another_type_is_refused_at_once(name: str, value: object) ->
         ImageFeaturizer(**{name: value})  # type: ignore[arg-type]
 
 
+def test_several_layers_are_refused_with_another_way() -> None:
+    with pytest.raises(TypeError, match="is not one layer: use a featurizer for each"):
+        ImageFeaturizer(layer=("conv", "pooled"))  # type: ignore[arg-type]
+
+
 def test_paths_may_be_paths(tmp_path: Path) -> None:
     featurizer = ImageFeaturizer(model=tmp_path, weights=tmp_path / "a.pth")  # type: ignore[arg-type]
     assert featurizer.getModel() == str(tmp_path)
