@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from imagevec.engines import Engine
     from imagevec.models.entry import ModelSource
     from imagevec.models.features import FeatureModel
+
+logger = logging.getLogger(__name__)
 
 BUILDS_MODULE = True
 WORKER_MEMORY_MB = 1_536
@@ -65,6 +68,8 @@ def load(
     from imagevec.models.features import feature_module
 
     assert source is not None  # BUILDS_MODULE
+    if spec.precision == "bfloat16" and not has_bfloat16(device):
+        logger.warning("%s has no bfloat16 instructions: it will be slow", device)
     torch.set_num_threads(threads if device == "cpu" else 1)
     model = feature_module(source, spec, files[0] if files else None)
     return TorchEngine(model, spec.preprocessing, device, spec.precision)

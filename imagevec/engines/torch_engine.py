@@ -11,7 +11,6 @@ from torch import nn
 from torch.fx.experimental import optimization
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from imagevec.engines.torch import has_bfloat16
 from imagevec.spec import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -33,8 +32,6 @@ class TorchEngine:
     def __init__(
         self, model: nn.Module, preprocessing: Preprocessing, device: str, precision: str
     ) -> None:
-        if precision == "bfloat16" and not has_bfloat16(device):
-            logger.warning("%s has no bfloat16 instructions: it will be slow", device)
         self._model = PixelModel(_fold_batch_norms(model), preprocessing).eval().to(device)
         # Convolutions alone: Module.to(memory_format=) fails on a buffer of five dimensions.
         convert_conv2d_weight_memory_format(self._model, torch.channels_last)

@@ -11,7 +11,6 @@ from imagevec import (
     ImageVectorizer,
     OptionError,
     Preprocessing,
-    register_model,
 )
 from tests.helpers.factories import Tiny, tiny, tiny_swin, tiny_vit
 from tests.helpers.images import cosine, encode, photo
@@ -26,12 +25,6 @@ IMAGE = photo(120, 90)
 PNG = encode(IMAGE)
 RANDOM = {"weights": "random", "engine": "torch"}
 INPUT_OF_32 = Preprocessing(resize_size=36, crop_size=32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered() -> None:
-    register_model("tiny_vit", tiny_vit, preprocessing=INPUT_OF_32)
-    register_model("tiny_swin", tiny_swin, preprocessing=INPUT_OF_32)
 
 
 def model_input(preprocessing: Preprocessing) -> torch.Tensor:

@@ -13,19 +13,12 @@ from imagevec.models.entry import ModelSource
 from imagevec.models.registry import find_source
 from imagevec.options import ENGINES
 from imagevec.plan import make_plan
-from tests.helpers.factories import Tiny, tiny, tiny_swin, tiny_vit
+from tests.helpers.factories import Tiny, tiny
 from tests.helpers.pipeline import (
     run_python,
 )
 
 RANDOM = {"weights": "random", "engine": "torch"}
-INPUT_OF_32 = Preprocessing(resize_size=36, crop_size=32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered() -> None:
-    register_model("tiny_vit", tiny_vit, preprocessing=INPUT_OF_32)
-    register_model("tiny_swin", tiny_swin, preprocessing=INPUT_OF_32)
 
 
 def test_a_registered_model_is_known_by_its_name():
