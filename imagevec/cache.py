@@ -107,7 +107,7 @@ def recall(key: str) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(_record(key).read_text())
         for name in record["files"]:
             use(verified(stored(name)))
-    except (OSError, ValueError, WeightsError):
+    except (OSError, ValueError, KeyError, TypeError, WeightsError):
         return None
     use(_record(key))
     return record

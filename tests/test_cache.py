@@ -105,6 +105,12 @@ def test_a_record_without_its_files_is_forgotten(folder: Path, tmp_path: Path) -
     assert cache.recall("key") is None
 
 
+def test_a_damaged_record_is_forgotten(folder: Path) -> None:
+    for text in ("", "[]", "{}", '{"files": 7}'):
+        (cache.folder("plans") / "key.json").write_text(text)
+        assert cache.recall("key") is None
+
+
 def test_clear_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     cache.store(file_of(tmp_path, b"content"))
     cache.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,13 +77,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             source = FileSource(
                 spark, options.src, recursive=options.recursive, pattern=options.pattern
             )
-        quiet = options.quiet or options.json
-
-        @contextmanager
-        def progress(total: int) -> Iterator[Advance]:
-            with _bar(total, hidden=quiet or not total) as advance:
-                yield advance
-
+        progress = functools.partial(_bar, quiet=options.quiet or options.json)
         done = extract(
             spark, source, table, vectorizer, progress, options.chunk_size, options.overwrite
         )
@@ -127,7 +122,7 @@ def _count(text: str) -> int | str:
 
 
 @contextmanager
-def _bar(total: int, hidden: bool) -> Iterator[Advance]:
+def _bar(total: int, quiet: bool) -> Iterator[Advance]:
     """A progress bar on the terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -140,7 +135,7 @@ def _bar(total: int, hidden: bool) -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=hidden) as progress:
+    with Progress(*columns, console=console, disable=quiet or not total) as progress:
         bar = progress.add_task("", total=total, errors=0, rate=0.0)
         start = time.perf_counter()
 

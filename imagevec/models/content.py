@@ -6,8 +6,10 @@ order of a set in a pickle changes with the process, too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import os
 import sys
 import sysconfig
@@ -21,17 +23,15 @@ from torch import nn
 
 from imagevec.pickling import captured_by
 
-_LIBRARIES = tuple(
-    sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
-)
+_INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 _ATOMS = (type(None), type(...), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def content_digest(module: nn.Module) -> str:
     """SHA-256 of a module's classes and their code, attributes and tensors, as 64 hex digits.
 
-    Of a library's classes and functions the name and the version count. What cannot be looked into
-    gives another digest each time.
+    Of an installed library's classes and functions the name and the version count, of all others
+    the code. What cannot be looked into gives another digest each time.
     """
     hasher = _Hasher()
     hasher.add(module)
@@ -57,9 +57,7 @@ class _Hasher:
 
     def _add_new(self, value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            self._text(f"tensor {value.dtype} {tuple(value.shape)}")
-            self.sha256.update(flat.view(torch.uint8).numpy().data)
+            self._add_tensor(value)
         elif isinstance(value, np.ndarray) and value.dtype != object:
             self._text(f"array {value.dtype} {value.shape}")
             self.sha256.update(np.ascontiguousarray(value).data)
@@ -105,6 +103,14 @@ class _Hasher:
         for value in values:
             self.add(value)
 
+    def _add_tensor(self, value: torch.Tensor) -> None:
+        self._text(f"tensor {value.dtype} {tuple(value.shape)}")
+        try:
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            self.sha256.update(flat.view(torch.uint8).numpy().data)
+        except (RuntimeError, NotImplementedError):  # sparse, quantized, or without memory
+            self.sha256.update(os.urandom(32))
+
     def _add_reduced(self, value: Any) -> None:
         """What pickle would write of any other object: its class and its state."""
         try:
@@ -118,14 +124,23 @@ class _Hasher:
 
 
 def _is_of_a_library(value: Any) -> bool:
-    """Whether a class or function is found by its name, where users do not write code."""
+    """Whether a class or function is found by its name, in code whose version is known."""
     module = sys.modules.get(value.__module__ or "")
     if module is None or "<locals>" in value.__qualname__ or module.__name__ == "__main__":
         return False
-    file = getattr(module, "__file__", None)
-    return file is None or os.path.abspath(file).startswith(_LIBRARIES)  # no file: built in
+    if module.__name__.partition(".")[0] in sys.stdlib_module_names:
+        return True
+    file = getattr(module, "__file__", None) or ""
+    is_installed = os.path.abspath(file).startswith(_INSTALLED)
+    return is_installed and _version(module.__name__) != ""
 
 
+@functools.cache
 def _version(module: str) -> str:
-    package = sys.modules.get(module.partition(".")[0])
-    return str(getattr(package, "__version__", ""))
+    """Of the package that a module is in; empty if it does not say."""
+    name = module.partition(".")[0]
+    version = getattr(sys.modules.get(name), "__version__", None)
+    if version is None:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
+    return str(version or "")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import shutil
+import sys
 
 import torch
 from torch import nn
 
+from imagevec.models import content
 from imagevec.models.content import content_digest
 from tests.helpers.factories import Tiny, tiny_vit
 
@@ -81,3 +85,27 @@ def test_what_cannot_be_looked_into_is_never_the_same():
         model.stream.close()
 
     assert digest(Tiny, lock) != digest(Tiny, lock)
+
+
+def test_a_tensor_that_has_no_plain_memory_is_never_the_same():
+    def sparse(model):
+        model.register_buffer("sparse", torch.eye(3).to_sparse())
+
+    assert digest(Tiny, sparse) != digest(Tiny, sparse)
+
+
+def test_a_library_without_a_version_is_known_by_its_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "_INSTALLED", (str(tmp_path),))
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = []
+    for operation in ("+", "-"):
+        (tmp_path / "unversioned.py").write_text(
+            "from tests.helpers.factories import Tiny\n"
+            "class Net(Tiny):\n"
+            f"    def forward(self, images): return super().forward(images) {operation} 1\n"
+        )
+        importlib.invalidate_caches()
+        sys.modules.pop("unversioned", None)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        digests.append(digest(importlib.import_module("unversioned").Net))
+    assert digests[0] != digests[1]
