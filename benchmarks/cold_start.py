@@ -91,12 +91,13 @@ def query_seconds(conf: dict[str, str]) -> tuple[float, float, float, float]:
 def nothing_seconds() -> float:
     """What Spark itself takes for a first query with two new workers."""
 
-    @pandas_udf("array<float>")
-    def nothing(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
-        for batch in batches:
-            yield pd.Series([[0.0]] * len(batch))
-
     with session(2) as spark:
+
+        @pandas_udf("array<float>")
+        def nothing(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
+            for batch in batches:
+                yield pd.Series([[0.0]] * len(batch))
+
         frame = image_frame(spark, generated("small").contents()[:2], 2)
         return timed_seconds(frame, nothing, 1)
 
