@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.helpers.clusters import session_of
+from tests.helpers.clusters import kill_tree, session_of
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import vector_of
@@ -28,11 +27,7 @@ def streaming(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        if process.poll() is None:
-            parent = psutil.Process(process.pid)
-            for member in [*parent.children(recursive=True), parent]:
-                member.kill()
-        process.wait(30)
+        kill_tree(process)
 
 
 def wave(source: Path, number: int) -> dict[str, bytes]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 from pyspark.sql import SparkSession
 
 
@@ -33,3 +36,13 @@ def session_of(master: str, **conf: str) -> Iterator[SparkSession]:
         session.stop()
         # A builder is one of the process: what this one set must not reach the next session.
         SparkSession.builder._options.clear()
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a process and to all that it started, which may end by themselves meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        for member in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+    process.wait(30)
