@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from imagevec.errors import ImageVecError as ImageVecError
     from imagevec.errors import MissingExtraError as MissingExtraError
     from imagevec.errors import OptionError as OptionError
+    from imagevec.errors import ReadError as ReadError
     from imagevec.errors import SerializationError as SerializationError
     from imagevec.errors import WeightsError as WeightsError
     from imagevec.models.registry import list_models as list_models
@@ -31,9 +32,12 @@ if TYPE_CHECKING:
     from imagevec.spark.vectorizer import ImageVectorizer as ImageVectorizer
     from imagevec.spec import FeatureSpec as FeatureSpec
     from imagevec.spec import Preprocessing as Preprocessing
+    from imagevec.table.extract import ExtractReport as ExtractReport
+    from imagevec.table.extract import extract as extract
     from imagevec.table.provenance import Provenance as Provenance
     from imagevec.table.provenance import check_comparable as check_comparable
     from imagevec.table.provenance import provenance as provenance
+    from imagevec.table.webdataset import WebDatasetSource as WebDatasetSource
 
 # Spark takes a second to import, PyTorch three: a name brings them in where it is first used.
 _MODULE_OF = {
@@ -46,6 +50,7 @@ _MODULE_OF = {
             "ImageVecError",
             "MissingExtraError",
             "OptionError",
+            "ReadError",
             "SerializationError",
             "WeightsError",
         ),
@@ -57,7 +62,9 @@ _MODULE_OF = {
         "spark.udf": ("features_udf", "make_features_udf", "register"),
         "spark.vectorizer": ("ImageVectorizer",),
         "spec": ("FeatureSpec", "Preprocessing"),
+        "table.extract": ("ExtractReport", "extract"),
         "table.provenance": ("Provenance", "check_comparable", "provenance"),
+        "table.webdataset": ("WebDatasetSource",),
     }.items()
     for name in names
 }

@@ -6,6 +6,7 @@ ImageVecError
 ├── WeightsError                          weights cannot be found, read, verified or fitted
 ├── FingerprintError                      features that cannot be compared with others
 ├── SerializationError                    a function captures what must not be pickled
+├── ReadError                             a file could not be read, for a reason that may pass
 └── ImageError                            one image cannot become a feature vector
 """
 
@@ -52,6 +53,11 @@ class SerializationError(ImageVecError):
     """A function that is to run on workers captures what must not, or cannot, be pickled."""
 
 
+class ReadError(ImageVecError):
+    """A file could not be read, for a reason that is not the file's: the store may be down, or
+    refuse the credentials. It fails the task, so that the file is never taken for a bad image."""
+
+
 class ImageError(ImageVecError):
     """One image cannot become a feature vector.
 
@@ -77,7 +83,7 @@ IMAGE_ERROR_CODES: Mapping[str, str] = {
     "corrupt": "the file says it is an accepted format and cannot be decoded",
     "crashed": "its decoder killed the process (with isolate=True)",
     "timed_out": "its decoder timed out (with isolate=True)",
-    "unreadable_path": "the path or URI cannot be read",
+    "unreadable_path": "there is no such file, or the URI is malformed or of an unknown scheme",
     "forbidden_path": "the path or URI is under none of allowed_roots",
 }
 

@@ -64,6 +64,10 @@ class Options(TypedDict, total=False):
     allowed_roots: str | Sequence[str]
     """Where paths in the input column may lead: absolute folders and prefixes of URIs, such as
     ``"s3://bucket/photos"`` or ``"s3://"``. Default ``()``: anywhere that the worker can read."""
+    read_timeout_seconds: int
+    """A read of a path that fails is tried again, with longer and longer pauses. After this time it
+    fails the task instead. It does not concern files that do not exist: these are error rows at
+    once. Default 120."""
     decode: Literal["exact", "scaled"]
     """``"scaled"`` decodes JPEGs at the smallest scale that keeps twice ``resize_size``, which is
     faster for large ones. Default ``"exact"``."""
@@ -264,6 +268,13 @@ OPTIONS = (
         "names",
         _roots,
         "folders and prefixes of URIs under which paths are read; by default anywhere",
+    ),
+    Option(
+        "read_timeout_seconds",
+        120,
+        "count",
+        _count,
+        "how long a read of a path is tried again before it fails the task",
     ),
     Option(
         "decode",

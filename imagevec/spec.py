@@ -144,6 +144,7 @@ class ExecutionOptions:
     max_pixels: int
     formats: tuple[str, ...]
     allowed_roots: tuple[str, ...]
+    read_timeout_seconds: int
     on_error: str
     isolate: bool
     output: str

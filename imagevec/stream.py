@@ -77,10 +77,12 @@ def feature_stream(
     Raises:
         ImageError: The first bad image, with ``on_error="raise"``.
         OptionError: The input is of a type that is not accepted.
+        ReadError: A path could not be read, for a reason that is not the path's.
     """
     counts = defaultdict(float) if counts is None else counts
     in_column = (value for batch in batches for value in values_of(batch))
-    values = _timed(read_ahead(in_column, execution.allowed_roots), counts)
+    read = read_ahead(in_column, execution.allowed_roots, execution.read_timeout_seconds)
+    values = _timed(read, counts)
     rows = _rows(values, _prepare_function(spec, execution), schedule)
     if execution.on_error == "raise":
         rows = map(_raise_error, rows)

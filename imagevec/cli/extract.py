@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
+import datetime
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagevec.options import OPTIONS, check_positive
+from imagevec.errors import ImageVecError
+from imagevec.options import OPTIONS
 
 if TYPE_CHECKING:
-    from imagevec.table.extract import Advance
+    from imagevec.table.extract import Progress
 
 # What a table has of each image: its error beside the vector's place, and one vector.
 _FIXED = ("on_error", "output")
+
+_OF_SOURCES = (
+    *("recursive", "pattern", "format", "column", "key", "version", "where", "keep"),
+    "overwrite",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +45,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{option.name.replace('_', '-')}", **settings)
     parser.add_argument("--pattern", help="only files whose names match, '*.jpg' for example")
     parser.add_argument("--recursive", action="store_true", help="include subfolders")
-    parser.add_argument("--column", help="SRC is a table, and this its column of image bytes")
+    parser.add_argument("--column", help="SRC is a table, and this its column of images or paths")
     parser.add_argument(
-        "--key", default="path", help="column that uniquely identifies each row (default: path)"
+        "--format",
+        help="of the table SRC: parquet (the default), orc, delta, ..., table for a name in the "
+        "catalog, or webdataset for tar shards",
     )
-    parser.add_argument("--format", default="parquet", help="of the table SRC (default: parquet)")
-    parser.add_argument("--chunk-size", type=int, help="images that are committed at a time")
+    parser.add_argument(
+        "--key", help="column that uniquely identifies each row (default: path, or --column)"
+    )
+    parser.add_argument(
+        "--version", help="column that changes when an image does (default: a hash of its bytes)"
+    )
+    parser.add_argument("--where", help="a condition in SQL: only these rows of the table")
+    parser.add_argument(
+        "--keep",
+        type=_names,
+        metavar="A,B",
+        default=(),
+        help="further columns to keep; of webdataset, extensions such as json",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace other features in DEST")
     parser.add_argument(
         "--master", help="Spark's master URL (default: spark-submit's, else local[*])"
@@ -51,60 +72,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    from imagevec import cache
     from imagevec.cli.session import spark_session
-    from imagevec.spark.vectorizer import ImageVectorizer
-    from imagevec.table.extract import Table, extract
-    from imagevec.table.sources import FileSource, TableSource
+    from imagevec.table.extract import extract
 
-    if options.chunk_size is not None:
-        check_positive("chunk_size", options.chunk_size)
     chosen = {option.name: getattr(options, option.name, None) for option in OPTIONS}
     given: Any = {name: value for name, value in chosen.items() if value is not None}
-    vectorizer = ImageVectorizer(**{**given, "output": "struct"})
-    if options.weights and Path(options.weights).is_file():
-        cache.store(Path(options.weights))  # `imagevec similar` finds it by its digest
+    given |= {name: getattr(options, name) for name in _OF_SOURCES}
     start = time.perf_counter()
-    with spark_session(options.master) as spark:
-        table = Table(spark, options.dest)
-        table.check_outside(options.src)
-        source: FileSource | TableSource
-        if options.column:
-            source = TableSource(
-                spark, options.src, column=options.column, key=options.key, format=options.format
-            )
-        else:
-            source = FileSource(
-                spark, options.src, recursive=options.recursive, pattern=options.pattern
-            )
-        progress = functools.partial(_bar, quiet=options.quiet or options.json)
-        done = extract(
-            spark, source, table, vectorizer, progress, options.chunk_size, options.overwrite
-        )
-    return {
-        "found": done.found,
-        "done_before": done.done_before,
-        "features": done.features,
-        "errors": dict(done.errors.most_common()),
-        "seconds": round(time.perf_counter() - start, 1),
-        "fingerprint": vectorizer.spec.fingerprint,
-        "dest": options.dest,
-    }
+    try:
+        with (
+            spark_session(options.master) as spark,
+            _bar(quiet=options.quiet or options.json) as progress,
+        ):
+            report = extract(options.src, options.dest, spark=spark, progress=progress, **given)
+    except ImageVecError as error:
+        raise type(error)(_in_flags(str(error))) from error
+    seconds = round(time.perf_counter() - start, 1)  # with the start of Spark
+    return {**dataclasses.asdict(report), "seconds": seconds, "src": options.src}
 
 
 def show(result: dict[str, Any]) -> str:
     """The summary that a person reads."""
     errors: dict[str, int] = result["errors"]
-    done = result["features"] + sum(errors.values())
+    bad = sum(errors.values())
+    done = result["features"] + bad + result["nulls"]
     rate = f", {done / result['seconds']:.1f} images/s including startup" if done else ""
+    features = _counted(result["features"], "vector")
     lines = [
-        f"{result['found']:,} images found, {result['done_before']:,} already done",
-        f"{result['features']:,} features in {result['dest']} ({result['seconds']} s{rate})",
+        f"{_counted(result['found'], 'image')} found, {result['done_before']:,} already done",
+        f"{features} written to {result['dest']} ({result['seconds']} s{rate})",
     ]
-    if errors:
-        lines.append(f"{sum(errors.values()):,} bad images in {result['dest']}/_errors:")
+    if bad:
+        lines.append(f"{_counted(bad, 'bad image')} listed in {result['dest']}/_errors:")
         lines += [f"  {code:<20} {count:,}" for code, count in errors.items()]
+    if result["nulls"]:
+        lines.append(f"{_counted(result['nulls'], 'null')} in {result['dest']}/_errors")
+    if result["skipped"]:
+        reasons = [f"{reason} {count:,}" for reason, count in result["skipped"].items()]
+        lines.append(f"skipped in {result['src']}: {', '.join(reasons)}")
     return "\n".join(lines)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _in_flags(message: str) -> str:
+    """A message whose advice is given as flags: ``--weights FILE`` for ``weights='FILE'``."""
+    names = "|".join([option.name for option in OPTIONS] + list(_OF_SOURCES))
+    flag = re.compile(rf"\b({names})=(?:(['\"])(.*?)\2|([\w.]+))")
+
+    def written(match: re.Match[str]) -> str:
+        value = match[3] if match[2] else match[4]
+        name = f"--{match[1].replace('_', '-')}"
+        return name if value == "True" else f"{name} {value}"
+
+    return flag.sub(written, message)
 
 
 def _shown(default: Any) -> str:
@@ -122,27 +145,38 @@ def _count(text: str) -> int | str:
 
 
 @contextmanager
-def _bar(total: int, quiet: bool) -> Iterator[Advance]:
-    """A progress bar on the terminal."""
+def _bar(quiet: bool) -> Iterator[Progress]:
+    """A progress bar on the terminal, of the images that are committed."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (
         TextColumn("{task.completed:,.0f} of {task.total:,.0f} images"),
         BarColumn(),
-        TextColumn("{task.fields[rate]:.1f} images/s"),
-        TextColumn("{task.fields[errors]:,.0f} errors"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[errors]}"),
+        TextColumn("{task.fields[left]}", style="progress.remaining"),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet or not total) as progress:
-        bar = progress.add_task("", total=total, errors=0, rate=0.0)
-        start = time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        bar = progress.add_task("", visible=False, total=1, rate="", errors="", left="")
+        start = first = time.perf_counter()
+        at_first = 0
 
-        def advance(images: int, errors: int) -> None:
-            task = progress.tasks[0]
-            done = task.completed + images
-            rate = done / (time.perf_counter() - start)
-            progress.update(bar, completed=done, errors=task.fields["errors"] + errors, rate=rate)
+        def advance(done: int, errors: int, total: int) -> None:
+            nonlocal start, first, at_first
+            now = time.perf_counter()
+            fields: dict[str, Any] = {"rate": "", "left": "", "errors": _counted(errors, "error")}
+            if not done:
+                start = now
+            elif not at_first:
+                at_first, first = done, now
+            if done:
+                # Tasks end in waves: the first one, with the workers' start in it, stands until
+                # as much again is done.
+                is_later = done >= 2 * at_first
+                rate = (done - at_first) / (now - first) if is_later else done / (now - start)
+                left = datetime.timedelta(seconds=round((total - done) / rate))
+                fields |= {"rate": f"{rate:.1f} images/s", "left": f"{left} left"}
+            progress.update(bar, completed=done, total=total, visible=True, **fields)
 
         yield advance

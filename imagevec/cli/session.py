@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from py4j.protocol import Py4JJavaError
 from pyspark import SparkConf, SparkContext
-from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from imagevec.errors import ImageVecError
 from imagevec.spark.conf import recommended_conf
+from imagevec.spark.sessions import cause_of, failures_in_words
 
 _LOGGING = Path(__file__).with_name("log4j2.properties")
 _IMAGE_BYTES = 200_000  # of a typical file, for the size of an Arrow batch
@@ -29,17 +29,17 @@ def spark_session(master: str | None, recommended: bool = True) -> Iterator[Spar
         ImageVecError: Spark does not start, or a query in the session fails.
     """
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    logging.getLogger("py4j").setLevel(logging.CRITICAL + 1)  # tracebacks, where it is interrupted
     # Of the JVM, where this process starts it: Spark's log would run through the progress bar.
     os.environ.setdefault("SPARK_SUBMIT_OPTS", f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}")
     try:
         SparkContext._ensure_initialized()  # the JVM, which knows what spark-submit passed on
         spark = _builder(master, recommended).getOrCreate()
     except Exception as error:  # no Java, or no such master: PySpark's own message is a page long
-        raise ImageVecError(f"Spark did not start: {_first_line(error)}") from error
+        raise ImageVecError(f"Spark did not start: {cause_of(error)}") from error
     try:
-        yield spark
-    except (PySparkException, Py4JJavaError) as error:
-        raise ImageVecError(_first_line(error)) from error
+        with failures_in_words():
+            yield spark
     finally:
         spark.stop()
 
@@ -60,8 +60,3 @@ def _builder(master: str | None, recommended: bool) -> Any:
         if not submitted.contains(name):
             builder = builder.config(name, value)
     return builder
-
-
-def _first_line(error: Exception) -> str:
-    text = error.java_exception.toString() if isinstance(error, Py4JJavaError) else str(error)
-    return str(text).strip().partition("\n")[0]

@@ -1,30 +1,54 @@
-"""Paths and URIs to bytes, ahead of their turn."""
+"""Paths and URIs to bytes, ahead of their turn.
+
+A file that does not exist is a bad image. A file that cannot be read for any other reason is not:
+the read is tried again, and in the end it fails the task. So a null always means that another try
+would give a null, too.
+"""
 
 from __future__ import annotations
 
+import errno
 import functools
+import itertools
+import json
 import os
+import random
+import threading
+import time
 import urllib.parse
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
-from pyarrow import fs
-
-from imagevec.errors import ImageError
+from imagevec.errors import ImageError, ReadError
 from imagevec.images.parallel import map_ahead
+from imagevec.images.stores import UnsupportedURIError, local_path, scheme_of, store_of
 from imagevec.images.values import Value
+from imagevec.options import DEFAULTS
 
 _READ_THREADS = 8
 _MAX_READ_AHEAD = 16  # files that are held in memory before their turn
 
+_FIRST_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 10.0
 
-def read_ahead(values: Iterable[Value], allowed_roots: Sequence[str] = ()) -> Iterator[Value]:
+_OF_THE_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+
+T = TypeVar("T")
+
+
+def read_ahead(
+    values: Iterable[Value],
+    allowed_roots: Sequence[str] = (),
+    timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
+) -> Iterator[Value]:
     """The values in order, with paths replaced by what is read there, or by why it cannot be.
 
     A few files are read at a time, in threads, so that slow storage overlaps decoding and the
-    forward pass. ``allowed_roots`` is the one of ``read``.
+    forward pass. The other arguments, and what is raised, are those of ``read``.
     """
-    read_value = functools.partial(_read_or_error, allowed_roots=allowed_roots)
+    read_value = functools.partial(
+        _read_or_error, allowed_roots=allowed_roots, timeout_seconds=timeout_seconds
+    )
     return map_ahead(read_value, values, _READ_THREADS, _MAX_READ_AHEAD, is_slow=_is_path)
 
 
@@ -32,58 +56,118 @@ def _is_path(value: Value) -> bool:
     return isinstance(value.data, str)
 
 
-def _read_or_error(value: Value, allowed_roots: Sequence[str]) -> Value:
+def _read_or_error(value: Value, allowed_roots: Sequence[str], timeout_seconds: float) -> Value:
     if not isinstance(value.data, str):
         return value
     try:
-        return value._replace(data=read(value.data, allowed_roots))
+        return value._replace(data=read(value.data, allowed_roots, timeout_seconds))
     except ImageError as error:
         return value._replace(data=error)
 
 
-def read(path: str, allowed_roots: Sequence[str] = ()) -> bytes:
-    """The bytes of a file: a local path, or a URI that ``pyarrow.fs`` knows (s3, gs, hdfs, file).
+def read(
+    path: str,
+    allowed_roots: Sequence[str] = (),
+    timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
+) -> bytes:
+    """The bytes of a file: a local path, or a URI of a scheme that ``stores`` knows.
 
     Args:
         path: Relative local paths are of the worker's folder.
         allowed_roots: Folders, or prefixes of URIs (``"s3://bucket/photos"``, ``"s3://"``), outside
             of which nothing is read; any file may be, if there are none. Symbolic links and ``..``
             are followed before the question is asked.
+        timeout_seconds: After which a read that fails is not tried again. Between two tries there
+            are pauses, each about twice as long as the one before.
 
     Raises:
-        ImageError: ``unreadable_path`` or ``forbidden_path``.
+        ImageError: ``unreadable_path``, which another try would not change, or ``forbidden_path``.
+        ReadError: It failed for any other reason.
     """
-    scheme, colon, rest = path.partition(":")
+    if allowed_roots and not _is_allowed(path, allowed_roots):
+        raise ImageError("forbidden_path", f"{path} is under none of allowed_roots")
     try:
-        if not colon or scheme == "file":
-            return _read_local(rest if colon else path, allowed_roots, given=path)
-        uri = urllib.parse.quote(path, safe="/:%@?=&+,;~")  # Spark's paths hold spaces as they are
-        if allowed_roots and not (_is_under(uri, allowed_roots) and ".." not in uri.split("/")):
-            raise ImageError("forbidden_path", f"{path} is under none of allowed_roots")
-        filesystem, path_in_it = fs.FileSystem.from_uri(uri)
-        with filesystem.open_input_stream(path_in_it) as stream:
-            data: bytes = stream.read()
-            return data
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        return retried(path, lambda: store_of(path).read(path), timeout_seconds)
+    except (UnsupportedURIError, OSError, ValueError) as error:
         raise ImageError("unreadable_path", f"{path}: {error}") from error
 
 
-def _read_local(path: str, allowed_roots: Sequence[str], given: str) -> bytes:
-    path = "/" + path.lstrip("/") if path.startswith("/") else path  # file:/a and file:///a
-    if not os.path.exists(path):
-        path = urllib.parse.unquote(path)  # the file_path of Spark's _metadata is quoted
-    real = os.path.realpath(path)
+def retried(path: str, action: Callable[[], T], timeout_seconds: float) -> T:
+    """What an action on a path returns, tried again until it does.
+
+    Raises:
+        ReadError: It fails until the time is up, or there is no permission.
+        UnsupportedURIError, OSError, ValueError: By what the path itself is, it cannot succeed.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    for tries in itertools.count(1):
+        try:
+            if scheme_of(path) == "file":
+                return action()
+            return _within(deadline - time.monotonic(), action)
+        except Exception as error:  # of whatever type the store's library has
+            if _is_of_the_path(error):
+                raise
+            again = min(_FIRST_PAUSE_SECONDS * 2 ** (tries - 1), _LONGEST_PAUSE_SECONDS)
+            pause = again * random.uniform(0.5, 1.5)  # not all workers at the same time
+            if isinstance(error, PermissionError | ImportError) or (
+                time.monotonic() + pause >= deadline
+            ):
+                said = str(error) or type(error).__name__
+                raise ReadError(f"{path} cannot be read: {said} (tries: {tries})") from error
+        time.sleep(pause)
+    raise AssertionError("it is tried until it succeeds or fails")
+
+
+def _is_of_the_path(error: Exception) -> bool:
+    """Whether another try, elsewhere or later, would fail as well."""
+    if isinstance(error, OSError) and error.errno in _OF_THE_PATH:
+        return True
+    if getattr(error, "status", None) == 410:  # HTTP's "gone"; fsspec takes 404 for not found
+        return True
+    if isinstance(error, ValueError):  # a null byte, a lone surrogate, a URI that is malformed
+        return not isinstance(error, json.JSONDecodeError)  # an answer, cut off
+    not_there = FileNotFoundError | IsADirectoryError | NotADirectoryError
+    return isinstance(error, not_there | UnsupportedURIError)
+
+
+def _within(seconds: float, action: Callable[[], T]) -> T:
+    """What an action returns; it is left alone, in a thread, where that takes too long."""
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(action())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(max(seconds, 0.0))
+    if failed:
+        raise failed[0]
+    if not done:
+        raise TimeoutError(f"no answer after {seconds:.0f} seconds")
+    return done[0]
+
+
+def _is_allowed(path: str, allowed_roots: Sequence[str]) -> bool:
+    if scheme_of(path) != "file":
+        uri = urllib.parse.quote(path, safe="/:%@?=&+,;~")
+        return _is_under(uri, allowed_roots) and ".." not in uri.split("/")
+    try:
+        plain = local_path(path)
+        if not os.path.exists(plain):
+            plain = urllib.parse.unquote(plain)  # as it is read
+        real = os.path.realpath(plain)
+    except ValueError:
+        return False
     local_roots = [
-        os.path.realpath("/" + root.removeprefix("file:").lstrip("/"))
-        if root.startswith(("file:", "/"))
-        else root
+        os.path.realpath(local_path(root)) if root.startswith(("file:", "/")) else root
         for root in allowed_roots
     ]
-    if allowed_roots and not _is_under(real, local_roots):
-        raise ImageError("forbidden_path", f"{given} is under none of allowed_roots")
-    if os.path.exists(real) and not os.path.isfile(real):  # a pipe or a device would not end
-        raise ImageError("unreadable_path", f"{given}: not a file")
-    return Path(real).read_bytes()
+    return _is_under(real, local_roots)
 
 
 def _is_under(path: str, roots: Sequence[str]) -> bool:

@@ -10,10 +10,11 @@ import pandas as pd
 from imagevec.errors import ImageError, OptionError
 
 IMAGE_FIELDS = ("height", "width", "nChannels", "mode", "data")
+FILE_FIELDS = ("bytes", "content")  # a struct with one of them is of files
 
 ACCEPTED = (
     "use a column of type binary (an image file's bytes) or string (a path or URI), "
-    "Spark's image struct, or a row struct of the binaryFile source"
+    "Spark's image struct, a row struct of the binaryFile source, or a struct of bytes and path"
 )
 
 
@@ -53,6 +54,9 @@ def values_of(batch: pd.Series | pd.DataFrame) -> Iterator[Value]:
         structs = zip(*(batch[field] for field in IMAGE_FIELDS), strict=True)
         for struct, path in zip(structs, _paths(batch, "origin"), strict=True):
             yield Value(None if struct[-1] is None else ImageStruct(*struct), path)
+    elif "bytes" in batch.columns:  # of Hugging Face's Parquet files
+        for data, path in zip(batch["bytes"], _paths(batch, "path"), strict=True):
+            yield Value(path if data is None else data, path)
     elif "content" in batch.columns:
         for data, path in zip(batch["content"], _paths(batch, "path"), strict=True):
             yield Value(data, path)

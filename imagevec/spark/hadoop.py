@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, cast
 
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from imagevec.errors import ImageVecError, WeightsError
@@ -15,8 +17,8 @@ def check_has_jvm(session: SparkSession) -> None:
     """Raises ``ImageVecError`` under Spark Connect."""
     if is_connect(session):
         raise ImageVecError(
-            "Spark Connect has no access to Hadoop's file systems: save and load a featurizer "
-            "with weights or a saved model of its own in a classic session"
+            "Spark Connect has no access to Hadoop's file systems: extract, and save and load a "
+            "featurizer with weights or a saved model of its own, in a classic session"
         )
 
 
@@ -55,8 +57,12 @@ class Folder:
         check_has_jvm(session)
         self.path = path.rstrip("/")
         self._jvm: Any = cast(Any, session)._jvm
-        self._conf = cast(Any, session)._jsc.hadoopConfiguration()
-        self._fs = self._path(self.path).getFileSystem(self._conf)
+        conf = cast(Any, session)._jsparkSession.sessionState().newHadoopConf()
+        self._fs = self._path(self.path).getFileSystem(conf)
+        # Local files, without the checksums that a reader could find out of step.
+        conf.set("fs.file.impl", "org.apache.hadoop.fs.RawLocalFileSystem")
+        conf.set("fs.file.impl.disable.cache", "true")
+        self._raw = self._path(self.path).getFileSystem(conf)
 
     def names(self, folder: str = "") -> list[str]:
         """What is in it, or in a folder of it; nothing where it does not exist."""
@@ -65,21 +71,50 @@ class Folder:
             return []
         return [status.getPath().getName() for status in self._fs.listStatus(path)]
 
-    def delete(self, path: str | None = None) -> None:
-        """Deletes it, or one file or folder, with all that is in it."""
-        self._fs.delete(self._path(path or self.path), True)
+    def delete(self, path: str) -> None:
+        """Deletes a file or a folder with all that is in it, if it is there."""
+        self._fs.delete(self._path(path), True)
+
+    def delete_if_empty(self, path: str) -> None:
+        """Deletes a folder that holds nothing."""
+        with contextlib.suppress(Py4JJavaError):  # it does hold something
+            self._raw.delete(self._path(path), False)
 
     def move(self, source: str, target: str) -> None:
-        """Renames a file."""
-        self._fs.rename(self._path(source), self._path(target))
+        """Renames a file. Where the target is there, an earlier move was cut off: it is kept."""
+        source_path, target_path = self._path(source), self._path(target)
+        if self._fs.exists(target_path):
+            self._fs.delete(source_path, True)
+            return
+        self._fs.mkdirs(target_path.getParent())
+        if not self._fs.rename(source_path, target_path):
+            raise ImageVecError(f"{source} could not be moved to {target}")
 
-    def lies_in(self, other: str) -> bool:
-        """Whether it is another folder, or in it."""
-        here, there = (
-            path.getFileSystem(self._conf).makeQualified(path).toString()
-            for path in (self._path(self.path), self._path(other))
-        )
-        return f"{here}/".startswith(f"{there.rstrip('/')}/")
+    def read_text(self, path: str) -> str | None:
+        """What is in a small file; ``None`` if it is not there."""
+        place = self._path(path)
+        if not self._raw.exists(place):
+            return None
+        stream = self._raw.open(place)
+        try:
+            return str(self._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
+        finally:
+            stream.close()
+
+    def write_text(self, path: str, text: str, overwrite: bool = True) -> bool:
+        """Writes a small file; says no where it is there and is not to be overwritten."""
+        place = self._path(path)
+        self._raw.mkdirs(place.getParent())
+        if not overwrite and not self._raw.createNewFile(place):
+            return False
+        stream = self._raw.create(place, True)
+        stream.write(bytearray(text.encode()))
+        stream.close()
+        return True
+
+    def jvm_process(self) -> int:
+        """The id of the driver's JVM."""
+        return int(self._jvm.java.lang.ProcessHandle.current().pid())
 
     def _path(self, path: str) -> Any:
         return self._jvm.org.apache.hadoop.fs.Path(path)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
 
+from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkContext
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 from pyspark.sql.types import BinaryType, StringType, StructType
 
 from imagevec.errors import ImageVecError, OptionError, did_you_mean
-from imagevec.images.values import ACCEPTED, IMAGE_FIELDS
+from imagevec.images.values import ACCEPTED, FILE_FIELDS, IMAGE_FIELDS
+
+_JAVA = ("java.", "javax.", "org.", "com.", "scala.", "py4j.")
 
 
 def active_session() -> SparkSession:
@@ -75,8 +81,35 @@ def check_input_column(schema: StructType, name: str) -> str:
     """
     found = existing_column(schema.names, name)
     kind = schema[found].dataType
-    fields = set(kind.names) if isinstance(kind, StructType) else set()
-    is_struct = fields >= set(IMAGE_FIELDS) or "content" in fields
+    fields = {field.name: field.dataType for field in kind} if isinstance(kind, StructType) else {}
+    is_struct = fields.keys() >= set(IMAGE_FIELDS) or any(
+        isinstance(fields.get(name), BinaryType) for name in FILE_FIELDS
+    )
     if not (isinstance(kind, BinaryType | StringType) or is_struct):
         raise OptionError(f"column {found!r} is of type {kind.simpleString()}: {ACCEPTED}")
     return found
+
+
+@contextlib.contextmanager
+def failures_in_words() -> Iterator[None]:
+    """Turns what Spark raises, which fills pages, into an ``ImageVecError`` of one line."""
+    try:
+        yield
+    except (PySparkException, Py4JError) as error:
+        raise ImageVecError(cause_of(error)) from error
+
+
+def cause_of(error: Exception) -> str:
+    """The line of Spark's message that says what happened, on a worker or in the JVM."""
+    text = str(error)
+    if isinstance(error, Py4JJavaError):
+        text = f"{error.java_exception.toString()}\n{text}"
+    # A traceback of a worker ends with its exception; the cause of a JVM's comes last.
+    of_python = re.findall(r"^((?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)): (.*)$", text, re.M)
+    of_python = [(name, said) for name, said in of_python if not name.startswith(_JAVA)]
+    if of_python:
+        name, said = of_python[-1]
+        return said if name.startswith("imagevec.") else f"{name}: {said}"
+    of_java = re.findall(r"^Caused by: (.*)$", text, re.M)
+    line = of_java[-1] if of_java else text.strip().partition("\n")[0]
+    return re.sub(r" ?SQLSTATE: \w+$", "", line)

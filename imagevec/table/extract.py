@@ -1,255 +1,335 @@
-"""A folder or table of images to a Parquet table of features, resumably.
+"""Images to a Parquet table of features, in one pass that can be cut off and continued.
 
-The table has the columns ``path``, ``length``, ``modificationTime``, ``features``, ``width`` and
-``height``; what could not be read is in the table ``DEST/_errors``, with ``error`` instead of the
-last three. Images are done in chunks, each of which is committed before the next. Run again,
-``extract`` does what is in neither table with the same path, length and modification time: rows of
-files that were changed are taken out first, those of files that are gone stay.
+List what there is, subtract what the table has, compute the rest in one Spark job, and let each
+task commit its own files when it ends. The driver holds no list of images, and what is done is what
+is in the table: see ``imagevec.table.dest`` for how a row gets there once.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
-from urllib.parse import unquote
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from imagevec.errors import FingerprintError, OptionError
-from imagevec.spark.hadoop import Folder
+from imagevec import cache
+from imagevec.errors import OptionError
+from imagevec.spark.hadoop import check_has_jvm
 from imagevec.spark.metrics import Metrics
+from imagevec.spark.sessions import active_session, failures_in_words
 from imagevec.spark.vectorizer import ImageVectorizer
-from imagevec.spec import FeatureSpec
-from imagevec.table.provenance import Provenance, check_same, provenance
-from imagevec.table.sources import FileSource, TableSource, escaped
+from imagevec.table.dest import Dest, check_outside
+from imagevec.table.lock import Lock
+from imagevec.table.sources import OWN_COLUMNS, FileSource, ShardSource, Sources, TableSource
 
-ERRORS = "_errors"
-_KEPT = "_kept"  # rows on their way from one Parquet file to another
-_CHUNK_PER_CORE = 250
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from imagevec.options import Options
+
 _LOOK_EVERY_SECONDS = 0.25
 
-Advance = Callable[[int, int], None]
-"""Told of more images done, and errors among them."""
-
-Progress = Callable[[int], AbstractContextManager[Advance]]
-"""Told how many images there are to do."""
+Progress = Callable[[int, int, int], None]
+"""Called with the images that are committed, the errors among them, and how many are to do."""
 
 
-class Extracted(NamedTuple):
-    """What one run did.
+@dataclass(frozen=True)
+class ExtractReport:
+    """What one run of ``extract`` did.
 
     Attributes:
         found: Images in the source.
-        done_before: Those that were in the table.
-        features: Rows that were added to it.
-        errors: Bad images by code.
+        done_before: Those of them that the table had.
+        features: Vectors that were added to it.
+        errors: Bad images that were added to its errors, by code: see ``imagevec.ImageError``.
+        nulls: Nulls of a table that were added there, too.
+        skipped: What is in the source and counts as no image, by reason.
+        seconds: That it took.
+        fingerprint: Of the features: see ``imagevec.provenance``.
+        dest: Where the table is.
     """
 
     found: int
     done_before: int
     features: int
-    errors: Counter[str]
+    errors: dict[str, int]
+    nulls: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    fingerprint: str = ""
+    dest: str = ""
 
 
 def extract(
-    spark: SparkSession,
-    source: FileSource | TableSource,
-    table: Table,
-    vectorizer: ImageVectorizer,
-    progress: Progress,
-    chunk_size: int | None = None,
+    src: str | Path | DataFrame,
+    dest: str | Path,
+    *,
+    spark: SparkSession | None = None,
+    recursive: bool = False,
+    pattern: str | None = None,
+    format: str | None = None,
+    column: str | None = None,
+    key: str | None = None,
+    version: str | None = None,
+    where: str | None = None,
+    keep: str | Sequence[str] = (),
     overwrite: bool = False,
-) -> Extracted:
-    """Adds to a table what it lacks of a source.
+    progress: Progress | None = None,
+    **options: Unpack[Options],
+) -> ExtractReport:
+    """Adds to a Parquet table of features what it lacks of a source.
+
+        extract("photos/", "features/", recursive=True, model="resnet50")
+        extract(df, "features/", column="image", key="id")
+
+    Each task commits its own files as it ends. Run it again to continue, after a crash too: each
+    image is in the table once. Images that are new or have changed are done, images that are gone
+    keep their rows.
 
     Args:
-        spark: The session.
-        source: The images.
-        table: The features, and their errors.
-        vectorizer: With ``output="struct"``.
-        progress: Is told of what is done.
-        chunk_size: Images that are committed at a time.
-        overwrite: Whether features of another fingerprint are replaced.
+        src: A folder, a glob or a URI of image files, which the workers read. With ``column`` or
+            ``format``, a table for Spark to read; or a data frame.
+        dest: A folder or URI for Spark to write. Bad images are in ``<dest>/_errors``.
+        spark: The session; by default the active one. Not of Spark Connect.
+        recursive: Include subfolders.
+        pattern: Only files whose names match this glob.
+        format: Of the table: ``parquet`` (the default), ``orc``, ``delta``, ``binaryFile``, ...;
+            ``table`` for a name in the catalog; or ``webdataset`` for shards.
+        column: Of images, of a type that ``features_udf`` takes.
+        key: A column that identifies each row, ``path`` in the result. By default ``path``, or the
+            paths themselves if ``column`` holds any.
+        version: A column whose value is another one where an image has changed. By default a
+            64-bit hash of the bytes, which takes reading them.
+        where: A condition in SQL: only these rows of the table.
+        keep: Further columns to keep; of ``webdataset``, extensions such as ``json``.
+        overwrite: Replace features of another fingerprint.
+        progress: Called with ``(done, errors, total)`` as tasks end, from a thread of its own.
+        **options: See ``imagevec.options.Options``, but for ``on_error`` and ``output``.
 
     Raises:
-        FingerprintError: The table has features of another fingerprint.
-        OptionError: What is at the table's place is none.
+        OptionError: An option is wrong, the source or a column does not exist, a key is null or
+            not unique, or ``dest`` holds something else or lies in ``src``.
+        FingerprintError: ``dest`` has features of another fingerprint.
+        WeightsError: The weights cannot be had, or do not fit the model.
+        ImageVecError: Another run writes to ``dest``, or the job failed: a file could not be read
+            (``ReadError`` in the message), the disk is full, and so on. What was committed stays.
     """
-    listed = source.listed().persist(StorageLevel.MEMORY_AND_DISK)  # fails where SRC is not
-    if overwrite:
-        table.remove()
-    table.check(vectorizer.spec)
-    known = table.known()
-    table.take_out(_changed(known, listed))
-    todo = [row.path for row in _missing(table.known(), listed).collect()]
-    found = listed.count()
-    size = chunk_size or _CHUNK_PER_CORE * spark.sparkContext.defaultParallelism
-    done, errors = _run(todo, size, source, vectorizer, table, progress)
-    return Extracted(found, found - len(todo), done - errors.total(), errors)
-
-
-class Table:
-    """The features and errors at one place, on whatever file system Spark knows."""
-
-    def __init__(self, spark: SparkSession, path: str) -> None:
-        self._spark = spark
-        self._folder = Folder(spark, path)
-        self._path = self._folder.path
-
-    def features(self) -> DataFrame | None:
-        return self._read()
-
-    def errors(self) -> DataFrame | None:
-        return self._read(ERRORS)
-
-    def known(self) -> DataFrame:
-        """``path``, ``length`` and ``modificationTime`` of every row."""
-        empty = self._spark.createDataFrame(
-            [], "path string, length long, modificationTime timestamp"
-        )
-        known = empty
-        for part in (self.features(), self.errors()):
-            if part is not None:
-                known = known.union(part.select(*empty.columns))
-        return known
-
-    def check_outside(self, source: str) -> None:
-        """Raises if the table lies in what is read, whose files would be taken for images."""
-        if self._folder.lies_in(source):
-            raise OptionError(f"DEST lies in SRC, {source}: choose another one")
-
-    def check(self, spec: FeatureSpec) -> None:
-        """Raises unless the table is empty, or has features of the same fingerprint."""
-        there = self.features()
-        if there is None:
-            if self._folder.names():
-                raise OptionError(f"{self._path} exists and holds no features: choose another DEST")
-            return
-        try:
-            check_same(provenance(there), Provenance.of(spec))
-        except FingerprintError as error:
-            raise FingerprintError(f"{self._path}: {error}. --overwrite replaces them") from error
-
-    def remove(self) -> None:
-        """Deletes the table; what is not a table of features stays."""
-        there = self.features()
-        if there is not None and provenance(there):
-            self._folder.delete()
-
-    def append(self, rows: DataFrame, errors: DataFrame) -> None:
-        errors.write.mode("append").parquet(f"{self._path}/{ERRORS}")
-        rows.write.mode("append").parquet(self._path)
-
-    def take_out(self, paths: list[str]) -> None:
-        """Removes the rows of some paths, by rewriting the Parquet files that hold them."""
-        gone = self._spark.createDataFrame([(path,) for path in paths], "path string")
-        for part, folder in (
-            (self.features(), self._path),
-            (self.errors(), f"{self._path}/{ERRORS}"),
-        ):
-            if part is None or not paths:
-                continue
-            holding = part.select("path", F.col("_metadata.file_path").alias("file"))
-            for row in holding.join(gone, "path").select("file").distinct().collect():
-                self._rewrite(unquote(row.file), folder, gone)  # Spark quotes it as a URI
-
-    def _rewrite(self, file: str, folder: str, gone: DataFrame) -> None:
-        # Where this is interrupted, rows are missing, and are done again; none is there twice.
-        kept = f"{self._path}/{_KEPT}"
-        rows = self._spark.read.parquet(escaped(file)).join(gone, "path", "left_anti")
-        rows.coalesce(1).write.mode("overwrite").parquet(kept)
-        self._folder.delete(file)
-        for name in self._folder.names(_KEPT):
-            if name.endswith(".parquet"):
-                self._folder.move(f"{kept}/{name}", f"{folder}/{name}")
-        self._folder.delete(kept)
-
-    def _read(self, folder: str = "") -> DataFrame | None:
-        if not any(name.endswith(".parquet") for name in self._folder.names(folder)):
-            return None
-        return self._spark.read.parquet(f"{self._path}/{folder}")
-
-
-def _missing(known: DataFrame, listed: DataFrame) -> DataFrame:
-    """What is listed and not known."""
-    same = (
-        (known["path"] == listed["path"])
-        & known["length"].eqNullSafe(listed["length"])
-        & known["modificationTime"].eqNullSafe(listed["modificationTime"])
+    start = time.perf_counter()
+    for name in ("on_error", "output"):
+        if name in options:
+            raise OptionError(f"{name} is not an option of extract: the table fixes it")
+    spark = spark or active_session()
+    check_has_jvm(spark)
+    kept = (keep,) if isinstance(keep, str) else tuple(keep)
+    with failures_in_words():
+        if not isinstance(src, DataFrame):
+            check_outside(str(dest), str(src))
+        source = _source(spark, src, recursive, pattern, format, column, key, version, where, kept)
+        table = Dest(spark, str(dest))
+        table.check_is_table()
+        options["output"] = "struct"
+        vectorizer = ImageVectorizer(**options)
+        weights = options.get("weights")
+        if weights is not None and Path(weights).is_file():
+            cache.store(Path(weights))  # `imagevec similar` finds it by its digest
+        lock = table.lock(uuid.uuid4().hex)
+        with lock.held():
+            table.recover(lock.previous_run)
+            if overwrite:
+                table.clear()
+            table.check(vectorizer.spec, (*OWN_COLUMNS, *kept))
+            done = _add_missing(source, table, lock, vectorizer, kept, progress)
+            table.remove_work()
+    return ExtractReport(
+        **done,
+        seconds=round(time.perf_counter() - start, 1),
+        fingerprint=vectorizer.spec.fingerprint,
+        dest=str(dest),
     )
-    return listed.join(known, same, "left_anti").orderBy("path")
 
 
-def _changed(known: DataFrame, listed: DataFrame) -> list[str]:
-    """The paths that are known with another length or modification time than is listed."""
-    return [row.path for row in _missing(known, listed).join(known, "path", "left_semi").collect()]
+def _source(
+    spark: SparkSession,
+    src: str | Path | DataFrame,
+    recursive: bool,
+    pattern: str | None,
+    format: str | None,
+    column: str | None,
+    key: str | None,
+    version: str | None,
+    where: str | None,
+    keep: tuple[str, ...],
+) -> Sources:
+    is_frame = isinstance(src, DataFrame)
+    is_files = not is_frame and format is None and column is None
+    of_tables = {"key": key, "version": version, "where": where}
+    of_files = {"recursive": recursive, "pattern": pattern}
+    if is_files:
+        _refuse(of_tables | {"keep": keep}, "a table: give its column, too")
+        return FileSource(spark, str(src), recursive=recursive, pattern=pattern)
+    if format == "webdataset":
+        _refuse(of_tables | {"column": column, "pattern": pattern}, "other sources")
+        return ShardSource(spark, str(src), recursive=recursive, keep=keep)
+    _refuse(of_files, "files, not for a table")
+    if column is None:
+        raise OptionError("which column holds the images? give column")
+    if isinstance(src, DataFrame):
+        if format is not None:
+            raise OptionError("format is for a table that is to be read, not for a data frame")
+        df = src
+    elif format == "table":
+        df = spark.read.table(str(src))
+    else:
+        df = spark.read.format(format or "parquet").load(str(src))
+    if where is not None:
+        df = df.where(where)
+    return TableSource(df, column=column, key=key, version=version, keep=keep)
 
 
-def _run(
-    todo: list[str],
-    size: int,
-    source: FileSource | TableSource,
+def _refuse(given: dict[str, Any], whose: str) -> None:
+    for name, value in given.items():
+        if value:
+            raise OptionError(f"{name} is for {whose}")
+
+
+def _add_missing(
+    source: Sources,
+    table: Dest,
+    lock: Lock,
     vectorizer: ImageVectorizer,
-    table: Table,
-    progress: Progress,
-) -> tuple[int, Counter[str]]:
-    """Does and commits chunk after chunk; returns how many rows, and how many errors by code."""
-    done = 0
-    codes: Counter[str] = Counter()
-    with progress(len(todo)) as advance:
-        for start in range(0, len(todo), size):
-            chunk = todo[start : start + size]
-            metrics = Metrics()
-            rows = source.of(chunk).withColumnRenamed("content", "image")
-            result = vectorizer.process_images(rows, "image", "result", metrics)
-            result = result.drop("image").persist(StorageLevel.MEMORY_AND_DISK)
-            with _watching(metrics, advance):
-                done += result.count()
-            features = F.col("result.features").alias("features", metadata=vectorizer.spec.metadata)
-            key = ("path", "length", "modificationTime")
-            bad = result.where("result.error is not null")
-            table.append(
-                # A null among a table's images has no features, and no error either.
-                result.where("result.error is null").select(
-                    *key, features, "result.width", "result.height"
-                ),
-                bad.select(*key, "result.error"),
-            )
-            codes.update(
-                {
-                    row.code: row["count"]
-                    for row in bad.select(F.substring_index("result.error", ":", 1).alias("code"))
-                    .groupBy("code")
-                    .count()
-                    .collect()
-                }
-            )
-            result.unpersist()
-    return done, codes
+    kept: tuple[str, ...],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Returns the counts of ``ExtractReport``."""
+    found = source.prepare(f"{table.work}/listing")
+    if not found:
+        raise OptionError(f"there are no images{_passed_over(source.skipped)}")
+    known = table.known()
+    total, pending = (found, None) if known is None else _pending(source, known, table)
+    metrics = Metrics()
+    errors: dict[str, int] = {}
+    if total:
+        rows = _computed(source.rows(pending), vectorizer, metrics, kept)
+        errors = _written(rows, table, lock, metrics, total, progress)
+    return {
+        "found": found,
+        "done_before": found - total,
+        "features": int(metrics.value.get("images", 0)),
+        "nulls": errors.pop(_NULL, 0),
+        "errors": errors,
+        "skipped": dict(source.skipped),
+    }
+
+
+def _passed_over(skipped: dict[str, int]) -> str:
+    if not skipped:
+        return ""
+    hint = ": recursive=True includes subfolders" if "subfolder" in skipped else ""
+    return f" ({', '.join(f'{count} {reason}' for reason, count in skipped.items())}){hint}"
+
+
+def _pending(source: Sources, known: DataFrame, table: Dest) -> tuple[int, DataFrame]:
+    """The keys to do. The rows of those that were done in another version are taken out.
+
+    Returns:
+        How many there are, and their ``path``.
+    """
+    spark = known.sparkSession
+    there = known.withColumnRenamed("version", "known_version").withColumn("is_known", F.lit(True))
+    keys = source.keys().join(there, "path", "left")
+    is_changed = F.coalesce("is_known", F.lit(False))
+    keys = keys.where(~is_changed | ~F.col("version").eqNullSafe(F.col("known_version")))
+    folder = f"{table.work}/pending"
+    keys.select("path", is_changed.alias("changed")).write.mode("overwrite").parquet(folder)
+    pending = spark.read.schema("path string, changed boolean").parquet(folder)
+    counts = pending.agg(F.count("*"), F.count_if("changed")).first()
+    assert counts is not None, "an aggregate has a row"
+    if counts[1]:
+        table.take_out(pending.where("changed").select("path"))
+    return counts[0], pending
+
+
+_NULL = "null"
+
+
+def _computed(
+    rows: DataFrame, vectorizer: ImageVectorizer, metrics: Metrics, kept: tuple[str, ...]
+) -> DataFrame:
+    result = vectorizer.process_images(rows, "image", "result", metrics)
+    return result.select(
+        "path",
+        "length",
+        "modificationTime",
+        "version",
+        F.col("result.features").alias("features", metadata=vectorizer.spec.metadata),
+        "result.width",
+        "result.height",
+        F.coalesce("source_error", "result.error").alias("error"),
+        *kept,
+        # Of several layers, features are never null themselves.
+        F.when(F.col("result.width").isNotNull(), "features").otherwise("errors").alias("kind"),
+    )
+
+
+def _written(
+    rows: DataFrame,
+    table: Dest,
+    lock: Lock,
+    metrics: Metrics,
+    total: int,
+    progress: Progress | None,
+) -> dict[str, int]:
+    """Runs the job; returns how many errors there are by code."""
+    spark = rows.sparkSession
+    files: list[str] = []
+
+    def look() -> None:
+        lock.check()
+        files.extend(table.publish(lock.run))
+        if progress is not None:
+            errors = sum(count for name, count in metrics.value.items() if "errors." in name)
+            progress(int(metrics.value.get("rows", 0)), int(errors), total)
+
+    spark.sparkContext.addJobTag(lock.run)
+    try:
+        with _watching(metrics, look, lambda: spark.sparkContext.cancelJobsWithTag(lock.run)):
+            table.write(rows, lock.run)
+    finally:
+        spark.sparkContext.removeJobTag(lock.run)
+    if not files:
+        return {}
+    code = F.coalesce(F.substring_index("error", ":", 1), F.lit(_NULL)).alias("code")
+    by_code = table.read(files).select(code).groupBy("code").count()
+    return {row.code: row["count"] for row in by_code.orderBy(F.desc("count"), "code").collect()}
 
 
 @contextmanager
-def _watching(metrics: Metrics, advance: Advance) -> Iterator[None]:
-    """Advances while tasks of a job end."""
+def _watching(
+    metrics: Metrics, look: Callable[[], None], cancel: Callable[[], None]
+) -> Iterator[None]:
+    """Looks whenever tasks have ended. Where that fails, it cancels the job and raises why."""
     stop = threading.Event()
-    seen = [0, 0]
-
-    def look() -> None:
-        value = metrics.value
-        errors = sum(count for name, count in value.items() if name.startswith("errors."))
-        now = [int(value.get("rows", 0)), int(errors)]
-        if now != seen:
-            advance(now[0] - seen[0], now[1] - seen[1])
-            seen[:] = now
+    failures: list[Exception] = []
 
     def watch() -> None:
+        seen = -1.0
         while not stop.wait(_LOOK_EVERY_SECONDS):
-            look()
+            tasks = metrics.value.get("tasks", 0.0)
+            try:
+                if tasks != seen:
+                    look()
+            except Exception as error:  # of the callback, too
+                failures.append(error)
+                cancel()
+                return
+            seen = tasks
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -258,4 +338,6 @@ def _watching(metrics: Metrics, advance: Advance) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        look()
+        if failures:
+            raise failures[0]
+        look()  # what was committed stays, whatever happened

@@ -1,63 +1,314 @@
-"""What ``extract`` reads: image files, or a table with a column of images."""
+"""What ``extract`` reads: files, a table or data frame, or shards of WebDataset.
+
+A source is asked twice. ``keys`` says what there is, without the images, and ``rows`` gives those
+of some keys with their images, so that no image is moved to find out whether it is to be done.
+"""
 
 from __future__ import annotations
 
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
+import functools
+import itertools
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
 
-from imagevec.errors import OptionError, did_you_mean
+import pyarrow as pa
+from pyarrow import parquet
+from pyspark.sql import Column, DataFrame, Row, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import BinaryType, StringType, StructType
+
+from imagevec.errors import OptionError
+from imagevec.spark.hadoop import upload
+from imagevec.spark.sessions import check_input_column, existing_column, find_column, quoted
+from imagevec.table.listing import check_exists, list_files
+from imagevec.table.webdataset import IMAGE_EXTENSIONS, read_shards, shards
+
+# What a task commits at a time: some seconds of a small model to some minutes of a large one.
+_TASK_BYTES = 64 << 20
+_TASK_ROWS = 10_000
+_SMALLEST_TASK_BYTES = 8 << 20
+_LEAST_BYTES = 32 << 10  # that a file counts for: a small one is work, too
+_TASKS_PER_CORE = 3
+
+_MAX_BROADCAST_KEYS = 200_000
+
+_LISTING = pa.schema([("path", pa.string()), ("length", pa.int64()), ("modified", pa.int64())])
+_LISTING_ROWS = 10_000  # that are held in memory
+
+OWN_COLUMNS = (
+    *("path", "length", "modificationTime", "version"),
+    *("features", "width", "height", "error"),
+)
+"""The columns of a result."""
+
+
+class Source(Protocol):
+    """Images with keys."""
+
+    def prepare(self, folder: str) -> int:
+        """Writes to a folder what is to be the same whenever it is asked for.
+
+        Returns:
+            How many images there are.
+
+        Raises:
+            OptionError: A key is null, or not unique.
+        """
+
+    def keys(self) -> DataFrame:
+        """``path`` and ``version`` of each image: strings. Changed images have another version."""
+
+    def rows(self, pending: DataFrame | None) -> DataFrame:
+        """The images of the keys in ``pending``, or all, in partitions that make good tasks.
+
+        The columns are ``path``, ``length``, ``modificationTime``, ``version``, ``image`` (of a
+        type that ``features_udf`` takes), ``source_error`` and those that are kept.
+        """
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How much is passed over, by reason."""
 
 
 class FileSource:
-    """Image files."""
+    """Image files. The driver lists them to a file, a few at a time; workers read their paths."""
 
     def __init__(
         self, spark: SparkSession, src: str, *, recursive: bool, pattern: str | None
     ) -> None:
-        self._reader = spark.read.format("binaryFile")
+        check_exists(src)
+        self._spark = spark
         self._src = src
-        self._listing = {"recursiveFileLookup": str(recursive).lower()}
-        if pattern:
-            self._listing["pathGlobFilter"] = pattern
+        self._list = functools.partial(list_files, src, recursive=recursive, pattern=pattern)
+        self.skipped: Counter[str] = Counter()
 
-    def listed(self) -> DataFrame:
-        """``path``, ``length`` and ``modificationTime``; no file is opened."""
-        files = self._reader.options(**self._listing).load(self._src)
-        return files.select("path", "length", "modificationTime")
+    def prepare(self, folder: str) -> int:
+        found = 0
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary) / "files.parquet"
+            with parquet.ParquetWriter(file, _LISTING) as writer:
+                files = self._list()
+                while chunk := list(itertools.islice(files, _LISTING_ROWS)):
+                    self.skipped.update(file.skipped for file in chunk if file.skipped)
+                    images = [file for file in chunk if not file.skipped]
+                    rows = [dict(zip(_LISTING.names, file, strict=False)) for file in images]
+                    writer.write_batch(pa.RecordBatch.from_pylist(rows, _LISTING))
+                    found += len(images)
+            upload(self._spark, file, f"{folder}/{file.name}")
+        schema = "path string, length bigint, modified bigint"
+        self._listing = self._spark.read.schema(schema).parquet(folder)
+        return found
 
-    def of(self, paths: list[str]) -> DataFrame:
-        """The same with ``content``, of some of the paths."""
-        return self._reader.load([escaped(path) for path in paths])
+    def keys(self) -> DataFrame:
+        return self._files().select("path", "version")
+
+    def rows(self, pending: DataFrame | None) -> DataFrame:
+        rows = _of_keys(self._files(), pending).withColumn("image", F.col("path"))
+        counted = rows.agg(F.sum(F.greatest("length", F.lit(_LEAST_BYTES)))).first()
+        size = (counted[0] if counted else None) or 0
+        # By the path: a partition that is computed again, after a crash, holds the same files.
+        cores = self._spark.sparkContext.defaultParallelism
+        return rows.repartition(_number_of_tasks(size, cores), "path")
+
+    def _files(self) -> DataFrame:
+        modified = F.timestamp_micros("modified")
+        version = F.concat_ws(":", F.col("length"), F.col("modified"))
+        return self._listing.select(
+            "path",
+            "length",
+            modified.alias("modificationTime"),
+            version.alias("version"),
+            F.lit(None).cast("string").alias("source_error"),
+        )
 
 
 class TableSource:
-    """The rows of a table with a column of image bytes; their ``modificationTime`` is null."""
+    """Rows of a data frame with a column of images, or of paths of images."""
 
     def __init__(
-        self, spark: SparkSession, src: str, *, column: str, key: str, format: str
+        self,
+        df: DataFrame,
+        *,
+        column: str,
+        key: str | None,
+        version: str | None,
+        keep: Sequence[str],
     ) -> None:
-        table = spark.read.format(format).load(src)
-        for name in (column, key):
-            if name not in table.columns:
-                raise OptionError(
-                    f"{src} has no column {name!r}: {did_you_mean(name, table.columns)}"
-                )
-        self._spark = spark
-        self._rows = table.select(
-            F.col(key).cast("string").alias("path"),
-            F.octet_length(column).cast("long").alias("length"),
-            F.lit(None).cast("timestamp").alias("modificationTime"),
-            F.col(column).alias("content"),
+        self.skipped: dict[str, int] = {}
+        self._df = df
+        image = check_input_column(df.schema, column)
+        kind = df.schema[image].dataType
+        self._image = F.col(quoted(image))
+        self._key = self._key_column(image, kind, key)
+        self._kept = _kept_columns(df, keep)
+        length = find_column(df.columns, "length") if version is None else None
+        modified = find_column(df.columns, "modificationTime") if length else None
+        self._modified = F.lit(None).cast("timestamp")
+        if version is not None:
+            self._version = F.col(quoted(existing_column(df.columns, version))).cast("string")
+        elif length and modified:  # of the binaryFile source
+            self._modified = F.col(modified)
+            self._version = F.concat_ws(":", F.col(length), F.unix_micros(modified))
+        elif isinstance(kind, StringType):  # of a path, it would always be the same
+            self._version = F.lit(None).cast("string")
+        else:
+            self._version = F.hex(F.xxhash64(self._image))
+        self._length = _length_of(self._image, kind)
+
+    def prepare(self, folder: str) -> int:
+        """One job, which reads the keys alone."""
+        keys = self._df.select(self._key.alias("path"), F.spark_partition_id().alias("partition"))
+        keys = keys.groupBy("path").agg(F.count("*").alias("count"), F.max("partition").alias("p"))
+        found = keys.agg(
+            F.sum("count").alias("rows"),
+            F.max("p").alias("last_partition"),
+            F.sum(F.when(F.col("path").isNull(), F.col("count"))).alias("nulls"),
+            F.max(F.struct("count", "path")).alias("most"),
+        ).first()
+        assert found is not None, "an aggregate has a row"
+        self._count = found["rows"] or 0
+        self._partitions = (found["last_partition"] or 0) + 1
+        if found["nulls"]:
+            raise OptionError(
+                f"{found['nulls']:,} of {self._count:,} rows have no key: "
+                "choose another key, or leave them out with where"
+            )
+        if self._count:
+            _check_unique(found["most"])
+        return self._count
+
+    def keys(self) -> DataFrame:
+        return self._df.select(self._key.alias("path"), self._version.alias("version"))
+
+    def rows(self, pending: DataFrame | None) -> DataFrame:
+        rows = self._df.select(
+            self._key.alias("path"),
+            self._length.alias("length"),
+            self._modified.alias("modificationTime"),
+            self._version.alias("version"),
+            self._image.alias("image"),
+            F.lit(None).cast("string").alias("source_error"),
+            *self._kept,
+        )
+        count = self._count if pending is None else pending.count()
+        rows = _of_keys(rows, pending)
+        if count > self._partitions * _TASK_ROWS:  # so many rows of a partition are small ones
+            return rows.repartition(math.ceil(count / _TASK_ROWS), "path")
+        return rows
+
+    def _key_column(self, image: str, kind: object, key: str | None) -> Column:
+        if key is not None:
+            return F.col(quoted(existing_column(self._df.columns, key))).cast("string")
+        path = find_column(self._df.columns, "path")
+        if path is not None:
+            return F.col(quoted(path)).cast("string")
+        if isinstance(kind, StringType):
+            return self._image
+        if isinstance(kind, StructType) and "path" in kind.names:
+            return self._image["path"]
+        raise OptionError(
+            f"there is no column 'path' to name the rows: choose a key among {self._df.columns}"
         )
 
-    def listed(self) -> DataFrame:
-        return self._rows.drop("content")
 
-    def of(self, paths: list[str]) -> DataFrame:
-        keys = self._spark.createDataFrame([(path,) for path in paths], "path string")
-        return self._rows.join(F.broadcast(keys), "path", "left_semi")
+class ShardSource:
+    """Samples in shards of WebDataset. A shard that is damaged has a row of its own."""
+
+    def __init__(
+        self, spark: SparkSession, src: str, *, recursive: bool, keep: Sequence[str]
+    ) -> None:
+        for name in keep:
+            if name in IMAGE_EXTENSIONS:
+                raise OptionError(f"keep={name!r} is not valid: {name} members are images")
+        _check_names(keep)
+        self.skipped: dict[str, int] = {}
+        self._spark = spark
+        self._shards = shards(src, recursive)
+        self._members = tuple(keep)
+
+    def prepare(self, folder: str) -> int:
+        read_shards(self._spark, self._shards, images=False).write.mode("overwrite").parquet(folder)
+        self._keys = self._spark.read.parquet(folder).select(_path_of_sample(), "__url__")
+        counts = self._keys.groupBy("path").count().select(F.struct("count", "path").alias("key"))
+        found = counts.agg(F.sum("key.count").alias("rows"), F.max("key").alias("most")).first()
+        assert found is not None, "an aggregate has a row"
+        _check_unique(found["most"])
+        return int(found["rows"])
+
+    def keys(self) -> DataFrame:
+        return self._with_version(self._keys).select("path", "version")
+
+    def rows(self, pending: DataFrame | None) -> DataFrame:
+        samples = read_shards(self._spark, self._shards, self._members)
+        rows = self._with_version(samples.withColumn("path", _path_of_sample())).select(
+            "path",
+            F.octet_length("image").cast("long").alias("length"),
+            F.lit(None).cast("timestamp").alias("modificationTime"),
+            "version",
+            "image",
+            F.col("error").alias("source_error"),
+            *[F.col(quoted(name)) for name in self._members],
+        )
+        return _of_keys(rows, pending)
+
+    def _with_version(self, samples: DataFrame) -> DataFrame:
+        """The version of a sample is its shard's."""
+        versions = [(shard.path, f"{shard.length}:{shard.modified}") for shard in self._shards]
+        of_shards = self._spark.createDataFrame(versions, "__url__ string, version string")
+        return samples.join(F.broadcast(of_shards), "__url__")
 
 
-def escaped(path: str) -> str:
-    """A path that Hadoop would else take for a glob."""
-    return "".join(f"\\{letter}" if letter in "{}[]*?\\" else letter for letter in path)
+Sources = FileSource | TableSource | ShardSource
+
+
+def _of_keys(rows: DataFrame, pending: DataFrame | None) -> DataFrame:
+    """Those of the keys. Few keys go to the rows; with many, Spark moves both by the key."""
+    if pending is None:
+        return rows
+    keys = pending.select("path")
+    few = pending.count() <= _MAX_BROADCAST_KEYS
+    return rows.join(F.broadcast(keys) if few else keys, "path", "left_semi")
+
+
+def _path_of_sample() -> Column:
+    return F.coalesce("__key__", "__url__").alias("path")
+
+
+def _number_of_tasks(size: int, cores: int) -> int:
+    """Of files that count for so many bytes."""
+    for_all_cores = min(_TASKS_PER_CORE * cores, math.ceil(size / _SMALLEST_TASK_BYTES))
+    return max(1, math.ceil(size / _TASK_BYTES), for_all_cores)
+
+
+def _length_of(image: Column, kind: object) -> Column:
+    if isinstance(kind, StructType):
+        names = [name for name in ("bytes", "content", "data") if name in kind.names]
+        return F.octet_length(image[names[0]]).cast("long")
+    if isinstance(kind, BinaryType):
+        return F.octet_length(image).cast("long")
+    return F.lit(None).cast("long")  # of a path: it is not known here
+
+
+def _kept_columns(df: DataFrame, keep: Sequence[str]) -> list[Column]:
+    _check_names(keep)
+    return [F.col(quoted(existing_column(df.columns, name))) for name in keep]
+
+
+def _check_names(keep: Sequence[str]) -> None:
+    for name in keep:
+        if find_column(OWN_COLUMNS, name):
+            raise OptionError(f"keep={name!r} is not valid: the result has a column of that name")
+        if list(keep).count(name) > 1:
+            raise OptionError(f"keep={name!r} is not valid: give it once")
+
+
+def _check_unique(most: Row) -> None:
+    """``count`` and ``path`` of the key that is there most often."""
+    if most["count"] > 1:
+        raise OptionError(
+            f"the key {most['path']!r} is there {most['count']:,} times: choose one that is unique"
+        )

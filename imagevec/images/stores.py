@@ -1,0 +1,284 @@
+"""Where files lie: on this machine, in object stores, behind HTTP. One client for each of them.
+
+Local files are read directly, ``s3``, ``gs`` and ``hdfs`` by Arrow's file systems, and every other
+scheme by fsspec, if it knows it. Arrow's client of Azure is not used: without credentials it ends
+the process. A client has time-outs of its own, and lives as long as the process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import re
+import stat
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from pyarrow import fs
+
+from imagevec.errors import MissingExtraError
+
+CONNECT_SECONDS = 10
+REQUEST_SECONDS = 60
+
+# As Hadoop spells them, and as Arrow does.
+_ARROW_SCHEMES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "hdfs": "hdfs"}
+_NEED_FSSPEC = ("http", "https", "abfs", "abfss", "wasb", "wasbs")  # fsspec itself may lack some
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+
+
+class UnsupportedURIError(Exception):
+    """A URI that is malformed, or of a scheme that nothing here knows."""
+
+
+class Entry(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        path: Absolute path or URI, which can be read, or listed if it is a folder.
+        name: The last part of it.
+        kind: ``"other"`` is a pipe, a socket or a device, ``"dangling"`` a link to nothing.
+        length: Of a file, in bytes.
+        modified: When a file was, in microseconds since 1970 UTC, if the store says so.
+    """
+
+    path: str
+    name: str
+    kind: Literal["file", "folder", "other", "dangling"]
+    length: int = 0
+    modified: int | None = None
+
+
+class Store(Protocol):
+    """One place of files. Its methods raise ``FileNotFoundError`` for what is not there."""
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a file."""
+
+    def open(self, path: str) -> Any:
+        """A file object, which can seek."""
+
+    def entry(self, path: str) -> Entry:
+        """What a path is."""
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        """What a folder holds, in no particular order."""
+
+
+def store_of(path: str) -> Store:
+    """The store of a path or URI.
+
+    Raises:
+        UnsupportedURIError: It has none.
+        ImportError: What reads its scheme is not installed.
+    """
+    scheme = scheme_of(path)
+    if scheme == "file":
+        return _LOCAL
+    uri = urllib.parse.urlsplit(path.partition("?")[0])
+    if scheme in _ARROW_SCHEMES:
+        if not uri.netloc:
+            raise UnsupportedURIError(f"there is no bucket or host after {scheme}://")
+        return _arrow_store(scheme, uri.netloc, path.partition("?")[2])
+    return _fsspec_store(scheme, uri.netloc, f"{scheme}://{uri.netloc}/")
+
+
+def scheme_of(path: str) -> str:
+    """In lower case; ``file`` for a path without one, which may hold a colon."""
+    match = _SCHEME.match(path)
+    return match[1].lower() if match else "file"
+
+
+def local_path(path: str) -> str:
+    """The path of ``path``, ``file:/path`` or ``file:///path``."""
+    rest = path[len("file:") :] if path[:5].lower() == "file:" else path
+    return "/" + rest.lstrip("/") if rest.startswith("/") else rest
+
+
+class _LocalStore:
+    def read(self, path: str) -> bytes:
+        real = os.path.realpath(self._existing(path))
+        if os.path.exists(real) and not os.path.isfile(real):  # a pipe or a device would not end
+            raise IsADirectoryError(f"{path}: not a file")
+        return Path(real).read_bytes()
+
+    def open(self, path: str) -> Any:
+        return open(self._existing(path), "rb")  # noqa: SIM115
+
+    def entry(self, path: str) -> Entry:
+        return self._entry(os.path.abspath(self._existing(path)))
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        with os.scandir(self._existing(folder)) as found:
+            for item in found:
+                yield self._entry(item.path)
+
+    def _existing(self, path: str) -> str:
+        plain = local_path(path)
+        if os.path.exists(plain):
+            return plain
+        return urllib.parse.unquote(plain)  # the file_path of Spark's _metadata is quoted
+
+    def _entry(self, path: str) -> Entry:
+        name, uri = os.path.basename(path), f"file:{path}"  # as Spark's binaryFile has it
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            if os.path.islink(path):
+                return Entry(uri, name, "dangling")
+            raise
+        if stat.S_ISDIR(status.st_mode):
+            return Entry(uri, name, "folder")
+        if not stat.S_ISREG(status.st_mode):
+            return Entry(uri, name, "other")
+        return Entry(uri, name, "file", status.st_size, status.st_mtime_ns // 1000)
+
+
+_LOCAL = _LocalStore()
+
+
+class _ArrowStore:
+    def __init__(self, client: Any, prefix: str, query: str) -> None:
+        self._client = client
+        self._prefix = prefix  # what stands before a path of the client to make a URI of it
+        self._query = f"?{query}" if query else ""
+
+    def read(self, path: str) -> bytes:
+        with self._client.open_input_stream(self._place(path)) as stream:
+            data: bytes = stream.read()
+            return data
+
+    def open(self, path: str) -> Any:
+        return self._client.open_input_file(self._place(path))
+
+    def entry(self, path: str) -> Entry:
+        return self._entry(self._client.get_file_info(self._place(path)))
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        yield from map(
+            self._entry, self._client.get_file_info(fs.FileSelector(self._place(folder)))
+        )
+
+    def _place(self, uri: str) -> str:
+        rest = uri.partition("?")[0].partition("://")[2]
+        _, slash, path = rest.partition("/")
+        place = urllib.parse.unquote(rest.rpartition("@")[2] if self._in_bucket else slash + path)
+        return place.rstrip("/") or "/"
+
+    @property
+    def _in_bucket(self) -> bool:
+        return not isinstance(self._client, fs.HadoopFileSystem)
+
+    def _entry(self, info: Any) -> Entry:
+        if info.type == fs.FileType.NotFound:
+            raise FileNotFoundError(f"{info.path} does not exist")
+        quoted = urllib.parse.quote(info.path, safe="/ !\"#$&'()*+,-.:;<=>@[]^_`{|}~")
+        path = self._prefix + quoted + self._query
+        if info.type == fs.FileType.Directory:
+            return Entry(path, info.base_name, "folder")
+        modified = info.mtime_ns // 1000 if info.mtime_ns is not None else None
+        return Entry(path, info.base_name, "file", info.size, modified)
+
+
+@functools.cache
+def _arrow_store(scheme: str, netloc: str, query: str) -> Store:
+    options = dict(urllib.parse.parse_qsl(query))
+    user, _, host = netloc.rpartition("@")
+    prefix = f"{scheme}://" + (f"{user}@" if user else "")
+    kind = _ARROW_SCHEMES[scheme]
+    if kind == "s3":
+        return _ArrowStore(_s3(host, user, options), prefix, query)
+    if kind == "gs":
+        limit = datetime.timedelta(seconds=float(options.pop("retry_limit_seconds", "10")))
+        anonymous = user == "anonymous"
+        client = fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=limit, **options)
+        return _ArrowStore(client, prefix, query)
+    uri = f"{kind}://{netloc}/" + (f"?{query}" if query else "")
+    return _ArrowStore(fs.HadoopFileSystem.from_uri(uri), f"{scheme}://{netloc}", query)
+
+
+def _s3(bucket: str, user: str, options: dict[str, str]) -> Any:
+    """The options are those that Arrow takes in a URI: ``region``, ``endpoint_override``, ..."""
+    access_key, _, secret_key = (urllib.parse.unquote(part) for part in user.partition(":"))
+    endpoint = options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if "region" not in options and not endpoint:
+        options = {**options, "region": region or fs.resolve_s3_region(bucket)}
+    timeouts = {"connect_timeout": CONNECT_SECONDS, "request_timeout": REQUEST_SECONDS}
+    try:
+        return fs.S3FileSystem(
+            access_key=access_key or None, secret_key=secret_key or None, **timeouts, **options
+        )
+    except TypeError as error:
+        raise UnsupportedURIError(str(error)) from error
+
+
+class _FsspecStore:
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def read(self, path: str) -> bytes:
+        data: bytes = self._client.cat_file(self._client._strip_protocol(path))
+        return data
+
+    def open(self, path: str) -> Any:
+        return self._client.open(path, "rb")
+
+    def entry(self, path: str) -> Entry:
+        return self._entry(self._client.info(path))
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        yield from map(self._entry, self._client.ls(folder, detail=True))
+
+    def _entry(self, info: dict[str, Any]) -> Entry:
+        path = self._client.unstrip_protocol(info["name"])
+        name = path.rstrip("/").rpartition("/")[2]
+        if info["type"] == "directory":
+            return Entry(path, name, "folder")
+        when = next(
+            (info[k] for k in ("mtime", "LastModified", "last_modified") if k in info), None
+        )
+        if isinstance(when, datetime.datetime):
+            when = when.timestamp()
+        modified = int(when * 1e6) if isinstance(when, int | float) else None
+        return Entry(path, name, "file", info.get("size") or 0, modified)
+
+
+_fsspec_lock = threading.Lock()  # fsspec keeps a client for each thread: here is one for all
+_fsspec_stores: dict[tuple[str, str], Store] = {}
+
+
+def _fsspec_store(scheme: str, netloc: str, uri: str) -> Store:
+    try:
+        import fsspec
+    except ImportError as error:
+        if scheme in _NEED_FSSPEC:
+            raise MissingExtraError("fsspec", "fsspec") from error
+        raise UnsupportedURIError(f"the scheme {scheme}:// is not supported") from error
+    with _fsspec_lock:
+        if (scheme, netloc) not in _fsspec_stores:
+            if scheme not in fsspec.available_protocols():
+                if scheme in _NEED_FSSPEC:
+                    raise ImportError(f"{scheme}:// needs the package adlfs: pip install adlfs")
+                raise UnsupportedURIError(f"the scheme {scheme}:// is not supported")
+            try:
+                client, _ = fsspec.core.url_to_fs(
+                    uri, skip_instance_cache=True, **_timeouts(scheme)
+                )
+            except (TypeError, ValueError) as error:  # it wraps another one, or asks for more
+                raise UnsupportedURIError(f"{scheme}:// cannot be read: {error}") from error
+            _fsspec_stores[scheme, netloc] = _FsspecStore(client)
+        return _fsspec_stores[scheme, netloc]
+
+
+def _timeouts(scheme: str) -> dict[str, Any]:
+    if scheme not in ("http", "https"):
+        return {}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS, connect=CONNECT_SECONDS)
+    return {"client_kwargs": {"timeout": timeout}}

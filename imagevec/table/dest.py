@@ -1,0 +1,201 @@
+"""The table that ``extract`` writes: features, and beside them what became of the other images.
+
+    DEST/part-*.parquet            features
+    DEST/_errors/part-*.parquet    bad images and nulls, with the same columns
+    DEST/_imagevec/                there while a run is under way, or was killed
+
+Spark commits the file of each task, when it ends, to ``_imagevec/committed/<run>/kind=...``. From
+there the driver moves it to its place, during the run or, if that was killed, at the start of the
+next. A move keeps the file's name, which is unique, so that it can be done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from urllib.parse import unquote
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from imagevec.errors import FingerprintError, OptionError
+from imagevec.images.stores import local_path, scheme_of
+from imagevec.spark.hadoop import Folder
+from imagevec.spec import FeatureSpec
+from imagevec.table.lock import Lock
+from imagevec.table.provenance import Provenance, check_same, provenance
+
+ERRORS = "_errors"
+WORK = "_imagevec"
+_LOCK = "lock.json"
+_KEY = "path string, version string"
+_PLACES = {"features": "", "errors": f"/{ERRORS}"}
+_ROW_GROUP_BYTES = 64 << 20
+
+
+class Dest:
+    """The features and errors at one place, on whatever file system Spark knows."""
+
+    def __init__(self, spark: SparkSession, path: str) -> None:
+        self._spark = spark
+        self._folder = Folder(spark, path)
+        self.path = self._folder.path
+        self.work = f"{self.path}/{WORK}"
+
+    def lock(self, run: str) -> Lock:
+        return Lock(self._folder, f"{self.work}/{_LOCK}", run)
+
+    def check_is_table(self) -> None:
+        """Raises ``OptionError`` if there is something else in its place."""
+        if self._any_part() is None and set(self._folder.names()) - {WORK}:
+            raise OptionError(f"{self.path} exists and holds no features: choose another DEST")
+
+    def check(self, spec: FeatureSpec, columns: Sequence[str]) -> None:
+        """Raises if there are features of another fingerprint, or with other columns."""
+        there = self._any_part()
+        if there is None:
+            return
+        try:
+            check_same(provenance(there), Provenance.of(spec))
+        except FingerprintError as error:
+            raise FingerprintError(f"{self.path}: {error}. overwrite=True replaces them") from error
+        if set(there.columns) != set(columns):
+            raise OptionError(
+                f"{self.path} has the columns {', '.join(there.columns)}, not "
+                f"{', '.join(columns)}: keep the same ones, or use overwrite=True"
+            )
+
+    def clear(self) -> None:
+        """Deletes the features and errors; what is not a table of features stays."""
+        there = self._any_part()
+        if there is not None and provenance(there):
+            for name in self._folder.names():
+                if name != WORK:
+                    self._folder.delete(f"{self.path}/{name}")
+
+    def known(self) -> DataFrame | None:
+        """``path`` and ``version`` of every row; ``None`` if there is none."""
+        known = None
+        for place in _PLACES.values():
+            if self._parquet_files(place.lstrip("/")):
+                keys = self._read(_KEY, place)
+                known = keys if known is None else known.union(keys)
+        return known
+
+    def write(self, rows: DataFrame, run: str) -> None:
+        """Runs the job: each task commits its files as it ends.
+
+        ``rows`` have a column ``kind``: ``features`` or ``errors``.
+        """
+        (
+            rows.write.mode("append")
+            .partitionBy("kind")
+            # A task's files are moved when it ends, not when the job does.
+            .option("mapreduce.fileoutputcommitter.algorithm.version", "2")
+            .option("parquet.block.size", _ROW_GROUP_BYTES)
+            .parquet(f"{self.work}/committed/{run}")
+        )
+
+    def publish(self, run: str) -> list[str]:
+        """Moves what a run committed to its place; returns the paths of the files of errors."""
+        errors = []
+        for kind, place in _PLACES.items():
+            committed = f"{WORK}/committed/{run}/kind={kind}"
+            for name in self._parquet_files(committed):
+                target = f"{self.path}{place}/{name}"
+                self._folder.move(f"{self.path}/{committed}/{name}", target)
+                if kind == "errors":
+                    errors.append(target)
+        return errors
+
+    def read(self, files: list[str]) -> DataFrame:
+        """Some files of the table."""
+        return self._spark.read.parquet(*map(escaped, files))
+
+    def recover(self, previous_run: str | None) -> None:
+        """Ends what a run that was killed had begun.
+
+        What another run than the last one committed came too late: from an executor that outlived
+        its driver. Its images were done again, or will be.
+        """
+        if previous_run is not None:
+            self.publish(previous_run)
+        self._end_replacement()
+        self.remove_work()
+
+    def remove_work(self) -> None:
+        """Deletes what only a run needs, but for its lock."""
+        for name in self._folder.names(WORK):
+            if name != _LOCK:
+                self._folder.delete(f"{self.work}/{name}")
+
+    def take_out(self, changed: DataFrame) -> None:
+        """Removes the rows of some paths, by writing the files that hold them anew.
+
+        What is to be deleted is written down before it is: see ``_end_replacement``.
+        """
+        old: list[str] = []
+        for kind in _PLACES:
+            part = self._part(kind)
+            if part is None:
+                continue
+            in_files = part.select("path", F.col("_metadata.file_path").alias("file"))
+            holding = in_files.join(changed, "path", "left_semi").select("file").distinct()
+            files = [unquote(row.file) for row in holding.collect()]  # Spark quotes it as a URI
+            if files:
+                kept = self.read(files).join(changed, "path", "left_anti")
+                writer = kept.write.option("parquet.block.size", _ROW_GROUP_BYTES)
+                writer.mode("overwrite").parquet(f"{self.work}/kept/{kind}")
+                old += files
+        self._folder.write_text(f"{self.work}/replace.json", json.dumps(old))
+        self._end_replacement()
+
+    def _end_replacement(self) -> None:
+        text = self._folder.read_text(f"{self.work}/replace.json")
+        if text is None:
+            return  # none had begun, or the files of before are all there
+        for file in json.loads(text):
+            self._folder.delete(file)
+        for kind, place in _PLACES.items():
+            for name in self._parquet_files(f"{WORK}/kept/{kind}"):
+                source = f"{self.work}/kept/{kind}/{name}"
+                self._folder.move(source, f"{self.path}{place}/{name}")
+        self._folder.delete(f"{self.work}/replace.json")
+        self._folder.delete(f"{self.work}/kept")
+
+    def _any_part(self) -> DataFrame | None:
+        there = (self._part(kind) for kind in _PLACES)
+        return next((part for part in there if part is not None), None)
+
+    def _part(self, kind: str) -> DataFrame | None:
+        place = _PLACES[kind]
+        if not self._parquet_files(place.lstrip("/")):
+            return None
+        return self._read(None, place)
+
+    def _read(self, schema: str | None, place: str) -> DataFrame:
+        reader = self._spark.read if schema is None else self._spark.read.schema(schema)
+        return reader.parquet(f"{escaped(self.path)}{place}")
+
+    def _parquet_files(self, folder: str) -> list[str]:
+        return [name for name in self._folder.names(folder) if name.endswith(".parquet")]
+
+
+def escaped(path: str) -> str:
+    """A path that Hadoop would else take for a glob."""
+    return "".join(f"\\{letter}" if letter in "{}[]*?\\" else letter for letter in path)
+
+
+def check_outside(dest: str, src: str) -> None:
+    """Raises ``OptionError`` if DEST lies in SRC, where its files would be taken for images."""
+    here, there = (_comparable(path) for path in (dest, src))
+    if f"{here}/".startswith(f"{there}/"):
+        raise OptionError(f"DEST lies in SRC, {src}: choose another one")
+
+
+def _comparable(path: str) -> str:
+    if scheme_of(path) == "file":
+        return os.path.realpath(local_path(path)).rstrip("/")
+    scheme, _, rest = path.partition("?")[0].partition("://")
+    return f"{'s3' if scheme.startswith('s3') else scheme}://{rest.rstrip('/')}"

@@ -1,0 +1,208 @@
+"""The image files of a folder, a glob or a URI, found without opening any of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from imagevec.errors import OptionError
+from imagevec.images.reading import retried
+from imagevec.images.stores import (
+    Entry,
+    Store,
+    UnsupportedURIError,
+    local_path,
+    scheme_of,
+    store_of,
+)
+from imagevec.options import DEFAULTS
+
+_GLOB = re.compile(r"[*?\[{]")
+_SECONDS = DEFAULTS["read_timeout_seconds"]
+
+
+class Listed(NamedTuple):
+    """A file, or something that is passed over.
+
+    Attributes:
+        path: Absolute path or URI.
+        length: In bytes.
+        modified: Microseconds since 1970 UTC, if the store says so.
+        skipped: Why it is passed over; ``None`` for a file.
+    """
+
+    path: str
+    length: int = 0
+    modified: int | None = None
+    skipped: str | None = None
+
+
+def check_exists(src: str) -> None:
+    """Raises ``OptionError`` if nothing is there, without a look into folders."""
+    base, *patterns = _parts(src)
+    try:
+        retried(base, lambda: store_of(base).entry(base), _SECONDS)
+    except (UnsupportedURIError, OSError, ValueError) as error:
+        what = (
+            "does not exist" if isinstance(error, FileNotFoundError) else f"is no source: {error}"
+        )
+        raise OptionError(f"{src} {what}") from error
+    if patterns and not any(True for _ in _roots(src)):
+        raise OptionError(f"{src} matches nothing")
+
+
+def list_files(
+    src: str, *, recursive: bool = False, pattern: str | None = None
+) -> Iterator[Listed]:
+    """The files of a source, folder by folder; what is passed over, with the reason.
+
+    Args:
+        src: A folder, a file or a glob: a path, or a URI. A glob has ``*``, ``?``, ``[...]`` and
+            ``{a,b}``; a folder that it matches is listed.
+        recursive: Whether to go into subfolders, and through links to folders.
+        pattern: A glob of file names: files with other names are left out, without a word.
+
+    Raises:
+        OptionError: The source does not exist.
+        ReadError: A folder cannot be listed.
+    """
+    store = store_of(src)
+    is_wanted = _matcher(pattern) if pattern else lambda name: True
+    seen: set[str] = set()  # real folders, so that links do not lead in circles
+    for root in _roots(src):
+        if root.kind == "folder":
+            yield from _files_in(store, root.path, recursive, is_wanted, seen)
+        else:
+            yield from _file(root, is_wanted)
+
+
+def _files_in(
+    store: Store,
+    folder: str,
+    recursive: bool,
+    is_wanted: Callable[[str], bool],
+    seen: set[str],
+) -> Iterator[Listed]:
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        if scheme_of(path) == "file":
+            real = os.path.realpath(local_path(path))
+            if real in seen:
+                continue
+            seen.add(real)
+        for entry in _entries(store, path):
+            is_link = entry.path.rstrip("/") == path.rstrip("/")  # a web page's, to itself
+            if entry.kind == "folder" and not is_link and _is_hidden(entry.name):
+                yield Listed(_printable(entry.path), skipped="hidden")
+            elif entry.kind == "folder" and not is_link and not recursive:
+                yield Listed(_printable(entry.path), skipped="subfolder")
+            elif entry.kind == "folder" and not is_link:
+                waiting.append(entry.path)
+            elif entry.kind != "folder":
+                yield from _file(entry, is_wanted)
+
+
+def _entries(store: Store, folder: str) -> Iterator[Entry]:
+    # Local folders are read as they come; of stores, one answer may hold up to a folder.
+    if scheme_of(folder) == "file":
+        yield from store.entries(folder)
+    else:
+        yield from retried(folder, lambda: list(store.entries(folder)), _SECONDS)
+
+
+def _file(entry: Entry, is_wanted: Callable[[str], bool]) -> Iterator[Listed]:
+    path = _printable(entry.path)
+    if not is_wanted(entry.name):
+        return
+    if _is_hidden(entry.name):
+        yield Listed(path, skipped="hidden")
+    elif path != entry.path:
+        yield Listed(path, skipped="name is not UTF-8")
+    elif entry.kind == "dangling":
+        yield Listed(path, skipped="dangling link")
+    elif entry.kind == "other":
+        yield Listed(path, skipped="not a file")
+    else:
+        yield Listed(path, entry.length, entry.modified)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))  # Spark's rule, and Arrow's
+
+
+def _printable(path: str) -> str:
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
+def _parts(src: str) -> list[str]:
+    """What stands before a source's first glob, and then name by name."""
+    if scheme_of(src) == "file":
+        plain = local_path(src)
+        if os.path.exists(plain) or not _GLOB.search(plain):
+            return [src]  # names may hold what looks like a glob
+        src = plain
+    elif scheme_of(src) in ("http", "https") or not _GLOB.search(src.partition("?")[0]):
+        return [src]  # a question mark begins a query there
+    head, names = "", src.split("/")
+    for number, name in enumerate(names):
+        if _GLOB.search(name):
+            head = "/".join(names[:number]) or ("/" if src.startswith("/") else ".")
+            return [head, *names[number:]]
+    return [src]
+
+
+def _roots(src: str) -> Iterator[Entry]:
+    """The files and folders that a source names."""
+    base, *patterns = _parts(src)
+    store = store_of(src)
+    try:
+        found = [retried(base, lambda: store.entry(base), _SECONDS)]
+    except FileNotFoundError as error:
+        raise OptionError(f"{src} does not exist") from error
+    for pattern in patterns:
+        matches = _matcher(pattern)
+        inside = itertools.chain.from_iterable(
+            _entries(store, folder.path) for folder in found if folder.kind == "folder"
+        )
+        found = sorted(
+            entry
+            for entry in inside
+            if matches(entry.name) and (not _is_hidden(entry.name) or _is_hidden(pattern))
+        )
+    yield from found
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a name matches a glob of Hadoop's: ``*``, ``?``, ``[...]``, ``{a,b}``."""
+    expression = re.compile(_expression(pattern), re.DOTALL)
+    return lambda name: expression.fullmatch(name) is not None
+
+
+def _expression(pattern: str) -> str:
+    parts: list[str] = []
+    depth = 0
+    letters = iter(re.findall(r"\\.|\[[!^]?\]?[^\]]*\]|.", pattern, re.DOTALL))
+    for letter in letters:
+        if letter in ("*", "?"):
+            parts.append(".*" if letter == "*" else ".")
+        elif letter == "{":
+            depth += 1
+            parts.append("(?:")
+        elif letter == "}" and depth:
+            depth -= 1
+            parts.append(")")
+        elif letter == "," and depth:
+            parts.append("|")
+        elif len(letter) > 2 and letter.startswith("["):
+            negated, members = letter[1] in "!^", letter[1:-1].lstrip("!^")
+            quoted = members.replace("\\", r"\\").replace("[", r"\[").replace("]", r"\]")
+            parts.append(f"[{'^' if negated else ''}{quoted}]")
+        else:
+            parts.append(re.escape(letter.removeprefix("\\") or letter))
+    if depth:
+        raise OptionError(f"the pattern {pattern!r} is not valid: a brace is not closed")
+    return "".join(parts)

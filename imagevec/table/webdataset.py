@@ -1,0 +1,236 @@
+"""WebDataset: tar files whose members ``<key>.<extension>`` make up samples.
+
+    spark.dataSource.register(WebDatasetSource)  # Spark 4
+    spark.read.format("webdataset").option("members", "json,cls").load("shards/")
+    WebDatasetSource.read(spark, "shards/", members=("json", "cls"))  # Spark 3.5, too
+
+The rows are those of ``schema``. One partition reads one shard, from its start to its end, and
+holds a few samples at a time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from imagevec.errors import OptionError, ReadError
+from imagevec.images.reading import retried
+from imagevec.images.stores import store_of
+from imagevec.options import DEFAULTS
+from imagevec.table.listing import Listed, check_exists, list_files
+
+try:
+    from pyspark.sql.datasource import DataSource, DataSourceReader, InputPartition
+except ImportError:  # Spark 3.5 has no data sources in Python
+    DataSource = DataSourceReader = object  # type: ignore[assignment, misc]
+    InputPartition = None  # type: ignore[assignment, misc]
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+SHARDS = "*.{tar,tar.gz,tgz}"
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+
+# WebDataset's own rule: a sample's key ends at the first dot of the file's name.
+_MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
+_BATCH_ROWS = 64
+_BATCH_BYTES = 8 << 20
+_TAR_BLOCK = 512
+
+
+class WebDatasetSource(DataSource):
+    """The data source ``webdataset``.
+
+    Options:
+        path: A folder or glob of shards (``.tar``, ``.tar.gz``, ``.tgz``), or one of them: a path
+            or a URI that workers can read.
+        members: Extensions, separated by commas, whose members become columns of text:
+            ``"json,txt,cls"``.
+        recursive: ``"true"`` to go into subfolders.
+
+    Columns:
+        - ``__key__`` string: of the sample. Null in a row that reports a damaged shard.
+        - ``__url__`` string: the shard.
+        - ``image`` binary: the first member that has an image's extension; null if there is none.
+        - ``error`` string: why the shard could not be read to its end. Its samples before the
+          damage are there.
+        - one string for each of ``members``; null where a sample has none.
+    """
+
+    @classmethod
+    def name(cls) -> str:
+        return "webdataset"
+
+    def schema(self) -> str:
+        return schema(self._members())
+
+    def reader(self, schema: Any) -> DataSourceReader:
+        src = self.options.get("path", "")
+        recursive = self.options.get("recursive", "false").lower() == "true"
+        return _Reader(shards(src, recursive), self._members())
+
+    def _members(self) -> tuple[str, ...]:
+        names = self.options.get("members", "").split(",")
+        return tuple(name.strip() for name in names if name.strip())
+
+    @staticmethod
+    def read(
+        spark: SparkSession, src: str, *, members: Sequence[str] = (), recursive: bool = False
+    ) -> DataFrame:
+        """The same rows as a data frame, on Spark 3.5 as well.
+
+        Raises:
+            OptionError: There are no shards.
+        """
+        return read_shards(spark, shards(src, recursive), tuple(members))
+
+
+class _Reader(DataSourceReader):
+    def __init__(self, found: list[Listed], members: tuple[str, ...]) -> None:
+        self._paths = [shard.path for shard in found]
+        self._members = members
+
+    def partitions(self) -> Sequence[InputPartition]:
+        return [InputPartition(path) for path in self._paths]
+
+    def read(self, partition: InputPartition) -> Iterator[pa.RecordBatch]:
+        return batches(partition.value, self._members)
+
+
+def shards(src: str, recursive: bool = False) -> list[Listed]:
+    """The shards of a source, by name.
+
+    Raises:
+        OptionError: It does not exist, or has none.
+    """
+    if not src:
+        raise OptionError("webdataset needs a path: .load('shards/')")
+    check_exists(src)
+    listed = list_files(src, recursive=recursive, pattern=SHARDS)
+    found = sorted(file for file in listed if file.skipped is None)
+    if not found:
+        raise OptionError(f"{src} has no shards: their names end in .tar, .tar.gz or .tgz")
+    return found
+
+
+def schema(members: Sequence[str] = ()) -> str:
+    """Of the rows, as Spark writes it."""
+    columns = ["__key__ string", "__url__ string", "image binary", "error string"]
+    return ", ".join(columns + [f"`{name}` string" for name in members])
+
+
+def read_shards(
+    spark: SparkSession, found: list[Listed], members: tuple[str, ...] = (), images: bool = True
+) -> DataFrame:
+    """The rows of some shards; without ``images``, the images are null, and are not read."""
+    paths = spark.createDataFrame([(shard.path,) for shard in found], "path string")
+
+    def rows(frames: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for frame in frames:
+            for path in frame.column(0).to_pylist():
+                yield from batches(path, members, images)
+
+    return paths.repartition(len(found), "path").mapInArrow(rows, schema(members))
+
+
+def batches(
+    shard: str, members: tuple[str, ...] = (), images: bool = True
+) -> Iterator[pa.RecordBatch]:
+    """The rows of one shard, a few at a time.
+
+    Raises:
+        ReadError: The shard cannot be opened, or the store breaks off.
+    """
+    arrow = pa.schema(
+        [("__key__", pa.string()), ("__url__", pa.string()), ("image", pa.binary())]
+        + [("error", pa.string()), *((name, pa.string()) for name in members)]
+    )
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for row in _rows(shard, members, images):
+        rows.append(row)
+        size += len(row.get("image") or b"")
+        if len(rows) == _BATCH_ROWS or size >= _BATCH_BYTES:
+            yield pa.RecordBatch.from_pylist(rows, schema=arrow)
+            rows, size = [], 0
+    if rows:
+        yield pa.RecordBatch.from_pylist(rows, schema=arrow)
+
+
+def _rows(shard: str, members: tuple[str, ...], images: bool) -> Iterator[dict[str, Any]]:
+    seconds = DEFAULTS["read_timeout_seconds"]
+    count = 0
+    try:
+        file = retried(shard, lambda: store_of(shard).open(shard), seconds)
+        with closing(file):
+            for row in _samples(_members_of(file, members, images), members):
+                count += 1
+                row["__url__"] = shard
+                yield row if images else {**row, "image": None}
+    # These say that the bytes are not those of a whole tar file.
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        reason = f"corrupt: {shard} is damaged after {count} samples: {error}"
+        yield {"__url__": shard, "error": reason}
+    except OSError as error:
+        raise ReadError(f"{shard} cannot be read: {error}") from error
+
+
+def _samples(
+    found: Iterable[tuple[str, str, bytes | None]], members: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    row: dict[str, Any] = {}
+    for key, extension, data in found:
+        if row.get("__key__") != key:
+            if row:
+                yield row
+            row = {"__key__": key}
+        if extension in members and data is not None:
+            row[extension] = data.decode("utf-8", "replace")
+        if extension in IMAGE_EXTENSIONS:
+            row.setdefault("image", data)
+    if row:
+        yield row
+
+
+def _members_of(
+    file: Any, members: tuple[str, ...], images: bool
+) -> Iterator[tuple[str, str, bytes | None]]:
+    """Key, extension and bytes of each member; the bytes of those that are wanted alone."""
+    start = file.read(2)
+    file.seek(0)
+    is_gzip = start == b"\x1f\x8b"
+    stream = _Stream(gzip.GzipFile(fileobj=file) if is_gzip else file)
+    with tarfile.open(fileobj=stream, mode="r:") as tar:  # type: ignore[call-overload]
+        for member in tar:
+            match = _MEMBER.fullmatch(member.name)
+            if match and member.isfile() and not match[1].rpartition("/")[2].startswith("__"):
+                extension = match[2].lower()
+                # A gzip file is read through anyway, and where it is cut off depends on how.
+                is_image = extension in IMAGE_EXTENSIONS
+                wanted = extension in members or (is_image and (images or is_gzip))
+                content = tar.extractfile(member) if wanted else None
+                yield match[1], extension, content.read() if content else None
+            tar.members.clear()  # else it remembers all of them
+    if stream.last != b"\0" * _TAR_BLOCK:
+        raise tarfile.ReadError("it does not end as a tar file does")
+
+
+class _Stream:
+    """A file that remembers what was read last: where a tar file ends, it is a block of zeros."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.seek = file.seek
+        self.tell = file.tell
+        self.last = b""
+
+    def read(self, size: int = -1) -> bytes:
+        self.last = self._file.read(size)
+        return self.last
