@@ -39,7 +39,7 @@ test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the co
 test-matrix: java setup ## Run the Spark tests on the oldest and newest PySpark 3.5 and 4
 	@$(WITH_JAVA) bash scripts/test-matrix.sh
 
-bench: java setup ## Compare features_udf with the usual ways of doing it (15 minutes)
+bench: java setup ## Compare features_udf with the usual ways of doing it (30 minutes)
 	@$(WITH_JAVA) $(PYTHON) -m benchmarks.run
 
 bench-peers: java setup ## Compare it with Ray Data and Daft, in an environment of their own

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pyspark.sql import SparkSession
 
-from benchmarks import memory, report
+from benchmarks import extract, memory, report
 from benchmarks.approaches import MEMORY, STAGES, Stage, find, model_of
 from benchmarks.ceiling import Ceiling, Engine
 from benchmarks.images import CACHE, ImageSet, from_folder, generated
@@ -45,15 +45,23 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help=f"a folder; {RESULTS} where not --quick")
     arguments = parser.parse_args()
-    stages = list(STAGES)
+    words = arguments.stages or [""]
+    stages = [stage for stage in STAGES if any(word in stage.name for word in words)]
     if arguments.images:
         stages = [dataclasses.replace(STAGES[0], image_set="folder", images=64)]
-    if arguments.stages:
-        stages = [stage for stage in stages if any(w in stage.name for w in arguments.stages)]
     if arguments.quick:
         stages = [dataclasses.replace(stage, images=4, seconds=0, rounds=1) for stage in stages]
     elif arguments.rounds:
         stages = [dataclasses.replace(stage, rounds=arguments.rounds) for stage in stages]
+    if stages:
+        measure_columns(stages, arguments)
+    is_whole = not (arguments.quick or arguments.images)
+    if is_whole and any(word in "extract" for word in words):
+        extract.write(extract.measure(rounds=arguments.rounds or extract.ROUNDS))
+
+
+def measure_columns(stages: list[Stage], arguments: argparse.Namespace) -> None:
+    """The stages of ``features_udf``, to the result."""
     start = time.perf_counter()
     result = measure(stages, arguments.workers, arguments.images)
     if not (arguments.quick or arguments.images or arguments.stages):

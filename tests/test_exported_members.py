@@ -21,7 +21,11 @@ def test_the_public_names_are_all():
 def test_all_is_sorted_and_holds_what_users_rely_on():
     assert sorted(imagevec.__all__) == imagevec.__all__
     documented = {
+        "ExtractReport",
         "ImageVectorizer",
+        "ReadError",
+        "WebDatasetSource",
+        "extract",
         "features_udf",
         "make_features_udf",
         "list_models",

@@ -131,6 +131,7 @@ def test_the_flags_of_extract_are_options_that_are_valid() -> None:
     words = "extract SRC DEST --model resnet18 --weights random --layer logits --normalize"
     words += " --precision bfloat16 --engine torch --device cpu --batch-size 4 --max-pixels 99"
     words += " --formats JPEG,PNG --allowed-roots /a,s3://b --decode scaled --isolate"
+    words += " --read-timeout-seconds 9"
     parsed = parser().parse_args(words.split())
     given = {name: getattr(parsed, name) for name in set(NAMES) - FIXED_IN_TABLES}
     assert None not in given.values()
@@ -146,6 +147,7 @@ def test_the_flags_of_extract_are_options_that_are_valid() -> None:
         "max_pixels": 99,
         "formats": ("JPEG", "PNG"),
         "allowed_roots": ("/a", "s3://b"),
+        "read_timeout_seconds": 9,
         "decode": "scaled",
         "isolate": True,
     }
@@ -181,6 +183,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "max_pixels": [[], {}, 2.5, "auto", True, None],
     "formats": [5, {}, None, [5], [["JPEG"]], {"JPEG"}, b"JPEG"],
     "allowed_roots": [5, {}, [5], [["/a"]], {"/a"}, b"/a", [None]],
+    "read_timeout_seconds": [[], {}, 2.5, "120", True, None],
     "decode": [[], {}, 5, None, True],
     "on_error": [[], {}, 5, None],
     "isolate": [1, "yes", None, []],

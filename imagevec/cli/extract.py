@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from imagevec.errors import ImageVecError
@@ -144,7 +144,7 @@ def _count(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdigit() else text
 
 
-@contextmanager
+@contextlib.contextmanager
 def _bar(quiet: bool) -> Iterator[Progress]:
     """A progress bar on the terminal, of the images that are committed."""
     from rich.console import Console
@@ -157,13 +157,16 @@ def _bar(quiet: bool) -> Iterator[Progress]:
         TextColumn("{task.fields[errors]}"),
         TextColumn("{task.fields[left]}", style="progress.remaining"),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        bar = progress.add_task("", visible=False, total=1, rate="", errors="", left="")
+    progress = Progress(*columns, console=Console(stderr=True), disable=quiet)
+    with contextlib.ExitStack() as shown:
+        bar = progress.add_task("", total=1, rate="", errors="", left="")
         start = first = time.perf_counter()
         at_first = 0
 
         def advance(done: int, errors: int, total: int) -> None:
             nonlocal start, first, at_first
+            if not progress.live.is_started:
+                shown.enter_context(progress)  # not before: it would leave an empty line
             now = time.perf_counter()
             fields: dict[str, Any] = {"rate": "", "left": "", "errors": _counted(errors, "error")}
             if not done:
@@ -177,6 +180,6 @@ def _bar(quiet: bool) -> Iterator[Progress]:
                 rate = (done - at_first) / (now - first) if is_later else done / (now - start)
                 left = datetime.timedelta(seconds=round((total - done) / rate))
                 fields |= {"rate": f"{rate:.1f} images/s", "left": f"{left} left"}
-            progress.update(bar, completed=done, total=total, visible=True, **fields)
+            progress.update(bar, completed=done, total=total, **fields)
 
         yield advance

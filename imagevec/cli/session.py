@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext
 from pyspark.sql import SparkSession
 
@@ -18,6 +21,7 @@ from imagevec.spark.conf import recommended_conf
 from imagevec.spark.sessions import cause_of, failures_in_words
 
 _LOGGING = Path(__file__).with_name("log4j2.properties")
+_SILENCE_SECONDS = 2.0
 _IMAGE_BYTES = 200_000  # of a typical file, for the size of an Arrow batch
 
 
@@ -29,7 +33,6 @@ def spark_session(master: str | None, recommended: bool = True) -> Iterator[Spar
         ImageVecError: Spark does not start, or a query in the session fails.
     """
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    logging.getLogger("py4j").setLevel(logging.CRITICAL + 1)  # tracebacks, where it is interrupted
     # Of the JVM, where this process starts it: Spark's log would run through the progress bar.
     os.environ.setdefault("SPARK_SUBMIT_OPTS", f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}")
     try:
@@ -38,10 +41,36 @@ def spark_session(master: str | None, recommended: bool = True) -> Iterator[Spar
     except Exception as error:  # no Java, or no such master: PySpark's own message is a page long
         raise ImageVecError(f"Spark did not start: {cause_of(error)}") from error
     try:
-        with failures_in_words():
+        with failures_in_words(), _interrupted_in_silence(spark):
             yield spark
+    except ConnectionError as error:
+        raise ImageVecError("Spark's JVM has ended: run it again to continue") from error
     finally:
-        spark.stop()
+        with contextlib.suppress(ConnectionError, Py4JError):
+            spark.stop()
+
+
+@contextlib.contextmanager
+def _interrupted_in_silence(spark: SparkSession) -> Iterator[None]:
+    """Ctrl-C raises ``KeyboardInterrupt``, and neither Py4J nor the JVM logs what it breaks off."""
+
+    def silence() -> None:
+        with contextlib.suppress(ConnectionError, Py4JError):
+            spark.sparkContext.setLogLevel("OFF")
+
+    def interrupt(*_: object) -> None:
+        logging.disable(logging.CRITICAL)
+        # This thread may be talking to the JVM just now, another one has a connection of its own.
+        thread = threading.Thread(target=silence, daemon=True)
+        thread.start()
+        thread.join(_SILENCE_SECONDS)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _builder(master: str | None, recommended: bool) -> Any:

@@ -21,7 +21,13 @@ from typing import TypeVar
 
 from imagevec.errors import ImageError, ReadError
 from imagevec.images.parallel import map_ahead
-from imagevec.images.stores import UnsupportedURIError, local_path, scheme_of, store_of
+from imagevec.images.stores import (
+    UnsupportedURIError,
+    existing_path,
+    local_path,
+    scheme_of,
+    store_of,
+)
 from imagevec.images.values import Value
 from imagevec.options import DEFAULTS
 
@@ -123,10 +129,9 @@ def _is_of_the_path(error: Exception) -> bool:
     """Whether another try, elsewhere or later, would fail as well."""
     if isinstance(error, OSError) and error.errno in _OF_THE_PATH:
         return True
-    if getattr(error, "status", None) == 410:  # HTTP's "gone"; fsspec takes 404 for not found
-        return True
     if isinstance(error, ValueError):  # a null byte, a lone surrogate, a URI that is malformed
-        return not isinstance(error, json.JSONDecodeError)  # an answer, cut off
+        # So is an answer that was cut off, or a certificate that has expired.
+        return not isinstance(error, json.JSONDecodeError | UnicodeDecodeError | OSError)
     not_there = FileNotFoundError | IsADirectoryError | NotADirectoryError
     return isinstance(error, not_there | UnsupportedURIError)
 
@@ -153,14 +158,15 @@ def _within(seconds: float, action: Callable[[], T]) -> T:
 
 
 def _is_allowed(path: str, allowed_roots: Sequence[str]) -> bool:
-    if scheme_of(path) != "file":
-        uri = urllib.parse.quote(path, safe="/:%@?=&+,;~")
-        return _is_under(uri, allowed_roots) and ".." not in uri.split("/")
+    scheme = scheme_of(path)
+    if scheme != "file":
+        place, _, query = _quoted(path).partition("?")
+        settings = "" if scheme in ("http", "https") else query  # an endpoint, say
+        roots = [_quoted(root).partition("?") for root in allowed_roots]
+        same = [root for root, _, theirs in roots if theirs == settings or root.endswith("://")]
+        return _is_under(place, same) and ".." not in urllib.parse.unquote(place).split("/")
     try:
-        plain = local_path(path)
-        if not os.path.exists(plain):
-            plain = urllib.parse.unquote(plain)  # as it is read
-        real = os.path.realpath(plain)
+        real = os.path.realpath(existing_path(path))
     except ValueError:
         return False
     local_roots = [
@@ -168,6 +174,10 @@ def _is_allowed(path: str, allowed_roots: Sequence[str]) -> bool:
         for root in allowed_roots
     ]
     return _is_under(real, local_roots)
+
+
+def _quoted(uri: str) -> str:
+    return urllib.parse.quote(uri, safe="/:%@?=&+,;~")
 
 
 def _is_under(path: str, roots: Sequence[str]) -> bool:

@@ -8,13 +8,13 @@ the process. A client has time-outs of its own, and lives as long as the process
 from __future__ import annotations
 
 import datetime
-import functools
+import errno
 import os
 import re
 import stat
 import threading
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -29,6 +29,7 @@ REQUEST_SECONDS = 60
 _ARROW_SCHEMES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "hdfs": "hdfs"}
 _NEED_FSSPEC = ("http", "https", "abfs", "abfss", "wasb", "wasbs")  # fsspec itself may lack some
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+_NO_SUCH_NAME = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 class UnsupportedURIError(Exception):
@@ -79,12 +80,14 @@ def store_of(path: str) -> Store:
     scheme = scheme_of(path)
     if scheme == "file":
         return _LOCAL
-    uri = urllib.parse.urlsplit(path.partition("?")[0])
+    netloc = urllib.parse.urlsplit(path.partition("?")[0]).netloc
     if scheme in _ARROW_SCHEMES:
-        if not uri.netloc:
+        query = path.partition("?")[2]
+        if not netloc and scheme != "hdfs":  # whose host Hadoop's settings may name
             raise UnsupportedURIError(f"there is no bucket or host after {scheme}://")
-        return _arrow_store(scheme, uri.netloc, path.partition("?")[2])
-    return _fsspec_store(scheme, uri.netloc, f"{scheme}://{uri.netloc}/")
+        return _the_one((scheme, netloc, query), lambda: _arrow_store(scheme, netloc, query))
+    place = "" if scheme in ("http", "https") else netloc  # one client knows all of their hosts
+    return _the_one((scheme, place), lambda: _fsspec_store(scheme, f"{scheme}://{netloc}/"))
 
 
 def scheme_of(path: str) -> str:
@@ -99,29 +102,48 @@ def local_path(path: str) -> str:
     return "/" + rest.lstrip("/") if rest.startswith("/") else rest
 
 
+def existing_path(path: str) -> str:
+    """``local_path``, unquoted if there is nothing else: the file_path of _metadata is quoted."""
+    plain = local_path(path)
+    try:
+        os.stat(plain)
+    except OSError as error:  # any other one does not say that there is nothing
+        return urllib.parse.unquote(plain) if error.errno in _NO_SUCH_NAME else plain
+    return plain
+
+
+_stores: dict[tuple[str, ...], Store] = {}
+_locks: dict[tuple[str, ...], threading.Lock] = {}
+_lock = threading.Lock()
+
+
+def _the_one(key: tuple[str, ...], make: Callable[[], Store]) -> Store:
+    """What was made for a key; one that is slow to make keeps none of the others waiting."""
+    with _lock:
+        lock = _locks.setdefault(key, threading.Lock())
+    with lock:
+        if key not in _stores:
+            _stores[key] = make()
+        return _stores[key]
+
+
 class _LocalStore:
     def read(self, path: str) -> bytes:
-        real = os.path.realpath(self._existing(path))
+        real = os.path.realpath(existing_path(path))
         if os.path.exists(real) and not os.path.isfile(real):  # a pipe or a device would not end
             raise IsADirectoryError(f"{path}: not a file")
         return Path(real).read_bytes()
 
     def open(self, path: str) -> Any:
-        return open(self._existing(path), "rb")  # noqa: SIM115
+        return open(existing_path(path), "rb")  # noqa: SIM115
 
     def entry(self, path: str) -> Entry:
-        return self._entry(os.path.abspath(self._existing(path)))
+        return self._entry(os.path.abspath(existing_path(path)))
 
     def entries(self, folder: str) -> Iterator[Entry]:
-        with os.scandir(self._existing(folder)) as found:
+        with os.scandir(existing_path(folder)) as found:
             for item in found:
                 yield self._entry(item.path)
-
-    def _existing(self, path: str) -> str:
-        plain = local_path(path)
-        if os.path.exists(plain):
-            return plain
-        return urllib.parse.unquote(plain)  # the file_path of Spark's _metadata is quoted
 
     def _entry(self, path: str) -> Entry:
         name, uri = os.path.basename(path), f"file:{path}"  # as Spark's binaryFile has it
@@ -164,10 +186,9 @@ class _ArrowStore:
         )
 
     def _place(self, uri: str) -> str:
-        rest = uri.partition("?")[0].partition("://")[2]
-        _, slash, path = rest.partition("/")
-        place = urllib.parse.unquote(rest.rpartition("@")[2] if self._in_bucket else slash + path)
-        return place.rstrip("/") or "/"
+        host, slash, path = uri.partition("?")[0].partition("://")[2].partition("/")
+        bucket = host.rpartition("@")[2] if self._in_bucket else ""
+        return urllib.parse.unquote(bucket + slash + path).rstrip("/") or "/"
 
     @property
     def _in_bucket(self) -> bool:
@@ -184,37 +205,42 @@ class _ArrowStore:
         return Entry(path, info.base_name, "file", info.size, modified)
 
 
-@functools.cache
 def _arrow_store(scheme: str, netloc: str, query: str) -> Store:
-    options = dict(urllib.parse.parse_qsl(query))
+    # What is no setting is of a key, whose question mark is not quoted: that would be another key.
+    options = dict(urllib.parse.parse_qsl(query, strict_parsing=bool(query)))
     user, _, host = netloc.rpartition("@")
     prefix = f"{scheme}://" + (f"{user}@" if user else "")
     kind = _ARROW_SCHEMES[scheme]
-    if kind == "s3":
-        return _ArrowStore(_s3(host, user, options), prefix, query)
-    if kind == "gs":
-        limit = datetime.timedelta(seconds=float(options.pop("retry_limit_seconds", "10")))
-        anonymous = user == "anonymous"
-        client = fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=limit, **options)
-        return _ArrowStore(client, prefix, query)
-    uri = f"{kind}://{netloc}/" + (f"?{query}" if query else "")
-    return _ArrowStore(fs.HadoopFileSystem.from_uri(uri), f"{scheme}://{netloc}", query)
+    if kind == "hdfs":
+        uri = f"{kind}://{netloc}/" + (f"?{query}" if query else "")
+        hdfs = fs.HadoopFileSystem.from_uri(uri) if host else fs.HadoopFileSystem("default")
+        return _ArrowStore(hdfs, f"{scheme}://{netloc}", query)
+    try:
+        client = _s3(host, user, options) if kind == "s3" else _gs(user, options)
+    except TypeError as error:
+        raise UnsupportedURIError(str(error)) from error
+    return _ArrowStore(client, prefix, query)
 
 
 def _s3(bucket: str, user: str, options: dict[str, str]) -> Any:
     """The options are those that Arrow takes in a URI: ``region``, ``endpoint_override``, ..."""
     access_key, _, secret_key = (urllib.parse.unquote(part) for part in user.partition(":"))
-    endpoint = options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and "endpoint_override" not in options:  # which Arrow reads with from_uri alone
+        scheme, _, host = endpoint.rstrip("/").rpartition("://")
+        options = {"scheme": scheme or "https", **options, "endpoint_override": host}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if "region" not in options and not endpoint:
+    if "region" not in options and "endpoint_override" not in options:
         options = {**options, "region": region or fs.resolve_s3_region(bucket)}
     timeouts = {"connect_timeout": CONNECT_SECONDS, "request_timeout": REQUEST_SECONDS}
-    try:
-        return fs.S3FileSystem(
-            access_key=access_key or None, secret_key=secret_key or None, **timeouts, **options
-        )
-    except TypeError as error:
-        raise UnsupportedURIError(str(error)) from error
+    return fs.S3FileSystem(
+        access_key=access_key or None, secret_key=secret_key or None, **timeouts, **options
+    )
+
+
+def _gs(user: str, options: dict[str, str]) -> Any:
+    limit = datetime.timedelta(seconds=float(options.pop("retry_limit_seconds", "10")))
+    return fs.GcsFileSystem(anonymous=user == "anonymous", retry_time_limit=limit, **options)
 
 
 class _FsspecStore:
@@ -222,22 +248,32 @@ class _FsspecStore:
         self._client = client
 
     def read(self, path: str) -> bytes:
-        data: bytes = self._client.cat_file(self._client._strip_protocol(path))
+        try:
+            data: bytes = self._client.cat_file(self._client._strip_protocol(path))
+        except Exception as error:
+            if getattr(error, "status", None) == 410:  # HTTP's "gone"; fsspec knows 404
+                raise FileNotFoundError(f"{path} is gone") from error
+            raise
         return data
 
     def open(self, path: str) -> Any:
         return self._client.open(path, "rb")
 
     def entry(self, path: str) -> Entry:
-        return self._entry(self._client.info(path))
+        self._client.invalidate_cache()
+        return self._entry(self._client.info(path), path)
 
     def entries(self, folder: str) -> Iterator[Entry]:
-        yield from map(self._entry, self._client.ls(folder, detail=True))
+        self._client.invalidate_cache()  # what was there when it was last asked
+        for info in self._client.ls(folder, detail=True):
+            path = info["name"]
+            if "://" not in path:  # of the web it is whole; others leave the host out, say
+                path = f"{folder.rstrip('/')}/{path.rstrip('/').rpartition('/')[2]}"
+            yield self._entry(info, path)
 
-    def _entry(self, info: dict[str, Any]) -> Entry:
-        path = self._client.unstrip_protocol(info["name"])
+    def _entry(self, info: dict[str, Any], path: str) -> Entry:
         name = path.rstrip("/").rpartition("/")[2]
-        if info["type"] == "directory":
+        if info["type"] == "directory" or path.endswith("/"):  # a web server takes all for files
             return Entry(path, name, "folder")
         when = next(
             (info[k] for k in ("mtime", "LastModified", "last_modified") if k in info), None
@@ -248,31 +284,25 @@ class _FsspecStore:
         return Entry(path, name, "file", info.get("size") or 0, modified)
 
 
-_fsspec_lock = threading.Lock()  # fsspec keeps a client for each thread: here is one for all
-_fsspec_stores: dict[tuple[str, str], Store] = {}
-
-
-def _fsspec_store(scheme: str, netloc: str, uri: str) -> Store:
+def _fsspec_store(scheme: str, uri: str) -> Store:
     try:
         import fsspec
     except ImportError as error:
         if scheme in _NEED_FSSPEC:
             raise MissingExtraError("fsspec", "fsspec") from error
         raise UnsupportedURIError(f"the scheme {scheme}:// is not supported") from error
-    with _fsspec_lock:
-        if (scheme, netloc) not in _fsspec_stores:
-            if scheme not in fsspec.available_protocols():
-                if scheme in _NEED_FSSPEC:
-                    raise ImportError(f"{scheme}:// needs the package adlfs: pip install adlfs")
-                raise UnsupportedURIError(f"the scheme {scheme}:// is not supported")
-            try:
-                client, _ = fsspec.core.url_to_fs(
-                    uri, skip_instance_cache=True, **_timeouts(scheme)
-                )
-            except (TypeError, ValueError) as error:  # it wraps another one, or asks for more
-                raise UnsupportedURIError(f"{scheme}:// cannot be read: {error}") from error
-            _fsspec_stores[scheme, netloc] = _FsspecStore(client)
-        return _fsspec_stores[scheme, netloc]
+    if scheme not in {*fsspec.available_protocols(), *fsspec.registry}:
+        if scheme in _NEED_FSSPEC:
+            raise ImportError(f"{scheme}:// needs the package adlfs: pip install adlfs")
+        raise UnsupportedURIError(f"the scheme {scheme}:// is not supported")
+    try:
+        # Its own cache has a client for each thread.
+        client, _ = fsspec.core.url_to_fs(uri, skip_instance_cache=True, **_timeouts(scheme))
+    except TypeError as error:  # it wraps another one, or asks for more than a URI says
+        raise UnsupportedURIError(f"{scheme}:// cannot be read: {error}") from error
+    except (ValueError, FileNotFoundError) as error:  # of its settings, not of the path
+        raise ConnectionError(f"there is no client for {scheme}://: {error}") from error
+    return _FsspecStore(client)
 
 
 def _timeouts(scheme: str) -> dict[str, Any]:

@@ -92,6 +92,7 @@ class FeaturizerParams(TypedDict, total=False):
     maxPixels: int
     formats: list[str]
     allowedRoots: list[str]
+    readTimeoutSeconds: int
     decode: str
     onError: str
     isolate: bool

@@ -110,6 +110,9 @@ def cause_of(error: Exception) -> str:
     if of_python:
         name, said = of_python[-1]
         return said if name.startswith("imagevec.") else f"{name}: {said}"
+    first = text.strip().partition("\n")[0]
     of_java = re.findall(r"^Caused by: (.*)$", text, re.M)
-    line = of_java[-1] if of_java else text.strip().partition("\n")[0]
-    return re.sub(r" ?SQLSTATE: \w+$", "", line)
+    # Spark's own errors begin with their name; but that a task failed says nothing.
+    is_told = first.startswith("[") and "TASK" not in first.partition("]")[0]
+    line = first if is_told or not of_java else of_java[-1]
+    return re.sub(r"^\[[A-Z_.0-9]+\] | ?SQLSTATE: \w+$", "", line)

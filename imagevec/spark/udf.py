@@ -57,7 +57,8 @@ def features_udf(
 
     Args:
         column: Of type binary (encoded images) or string (paths or URIs), Spark's image struct, or
-            a row struct of the binaryFile source.
+            a row struct of the binaryFile source, or a struct of ``bytes`` and ``path``, as in
+            Hugging Face's Parquet files: where ``bytes`` is null, ``path`` is read.
         metrics: Where queries add up what they did.
         **options: See ``imagevec.options.Options``.
 

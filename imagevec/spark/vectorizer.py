@@ -61,7 +61,7 @@ class ImageVectorizer:
         """The data frame with a column of feature vectors.
 
         Args:
-            df: Has a column of images: binary, string, an image struct or a binaryFile row struct.
+            df: Has a column of images, of a type that ``features_udf`` takes.
             input_col: The name of that column.
             output_col: The name of the new column.
             metrics: Where queries add up what they did.

@@ -4,9 +4,9 @@
     DEST/_errors/part-*.parquet    bad images and nulls, with the same columns
     DEST/_imagevec/                there while a run is under way, or was killed
 
-Spark commits the file of each task, when it ends, to ``_imagevec/committed/<run>/kind=...``. From
-there the driver moves it to its place, during the run or, if that was killed, at the start of the
-next. A move keeps the file's name, which is unique, so that it can be done again.
+Spark commits the file of each task, when it ends, to ``_imagevec/committed/<run>``, in a folder for
+each kind. From there the driver moves it to its place, during the run or, if that was killed, at
+the start of the next. A move keeps the file's name, which is unique, so that it can be done again.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from imagevec.errors import FingerprintError, OptionError
 from imagevec.images.stores import local_path, scheme_of
 from imagevec.spark.hadoop import Folder
 from imagevec.spec import FeatureSpec
+from imagevec.table.listing import escaped, glob_parts, matcher
 from imagevec.table.lock import Lock
 from imagevec.table.provenance import Provenance, check_same, provenance
 
 ERRORS = "_errors"
 WORK = "_imagevec"
+KIND = "imagevec_kind"  # no column that is kept will have this name
 _LOCK = "lock.json"
 _KEY = "path string, version string"
 _PLACES = {"features": "", "errors": f"/{ERRORS}"}
@@ -48,7 +50,8 @@ class Dest:
 
     def check_is_table(self) -> None:
         """Raises ``OptionError`` if there is something else in its place."""
-        if self._any_part() is None and set(self._folder.names()) - {WORK}:
+        is_data = any(not name.startswith(("_", ".")) for name in self._folder.names())
+        if is_data and self._any_part() is None:
             raise OptionError(f"{self.path} exists and holds no features: choose another DEST")
 
     def check(self, spec: FeatureSpec, columns: Sequence[str]) -> None:
@@ -70,9 +73,8 @@ class Dest:
         """Deletes the features and errors; what is not a table of features stays."""
         there = self._any_part()
         if there is not None and provenance(there):
-            for name in self._folder.names():
-                if name != WORK:
-                    self._folder.delete(f"{self.path}/{name}")
+            for name in (*self._parquet_files(""), ERRORS):
+                self._folder.delete(f"{self.path}/{name}")
 
     def known(self) -> DataFrame | None:
         """``path`` and ``version`` of every row; ``None`` if there is none."""
@@ -86,11 +88,11 @@ class Dest:
     def write(self, rows: DataFrame, run: str) -> None:
         """Runs the job: each task commits its files as it ends.
 
-        ``rows`` have a column ``kind``: ``features`` or ``errors``.
+        ``rows`` have a column ``KIND``: ``features`` or ``errors``.
         """
         (
             rows.write.mode("append")
-            .partitionBy("kind")
+            .partitionBy(KIND)
             # A task's files are moved when it ends, not when the job does.
             .option("mapreduce.fileoutputcommitter.algorithm.version", "2")
             .option("parquet.block.size", _ROW_GROUP_BYTES)
@@ -101,7 +103,7 @@ class Dest:
         """Moves what a run committed to its place; returns the paths of the files of errors."""
         errors = []
         for kind, place in _PLACES.items():
-            committed = f"{WORK}/committed/{run}/kind={kind}"
+            committed = f"{WORK}/committed/{run}/{KIND}={kind}"
             for name in self._parquet_files(committed):
                 target = f"{self.path}{place}/{name}"
                 self._folder.move(f"{self.path}/{committed}/{name}", target)
@@ -153,9 +155,11 @@ class Dest:
 
     def _end_replacement(self) -> None:
         text = self._folder.read_text(f"{self.work}/replace.json")
-        if text is None:
-            return  # none had begun, or the files of before are all there
-        for file in json.loads(text):
+        try:
+            old = json.loads(text or "")
+        except ValueError:
+            return  # none had begun, or it was cut off here: the files of before are all there
+        for file in old:
             self._folder.delete(file)
         for kind, place in _PLACES.items():
             for name in self._parquet_files(f"{WORK}/kept/{kind}"):
@@ -182,15 +186,13 @@ class Dest:
         return [name for name in self._folder.names(folder) if name.endswith(".parquet")]
 
 
-def escaped(path: str) -> str:
-    """A path that Hadoop would else take for a glob."""
-    return "".join(f"\\{letter}" if letter in "{}[]*?\\" else letter for letter in path)
-
-
 def check_outside(dest: str, src: str) -> None:
     """Raises ``OptionError`` if DEST lies in SRC, where its files would be taken for images."""
-    here, there = (_comparable(path) for path in (dest, src))
-    if f"{here}/".startswith(f"{there}/"):
+    base, *patterns = glob_parts(src)
+    here, there = (f"{_comparable(path)}/" for path in (dest, base))
+    names = here[len(there) :].split("/")
+    is_inside = here.startswith(there) and len(names) > len(patterns)
+    if is_inside and all(matcher(p)(name) for p, name in zip(patterns, names, strict=False)):
         raise OptionError(f"DEST lies in SRC, {src}: choose another one")
 
 

@@ -11,11 +11,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -23,11 +24,20 @@ from imagevec import cache
 from imagevec.errors import OptionError
 from imagevec.spark.hadoop import check_has_jvm
 from imagevec.spark.metrics import Metrics
-from imagevec.spark.sessions import active_session, failures_in_words
+from imagevec.spark.sessions import active_session, failures_in_words, quoted
 from imagevec.spark.vectorizer import ImageVectorizer
-from imagevec.table.dest import Dest, check_outside
+from imagevec.table.dest import KIND, Dest, check_outside
+from imagevec.table.listing import escaped
 from imagevec.table.lock import Lock
-from imagevec.table.sources import OWN_COLUMNS, FileSource, ShardSource, Sources, TableSource
+from imagevec.table.sources import (
+    IMAGE,
+    OWN_COLUMNS,
+    SOURCE_ERROR,
+    FileSource,
+    ShardSource,
+    Sources,
+    TableSource,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -187,10 +197,19 @@ def _source(
     elif format == "table":
         df = spark.read.table(str(src))
     else:
-        df = spark.read.format(format or "parquet").load(str(src))
+        df = _loaded(spark, format or "parquet", str(src))
     if where is not None:
         df = df.where(where)
     return TableSource(df, column=column, key=key, version=version, keep=keep)
+
+
+def _loaded(spark: SparkSession, format: str, src: str) -> DataFrame:
+    try:
+        return spark.read.format(format).load(src)
+    except AnalysisException as error:
+        if "[PATH_NOT_FOUND]" in str(error):
+            raise OptionError(f"{src} does not exist") from error
+        raise
 
 
 def _refuse(given: dict[str, Any], whose: str) -> None:
@@ -210,6 +229,7 @@ def _add_missing(
     """Returns the counts of ``ExtractReport``."""
     found = source.prepare(f"{table.work}/listing")
     if not found:
+        table.remove_work()
         raise OptionError(f"there are no images{_passed_over(source.skipped)}")
     known = table.known()
     total, pending = (found, None) if known is None else _pending(source, known, table)
@@ -248,33 +268,36 @@ def _pending(source: Sources, known: DataFrame, table: Dest) -> tuple[int, DataF
     keys = keys.where(~is_changed | ~F.col("version").eqNullSafe(F.col("known_version")))
     folder = f"{table.work}/pending"
     keys.select("path", is_changed.alias("changed")).write.mode("overwrite").parquet(folder)
-    pending = spark.read.schema("path string, changed boolean").parquet(folder)
+    pending = spark.read.schema("path string, changed boolean").parquet(escaped(folder))
     counts = pending.agg(F.count("*"), F.count_if("changed")).first()
     assert counts is not None, "an aggregate has a row"
-    if counts[1]:
-        table.take_out(pending.where("changed").select("path"))
+    mended = [(path,) for path in source.mended(known)]
+    if counts[1] or mended:
+        outdated = spark.createDataFrame(mended, "path string")
+        table.take_out(outdated.union(pending.where("changed").select("path")))
     return counts[0], pending
 
 
 _NULL = "null"
+_RESULT = "imagevec_result"
 
 
 def _computed(
     rows: DataFrame, vectorizer: ImageVectorizer, metrics: Metrics, kept: tuple[str, ...]
 ) -> DataFrame:
-    result = vectorizer.process_images(rows, "image", "result", metrics)
+    result = vectorizer.process_images(rows, IMAGE, _RESULT, metrics)
     return result.select(
         "path",
         "length",
         "modificationTime",
         "version",
-        F.col("result.features").alias("features", metadata=vectorizer.spec.metadata),
-        "result.width",
-        "result.height",
-        F.coalesce("source_error", "result.error").alias("error"),
-        *kept,
+        F.col(f"{_RESULT}.features").alias("features", metadata=vectorizer.spec.metadata),
+        f"{_RESULT}.width",
+        f"{_RESULT}.height",
+        F.coalesce(SOURCE_ERROR, f"{_RESULT}.error").alias("error"),
+        *map(quoted, kept),
         # Of several layers, features are never null themselves.
-        F.when(F.col("result.width").isNotNull(), "features").otherwise("errors").alias("kind"),
+        F.when(F.col(f"{_RESULT}.width").isNotNull(), "features").otherwise("errors").alias(KIND),
     )
 
 
@@ -331,13 +354,23 @@ def _watching(
                 return
             seen = tasks
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
+    def end() -> None:
         stop.set()
         thread.join()
         if failures:
             raise failures[0]
         look()  # what was committed stays, whatever happened
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    except KeyboardInterrupt:  # it may break what either thread just asks the JVM
+        for last in (cancel, end, look):
+            with suppress(Exception):
+                last()
+        raise
+    except BaseException:
+        end()
+        raise
+    end()

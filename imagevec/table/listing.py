@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from imagevec.errors import OptionError
+from imagevec.errors import OptionError, ReadError
 from imagevec.images.reading import retried
 from imagevec.images.stores import (
     Entry,
@@ -42,7 +42,7 @@ class Listed(NamedTuple):
 
 def check_exists(src: str) -> None:
     """Raises ``OptionError`` if nothing is there, without a look into folders."""
-    base, *patterns = _parts(src)
+    base, *patterns = glob_parts(src)
     try:
         retried(base, lambda: store_of(base).entry(base), _SECONDS)
     except (UnsupportedURIError, OSError, ValueError) as error:
@@ -70,11 +70,10 @@ def list_files(
         ReadError: A folder cannot be listed.
     """
     store = store_of(src)
-    is_wanted = _matcher(pattern) if pattern else lambda name: True
-    seen: set[str] = set()  # real folders, so that links do not lead in circles
+    is_wanted = matcher(pattern) if pattern else lambda name: True
     for root in _roots(src):
         if root.kind == "folder":
-            yield from _files_in(store, root.path, recursive, is_wanted, seen)
+            yield from _files_in(store, root.path, recursive, is_wanted)
         else:
             yield from _file(root, is_wanted)
 
@@ -84,16 +83,15 @@ def _files_in(
     folder: str,
     recursive: bool,
     is_wanted: Callable[[str], bool],
-    seen: set[str],
 ) -> Iterator[Listed]:
-    waiting = [folder]
+    waiting: list[tuple[str, tuple[str, ...]]] = [(folder, ())]
     while waiting:
-        path = waiting.pop()
+        path, above = waiting.pop()
         if scheme_of(path) == "file":
             real = os.path.realpath(local_path(path))
-            if real in seen:
-                continue
-            seen.add(real)
+            if real in above:
+                continue  # a link that leads in a circle
+            above = (*above, real)
         for entry in _entries(store, path):
             is_link = entry.path.rstrip("/") == path.rstrip("/")  # a web page's, to itself
             if entry.kind == "folder" and not is_link and _is_hidden(entry.name):
@@ -101,7 +99,7 @@ def _files_in(
             elif entry.kind == "folder" and not is_link and not recursive:
                 yield Listed(_printable(entry.path), skipped="subfolder")
             elif entry.kind == "folder" and not is_link:
-                waiting.append(entry.path)
+                waiting.append((entry.path, above))
             elif entry.kind != "folder":
                 yield from _file(entry, is_wanted)
 
@@ -109,7 +107,10 @@ def _files_in(
 def _entries(store: Store, folder: str) -> Iterator[Entry]:
     # Local folders are read as they come; of stores, one answer may hold up to a folder.
     if scheme_of(folder) == "file":
-        yield from store.entries(folder)
+        try:
+            yield from store.entries(folder)
+        except OSError as error:
+            raise ReadError(f"{folder} cannot be listed: {error}") from error
     else:
         yield from retried(folder, lambda: list(store.entries(folder)), _SECONDS)
 
@@ -138,7 +139,7 @@ def _printable(path: str) -> str:
     return path.encode("utf-8", "backslashreplace").decode()
 
 
-def _parts(src: str) -> list[str]:
+def glob_parts(src: str) -> list[str]:
     """What stands before a source's first glob, and then name by name."""
     if scheme_of(src) == "file":
         plain = local_path(src)
@@ -151,20 +152,20 @@ def _parts(src: str) -> list[str]:
     for number, name in enumerate(names):
         if _GLOB.search(name):
             head = "/".join(names[:number]) or ("/" if src.startswith("/") else ".")
-            return [head, *names[number:]]
+            return [head, *filter(None, names[number:])]
     return [src]
 
 
 def _roots(src: str) -> Iterator[Entry]:
     """The files and folders that a source names."""
-    base, *patterns = _parts(src)
+    base, *patterns = glob_parts(src)
     store = store_of(src)
     try:
         found = [retried(base, lambda: store.entry(base), _SECONDS)]
     except FileNotFoundError as error:
         raise OptionError(f"{src} does not exist") from error
     for pattern in patterns:
-        matches = _matcher(pattern)
+        matches = matcher(pattern)
         inside = itertools.chain.from_iterable(
             _entries(store, folder.path) for folder in found if folder.kind == "folder"
         )
@@ -176,9 +177,12 @@ def _roots(src: str) -> Iterator[Entry]:
     yield from found
 
 
-def _matcher(pattern: str) -> Callable[[str], bool]:
+def matcher(pattern: str) -> Callable[[str], bool]:
     """Whether a name matches a glob of Hadoop's: ``*``, ``?``, ``[...]``, ``{a,b}``."""
-    expression = re.compile(_expression(pattern), re.DOTALL)
+    try:
+        expression = re.compile(_expression(pattern), re.DOTALL)
+    except re.error as error:
+        raise OptionError(f"the pattern {pattern!r} is not valid: {error}") from error
     return lambda name: expression.fullmatch(name) is not None
 
 
@@ -199,10 +203,15 @@ def _expression(pattern: str) -> str:
             parts.append("|")
         elif len(letter) > 2 and letter.startswith("["):
             negated, members = letter[1] in "!^", letter[1:-1].lstrip("!^")
-            quoted = members.replace("\\", r"\\").replace("[", r"\[").replace("]", r"\]")
+            quoted = re.sub(r"[\\\[\]&~|]|(?<=-)-", r"\\\g<0>", members)
             parts.append(f"[{'^' if negated else ''}{quoted}]")
         else:
             parts.append(re.escape(letter.removeprefix("\\") or letter))
     if depth:
         raise OptionError(f"the pattern {pattern!r} is not valid: a brace is not closed")
     return "".join(parts)
+
+
+def escaped(path: str) -> str:
+    """A path that Hadoop would else take for a glob."""
+    return "".join(f"\\{letter}" if letter in "{}[]*?\\" else letter for letter in path)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from imagevec.errors import ImageVecError
 from imagevec.spark.hadoop import Folder
@@ -81,13 +82,13 @@ class Lock:
         finally:
             end.set()
             beating.join()
-            if not self._lost.is_set():
+            if not self._is_lost():
                 self._folder.delete(self._file)
                 self._folder.delete_if_empty(self._file.rpartition("/")[0])
 
     def check(self) -> None:
         """Raises ``ImageVecError`` if another process took the lock, since this one slept."""
-        if self._lost.is_set():
+        if self._is_lost():
             raise ImageVecError(f"another run took over {self._folder.path}: this one stops")
 
     def _take(self) -> None:
@@ -110,11 +111,15 @@ class Lock:
     def _beat(self, end: threading.Event) -> None:
         while not end.wait(BEAT_SECONDS):
             with contextlib.suppress(Exception):  # of the store: a beat may be left out
-                owner = self._owner()
-                if owner is not None and owner.run != self.run:
-                    self._lost.set()
+                if self._is_lost():
                     return
                 self._folder.write_text(self._file, self._text())
+
+    def _is_lost(self) -> bool:
+        owner = self._owner()
+        if owner is not None and owner.run != self.run:
+            self._lost.set()
+        return self._lost.is_set()
 
     def _owner(self) -> Owner | None:
         for _ in range(5):
@@ -153,4 +158,6 @@ def _is_alive(process: int) -> bool:
         return False
     except PermissionError:
         return True
+    with contextlib.suppress(OSError):  # Linux says whether it has ended, and nobody asked how
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True

@@ -24,7 +24,7 @@ from pyspark.sql.types import BinaryType, StringType, StructType
 from imagevec.errors import OptionError
 from imagevec.spark.hadoop import upload
 from imagevec.spark.sessions import check_input_column, existing_column, find_column, quoted
-from imagevec.table.listing import check_exists, list_files
+from imagevec.table.listing import check_exists, escaped, list_files
 from imagevec.table.webdataset import IMAGE_EXTENSIONS, read_shards, shards
 
 # What a task commits at a time: some seconds of a small model to some minutes of a large one.
@@ -44,6 +44,10 @@ OWN_COLUMNS = (
     *("features", "width", "height", "error"),
 )
 """The columns of a result."""
+
+# No column that is kept will have these names.
+IMAGE = "imagevec_image"
+SOURCE_ERROR = "imagevec_error"
 
 
 class Source(Protocol):
@@ -65,9 +69,12 @@ class Source(Protocol):
     def rows(self, pending: DataFrame | None) -> DataFrame:
         """The images of the keys in ``pending``, or all, in partitions that make good tasks.
 
-        The columns are ``path``, ``length``, ``modificationTime``, ``version``, ``image`` (of a
-        type that ``features_udf`` takes), ``source_error`` and those that are kept.
+        The columns are ``path``, ``length``, ``modificationTime``, ``version``, ``IMAGE`` (of a
+        type that ``features_udf`` takes), ``SOURCE_ERROR`` and those that are kept.
         """
+
+    def mended(self, known: DataFrame) -> list[str]:
+        """Paths of a table's rows that say what is wrong with the source, and no longer is."""
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -100,19 +107,22 @@ class FileSource:
                     found += len(images)
             upload(self._spark, file, f"{folder}/{file.name}")
         schema = "path string, length bigint, modified bigint"
-        self._listing = self._spark.read.schema(schema).parquet(folder)
+        self._listing = self._spark.read.schema(schema).parquet(escaped(folder))
         return found
 
     def keys(self) -> DataFrame:
         return self._files().select("path", "version")
 
     def rows(self, pending: DataFrame | None) -> DataFrame:
-        rows = _of_keys(self._files(), pending).withColumn("image", F.col("path"))
+        rows = _of_keys(self._files(), pending).withColumn(IMAGE, F.col("path"))
         counted = rows.agg(F.sum(F.greatest("length", F.lit(_LEAST_BYTES)))).first()
         size = (counted[0] if counted else None) or 0
         # By the path: a partition that is computed again, after a crash, holds the same files.
         cores = self._spark.sparkContext.defaultParallelism
         return rows.repartition(_number_of_tasks(size, cores), "path")
+
+    def mended(self, known: DataFrame) -> list[str]:
+        return []
 
     def _files(self) -> DataFrame:
         modified = F.timestamp_micros("modified")
@@ -122,7 +132,7 @@ class FileSource:
             "length",
             modified.alias("modificationTime"),
             version.alias("version"),
-            F.lit(None).cast("string").alias("source_error"),
+            F.lit(None).cast("string").alias(SOURCE_ERROR),
         )
 
 
@@ -190,8 +200,8 @@ class TableSource:
             self._length.alias("length"),
             self._modified.alias("modificationTime"),
             self._version.alias("version"),
-            self._image.alias("image"),
-            F.lit(None).cast("string").alias("source_error"),
+            self._image.alias(IMAGE),
+            F.lit(None).cast("string").alias(SOURCE_ERROR),
             *self._kept,
         )
         count = self._count if pending is None else pending.count()
@@ -199,6 +209,9 @@ class TableSource:
         if count > self._partitions * _TASK_ROWS:  # so many rows of a partition are small ones
             return rows.repartition(math.ceil(count / _TASK_ROWS), "path")
         return rows
+
+    def mended(self, known: DataFrame) -> list[str]:
+        return []
 
     def _key_column(self, image: str, kind: object, key: str | None) -> Column:
         if key is not None:
@@ -232,7 +245,7 @@ class ShardSource:
 
     def prepare(self, folder: str) -> int:
         read_shards(self._spark, self._shards, images=False).write.mode("overwrite").parquet(folder)
-        self._keys = self._spark.read.parquet(folder).select(_path_of_sample(), "__url__")
+        self._keys = self._spark.read.parquet(escaped(folder)).select(_path_of_sample(), "__url__")
         counts = self._keys.groupBy("path").count().select(F.struct("count", "path").alias("key"))
         found = counts.agg(F.sum("key.count").alias("rows"), F.max("key").alias("most")).first()
         assert found is not None, "an aggregate has a row"
@@ -249,11 +262,19 @@ class ShardSource:
             F.octet_length("image").cast("long").alias("length"),
             F.lit(None).cast("timestamp").alias("modificationTime"),
             "version",
-            "image",
-            F.col("error").alias("source_error"),
+            F.col("image").alias(IMAGE),
+            F.col("error").alias(SOURCE_ERROR),
             *[F.col(quoted(name)) for name in self._members],
         )
         return _of_keys(rows, pending)
+
+    def mended(self, known: DataFrame) -> list[str]:
+        """Shards that were damaged, and are whole."""
+        paths = [(shard.path,) for shard in self._shards]
+        whole = self._spark.createDataFrame(paths, "path string").join(
+            self._keys.where(F.col("path") == F.col("__url__")), "path", "left_anti"
+        )
+        return [row.path for row in known.join(F.broadcast(whole), "path", "left_semi").collect()]
 
     def _with_version(self, samples: DataFrame) -> DataFrame:
         """The version of a sample is its shard's."""

@@ -14,7 +14,7 @@ import gzip
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,8 @@ _MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
 _BATCH_ROWS = 64
 _BATCH_BYTES = 8 << 20
 _TAR_BLOCK = 512
+
+_Content = Callable[[], bytes | None]
 
 
 class WebDatasetSource(DataSource):
@@ -130,14 +132,16 @@ def read_shards(
     spark: SparkSession, found: list[Listed], members: tuple[str, ...] = (), images: bool = True
 ) -> DataFrame:
     """The rows of some shards; without ``images``, the images are null, and are not read."""
-    paths = spark.createDataFrame([(shard.path,) for shard in found], "path string")
+    paths = [shard.path for shard in found]
 
     def rows(frames: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for frame in frames:
-            for path in frame.column(0).to_pylist():
-                yield from batches(path, members, images)
+            for number in frame.column(0).to_pylist():
+                yield from batches(paths[number], members, images)
 
-    return paths.repartition(len(found), "path").mapInArrow(rows, schema(members))
+    # A partition has one number, of one shard.
+    numbers = spark.range(0, len(paths), 1, len(paths))
+    return numbers.mapInArrow(rows, schema(members))
 
 
 def batches(
@@ -183,14 +187,15 @@ def _rows(shard: str, members: tuple[str, ...], images: bool) -> Iterator[dict[s
 
 
 def _samples(
-    found: Iterable[tuple[str, str, bytes | None]], members: tuple[str, ...]
+    found: Iterable[tuple[str, str, _Content]], members: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
     row: dict[str, Any] = {}
-    for key, extension, data in found:
+    for key, extension, content in found:
         if row.get("__key__") != key:
             if row:
                 yield row
             row = {"__key__": key}
+        data = content()  # after the sample before it: this one may be cut off
         if extension in members and data is not None:
             row[extension] = data.decode("utf-8", "replace")
         if extension in IMAGE_EXTENSIONS:
@@ -201,8 +206,8 @@ def _samples(
 
 def _members_of(
     file: Any, members: tuple[str, ...], images: bool
-) -> Iterator[tuple[str, str, bytes | None]]:
-    """Key, extension and bytes of each member; the bytes of those that are wanted alone."""
+) -> Iterator[tuple[str, str, _Content]]:
+    """Key, extension and content of each member: ``None`` unless it is wanted."""
     start = file.read(2)
     file.seek(0)
     is_gzip = start == b"\x1f\x8b"
@@ -216,7 +221,7 @@ def _members_of(
                 is_image = extension in IMAGE_EXTENSIONS
                 wanted = extension in members or (is_image and (images or is_gzip))
                 content = tar.extractfile(member) if wanted else None
-                yield match[1], extension, content.read() if content else None
+                yield match[1], extension, content.read if content else lambda: None
             tar.members.clear()  # else it remembers all of them
     if stream.last != b"\0" * _TAR_BLOCK:
         raise tarfile.ReadError("it does not end as a tar file does")

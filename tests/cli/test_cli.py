@@ -40,18 +40,6 @@ def test_wrong_usage(capsys):
     assert "usage: imagevec" in capsys.readouterr().err
 
 
-def test_an_unknown_model_is_told_before_spark_starts(capsys):
-    assert main(["extract", "src", "dest", "--model", "resnet5000"]) == 1
-    message = capsys.readouterr().err
-    assert "did you mean" in message and "Traceback" not in message
-
-
-@pytest.mark.parametrize("size", ["0", "-3"])
-def test_a_chunk_has_images(capsys, size):
-    assert main(["extract", "src", "dest", "--chunk-size", size]) == 1
-    assert f"chunk_size={size} is not valid" in capsys.readouterr().err
-
-
 def test_the_module_runs():
     command = [sys.executable, "-m", "imagevec", "--version"]
     assert subprocess.check_output(command, text=True) == f"imagevec {imagevec.__version__}\n"

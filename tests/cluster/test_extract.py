@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.dataset as ds
 import pytest
 import torch
+import webdataset
 from torchvision.models import squeezenet1_1
 
 from imagevec import ImageVectorizer, quantize
@@ -75,7 +76,7 @@ def uri(path: Path) -> str:
 
 def test_a_folder_becomes_a_table_and_is_kept_up(capsys, photos, tmp_path):
     table = tmp_path / "my table"
-    result = extract(capsys, photos, table, "--chunk-size", 4)
+    result = extract(capsys, photos, table)
     assert (result["found"], result["done_before"]) == (11, 0)
     assert result["features"] == 10
     assert result["errors"] == {"unsupported_format": 1}
@@ -89,6 +90,7 @@ def test_a_folder_becomes_a_table_and_is_kept_up(capsys, photos, tmp_path):
     (error,) = ds.dataset(table / "_errors").to_table().to_pylist()
     assert error["path"] == uri(photos / "bad.png")
     assert error["error"].startswith("unsupported_format:")
+    assert not (table / "_imagevec").exists()
 
     again = extract(capsys, photos, table)
     assert (again["done_before"], again["features"], again["errors"]) == (11, 0, {})
@@ -146,10 +148,10 @@ def test_overwrite_spares_what_is_no_table_of_features(capsys, photos, tmp_path)
 
 
 def test_a_source_that_is_not_there(capsys, tmp_path):
-    arguments = ["extract", str(tmp_path / "nothing"), str(tmp_path / "table"), *MODEL]
-    assert main([*arguments, "--master", "local[2]"]) == 1
-    message = capsys.readouterr().err
-    assert "Path does not exist" in message and "Traceback" not in message
+    """It is looked at before the model."""
+    arguments = ["extract", str(tmp_path / "nothing"), str(tmp_path / "table")]
+    assert main([*arguments, "--model", "resnet5000", "--master", "local[2]"]) == 1
+    assert capsys.readouterr().err == f"imagevec: {tmp_path / 'nothing'} does not exist\n"
 
 
 @pytest.mark.parametrize("dest", ["", "table", "sub/table"])
@@ -181,44 +183,105 @@ def test_what_spark_prints(tmp_path):
 
 
 def test_a_table_of_images(capsys, tmp_path):
-    images = [(f"id{number}", encode(photo(seed=number))) for number in range(5)] + [("none", None)]
+    images = [(f"id{number}", encode(photo(seed=number)), number) for number in range(5)]
+    images.append(("none", None, 5))
     with session_of("local[2]") as spark:
-        frame = spark.createDataFrame(images, "id string, jpeg binary")
+        frame = spark.createDataFrame(images, "id string, jpeg binary, number int")
         frame.write.parquet(str(tmp_path / "images"))
     options = ("--column", "jpeg", "--key", "id", *MODEL, "--master", "local[2]")
-    result = run(capsys, "extract", tmp_path / "images", tmp_path / "table", *options)
-    assert result["found"] == 6
-    vectors = rows(tmp_path / "table")
-    assert set(vectors) == {name for name, _ in images}
-    assert vectors["none"] is None
-    assert (
-        run(capsys, "extract", tmp_path / "images", tmp_path / "table", *options)["features"] == 0
-    )
+    command = ("extract", tmp_path / "images", tmp_path / "table", *options)
+    where = ("--where", "id <> 'id4'", "--keep", "id,number")
+    result = run(capsys, *command, *where)
+    assert (result["found"], result["features"], result["nulls"]) == (5, 4, 1)
+    assert set(rows(tmp_path / "table")) == {f"id{number}" for number in range(4)}
+    (null,) = ds.dataset(tmp_path / "table" / "_errors").to_table().to_pylist()
+    assert (null["path"], null["error"], null["number"]) == ("none", None, 5)
+    result = run(capsys, *command, "--keep", "id,number")
+    assert (result["done_before"], result["features"], result["nulls"]) == (5, 1, 0)
     assert main(["extract", str(tmp_path / "images"), "t", "--column", "jpg", *MODEL]) == 1
     assert "did you mean 'jpeg'" in capsys.readouterr().err
 
 
-def test_a_run_that_is_killed_goes_on(capsys, tmp_path):
-    photos, table = tmp_path / "photos", tmp_path / "table"
-    photos.mkdir()
-    for seed in range(24):
-        (photos / f"{seed}.png").write_bytes(encode(photo(seed=seed)))
-    chunk = 4
-    command = [sys.executable, "-m", "imagevec", "extract", str(photos), str(table), *MODEL]
-    command += ["--master", "local[2]", "--chunk-size", str(chunk), "--quiet"]
-    process = subprocess.Popen(command, start_new_session=True)
+def many(folder: Path, count: int = 40) -> Path:
+    folder.mkdir()
+    for seed in range(count):
+        (folder / f"{seed}.png").write_bytes(encode(photo(seed=seed)))
+    return folder
+
+
+def job(photos: Path, table: Path) -> subprocess.Popen[bytes]:
+    """The command, with tasks of a few files, in a process group of its own."""
+    program = (
+        "import sys; from imagevec.cli import main; from imagevec.table import sources;"
+        "sources._TASK_BYTES = 4 * sources._LEAST_BYTES; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, "extract", str(photos), str(table), *MODEL]
+    command += ["--master", "local[2]"]
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+
+
+def wait_for_parts(process: subprocess.Popen[bytes], table: Path) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not list(table.glob("part-*.parquet")) and time.monotonic() < deadline:
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "it ended too early"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)  # a group of its own: this process, its JVM, its workers
-    process.wait()
+
+
+def test_a_run_that_is_killed_goes_on(capsys, tmp_path):
+    photos, table = many(tmp_path / "photos"), tmp_path / "table"
+    process = job(photos, table)
+    wait_for_parts(process, table)
+    os.killpg(process.pid, signal.SIGKILL)  # this process, its JVM, its workers
+    process.communicate()
     survived = rows(table)
-    assert 0 < len(survived) < 24
+    assert 0 < len(survived) < 40
     result = extract(capsys, photos, table)
-    assert result["done_before"] == len(survived)
-    assert result["features"] == 24 - len(survived)
-    assert len(rows(table)) == 24
+    assert len(survived) <= result["done_before"] < 40  # what was committed and not yet moved, too
+    assert result["features"] == 40 - result["done_before"]
+    assert len(rows(table)) == 40
+    assert not (table / "_imagevec").exists()
+
+
+def test_a_run_that_is_interrupted_goes_on(capsys, tmp_path):
+    photos, table = many(tmp_path / "photos"), tmp_path / "table"
+    process = job(photos, table)
+    wait_for_parts(process, table)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    printed = process.communicate(timeout=WAIT_SECONDS)[1].decode()
+    assert process.returncode == 130
+    assert printed.splitlines()[-1] == "imagevec: interrupted"
+    for word in ("py4j", "KeyboardInterrupt", "ERROR", "java."):
+        assert word not in printed, printed
+    survived = rows(table)
+    assert 0 < len(survived) < 40
+    result = extract(capsys, photos, table)
+    assert (result["done_before"], result["features"]) == (len(survived), 40 - len(survived))
+    assert len(rows(table)) == 40
+
+
+def test_advice_is_given_as_flags(capsys, photos, tmp_path):
+    """Where a person types it, and not as Python has it."""
+    arguments = ["extract", str(photos), str(tmp_path / "table"), "--master", "local[1]"]
+    assert main([*arguments, "--model", "resnet18"]) == 1
+    message = capsys.readouterr().err
+    assert "--weights" in message and "weights=" not in message
+
+
+def test_shards(capsys, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        with webdataset.TarWriter(str(folder / f"{shard}.tar")) as writer:
+            for number in range(3):
+                image = encode(photo(seed=number))
+                writer.write({"__key__": f"{shard}-{number}", "png": image, "cls": number})
+    options = ("--format", "webdataset", "--keep", "cls", *MODEL, "--master", "local[2]")
+    result = run(capsys, "extract", folder, tmp_path / "table", *options)
+    assert (result["found"], result["features"], result["errors"]) == (6, 6, {})
+    read = ds.dataset(tmp_path / "table", format="parquet", ignore_prefixes=["_", "."]).to_table()
+    assert dict(zip(read["path"].to_pylist(), read["cls"].to_pylist(), strict=True)) == {
+        f"{shard}-{number}": str(number) for shard in range(2) for number in range(3)
+    }
 
 
 def test_the_doctor(capsys):

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
+import socket
+import ssl
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from imagevec import ImageError, ImageVectorizer, OptionError
+from imagevec import ImageError, ImageVectorizer, MissingExtraError, OptionError, ReadError
+from imagevec.images import reading
 from imagevec.images.prepare import load
 from imagevec.images.reading import read, read_ahead
+from imagevec.images.stores import UnsupportedURIError
 from imagevec.images.values import Value
 from tests.helpers.images import encode, photo
-from tests.helpers.pipeline import execution_options, small_row
+from tests.helpers.pipeline import execution_options, run_python, small_row
 
 PNG = encode(photo())
 
@@ -149,3 +161,348 @@ def test_many_paths_stay_in_order(tmp_path: Path) -> None:
     assert [content.path for content in contents] == [value.path for value in values]
     images = [load(content, execution_options()) for content in contents[::3]]
     assert [int(image.pixels[0, 0, 0]) for image in images] == list(range(50))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "hdfs://host/open/../closed/a.png",
+        "hdfs://host/open/%2e%2E/closed/a.png",
+        "hdfs://host/open/a.png?user=root",
+        "s3://bucket/a.png?endpoint_override=elsewhere",
+        "s3://key:secret@bucket/a.png",
+        "https://host.evil/a.png",
+        "https://host@evil/a.png",
+    ],
+)
+def test_a_uri_that_leads_out_is_forbidden(uri: str) -> None:
+    with pytest.raises(ImageError, match="forbidden_path"):
+        read(uri, ["hdfs://host/open", "s3://bucket", "https://host"])
+
+
+@pytest.mark.parametrize(
+    ("uri", "root"),
+    [
+        ("memory://bucket/ä b.png", "memory://bucket/"),
+        ("memory://bucket/ä b/c.png", "memory://bucket/ä b"),
+        ("memory://bucket/a@b.png", "memory://"),
+        ("memory://bucket/a..b.png", "memory://bucket"),
+        ("https://host/a?size=1/../2", "https://host"),
+        ("s3://bucket/a.png?region=x", "s3://bucket?region=x"),
+        ("s3://bucket/a.png?region=x", "s3://"),
+    ],
+)
+def test_a_uri_under_a_root_is_read(store: FakeStore, uri: str, root: str) -> None:
+    assert read(uri, [root]) == PNG
+
+
+class FakeStore:
+    """A store, and a clock for it: what happens at each read, and the pauses between them."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[bytes | Exception] = []
+        self.reads: list[str] = []
+        self.pauses: list[float] = []
+        self.now = 1000.0
+
+    def read(self, path: str) -> bytes:
+        self.reads.append(path)
+        outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else (self.outcomes or [PNG])[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> FakeStore:
+    fake = FakeStore()
+    monkeypatch.setattr(reading, "store_of", lambda path: fake)
+    monkeypatch.setattr(reading, "time", fake)
+    return fake
+
+
+PATHS = ["s3://bucket/a.png", "/mnt/nfs/a.png"]
+
+MAY_PASS = [
+    OSError("AWS Error SLOW_DOWN (HTTP status 503)"),
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    ConnectionResetError(errno.ECONNRESET, "reset"),
+    TimeoutError("timed out"),
+    RuntimeError("of a library"),
+    TypeError("of a library"),
+    json.JSONDecodeError("Expecting value", "", 0),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    ssl.SSLCertVerificationError("certificate has expired"),  # a ValueError, too
+]
+
+OF_THE_PATH = [
+    FileNotFoundError("no such key"),
+    FileNotFoundError(errno.ENOENT, "No such file or directory"),
+    IsADirectoryError(errno.EISDIR, "Is a directory"),
+    NotADirectoryError(errno.ENOTDIR, "Not a directory"),
+    OSError(errno.ENAMETOOLONG, "File name too long"),
+    OSError(errno.ELOOP, "Too many levels of symbolic links"),
+    ValueError("embedded null byte"),
+    UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"),
+    UnsupportedURIError("nope:// is not supported"),
+]
+
+AT_ONCE = [
+    PermissionError(errno.EACCES, "Permission denied"),
+    ImportError("there is no adlfs"),
+    MissingExtraError("fsspec", "fsspec"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("error", MAY_PASS, ids=repr)
+def test_what_may_pass_is_tried_again(store: FakeStore, path: str, error: Exception) -> None:
+    store.outcomes = [error, error, PNG]
+    assert read(path) == PNG
+    assert store.reads == [path] * 3
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("error", MAY_PASS, ids=repr)
+def test_in_the_end_it_fails(store: FakeStore, path: str, error: Exception) -> None:
+    store.outcomes = [error]
+    with pytest.raises(ReadError, match=re.escape(path)) as failed:
+        read(path, timeout_seconds=60)
+    assert str(error) in str(failed.value)
+    assert f"tries: {len(store.reads)}" in str(failed.value)
+    assert failed.value.__cause__ is error
+    assert sum(store.pauses) < 60
+    assert len(store.reads) == len(store.pauses) + 1 > 5
+
+
+def test_an_error_without_a_text_is_named(store: FakeStore) -> None:
+    store.outcomes = [TimeoutError()]
+    with pytest.raises(ReadError, match="TimeoutError"):
+        read(PATHS[0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("error", OF_THE_PATH, ids=repr)
+def test_what_is_of_the_path_is_an_image_error_at_once(
+    store: FakeStore, path: str, error: Exception
+) -> None:
+    store.outcomes = [error, PNG]
+    with pytest.raises(ImageError, match="unreadable_path") as refused:
+        read(path)
+    assert path in str(refused.value)
+    assert (len(store.reads), store.pauses) == (1, [])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("error", AT_ONCE, ids=repr)
+def test_what_a_person_must_change_fails_at_once(
+    store: FakeStore, path: str, error: Exception
+) -> None:
+    store.outcomes = [error, PNG]
+    with pytest.raises(ReadError, match=re.escape(path)):
+        read(path)
+    assert (len(store.reads), store.pauses) == (1, [])
+
+
+def test_pauses_grow_up_to_a_limit(store: FakeStore) -> None:
+    store.outcomes = [OSError("down")]
+    with pytest.raises(ReadError):
+        read(PATHS[0], timeout_seconds=300)
+    planned = [min(0.2 * 2**number, 10) for number in range(len(store.pauses))]
+    for pause, about in zip(store.pauses, planned, strict=True):
+        assert about / 2 <= pause <= about * 1.5
+    assert len(set(store.pauses)) == len(store.pauses)  # not all workers at the same time
+    assert max(planned) == 10
+
+
+def test_a_path_that_fails_does_not_stop_the_others_that_do_not_exist(store: FakeStore) -> None:
+    store.outcomes = [FileNotFoundError("nothing"), PNG, OSError("down"), PNG]
+    values = [Value("s3://b/1"), Value(None), Value("s3://b/2"), Value("s3://b/3")]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reading, "_READ_THREADS", 1)  # so that the outcomes are in order
+        found = [value.data for value in read_ahead(values)]
+    assert isinstance(found[0], ImageError)
+    assert found[1:] == [None, PNG, PNG]
+
+
+def test_a_read_error_ends_the_stream_of_values(store: FakeStore) -> None:
+    store.outcomes = [OSError("down")]
+    with pytest.raises(ReadError, match="s3://b/1.*down"):
+        list(read_ahead([Value(b"1"), Value("s3://b/1")], timeout_seconds=5))
+
+
+def test_what_does_not_answer_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = threading.Event()
+    ended = threading.Event()
+
+    def hang(path: str) -> bytes:
+        answer.wait(60)
+        ended.set()
+        return PNG
+
+    monkeypatch.setattr(reading, "store_of", lambda path: SimpleNamespace(read=hang))
+    with pytest.raises(ReadError, match=r"s3://bucket/a\.png cannot be read: no answer") as failed:
+        read("s3://bucket/a.png", timeout_seconds=0.2)
+    assert isinstance(failed.value.__cause__, TimeoutError)
+    assert not ended.is_set()
+    answer.set()
+    assert ended.wait(60)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_file_without_permission_fails(folders: Path) -> None:
+    (folders / "open" / "a.png").chmod(0)
+    (folders / "closed").chmod(0)
+    try:
+        for name in ("open/a.png", "closed/b.png", "closed/b%20.png"):
+            with pytest.raises(ReadError, match="Permission denied"):
+                read(f"{folders}/{name}")
+    finally:
+        (folders / "closed").chmod(0o700)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_file_that_cannot_be_looked_at_is_not_taken_for_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Also where the name, unquoted, would be that of a file that is not there."""
+    path = str(tmp_path / "a%20b.png")
+    Path(path).write_bytes(PNG)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "stat", fail)
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(ReadError, match=re.escape(os.strerror(number))):
+        read(path, timeout_seconds=0.1)
+
+
+class Web(BaseHTTPRequestHandler):
+    """Answers with the status that the path begins with; ``/busy`` is busy twice."""
+
+    asked: Counter[str]
+
+    def do_GET(self) -> None:
+        self.asked[self.path] += 1
+        if self.path == "/busy":
+            status = 503 if self.asked["/busy"] <= 2 else 200
+        else:
+            status = int(self.path[1:4])
+        body = PNG if status == 200 else b"no"
+        self.send_response(status)
+        cut_off = "cut" in self.path and self.asked[self.path] == 1
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:10] if cut_off else body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[tuple[str, Counter[str]]]:
+    """The address of a web server, and how often each path was asked for."""
+    asked: Counter[str] = Counter()
+    handler = type("Handler", (Web,), {"asked": asked})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+    thread.join(30)
+
+
+def test_a_web_server_is_read(web: tuple[str, Counter[str]]) -> None:
+    address, asked = web
+    assert read(f"{address}/200/a b.png?size=1") == PNG
+    assert small_row(f"{address}/200.png")["width"] == 80
+    assert read(f"{address}/busy") == PNG
+    assert asked["/busy"] == 3
+    assert read(f"{address}/200-cut-off") == PNG
+    assert asked["/200-cut-off"] == 2
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_what_a_web_server_does_not_have(web: tuple[str, Counter[str]], status: int) -> None:
+    address, asked = web
+    with pytest.raises(ImageError, match="unreadable_path"):
+        read(f"{address}/{status}")
+    assert asked == {f"/{status}": 1}
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
+def test_what_a_web_server_refuses(web: tuple[str, Counter[str]], status: int) -> None:
+    address, asked = web
+    with pytest.raises(ReadError, match=f"{address}/{status}.*{status}"):
+        read(f"{address}/{status}", timeout_seconds=0.5)
+    assert asked[f"/{status}"] >= 1
+
+
+def closed_port() -> int:
+    """One on loopback where nothing listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def test_a_web_server_that_is_not_there_fails() -> None:
+    uri = f"http://127.0.0.1:{closed_port()}/a.png"
+    with pytest.raises(ReadError, match=f"{uri}.*connect"):
+        read(uri, timeout_seconds=0.5)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["http://[::1/x", "http://h:99999999/x", "http://h:port/x", "https://", "s3:///x", "gs://"]
+    + ["nope://x/y", "fsspec+http://h/x", "s3://bucket/x?region=x&nope=1", "gs://bucket/x?nope=1"],
+)
+def test_a_uri_that_is_malformed_is_an_image_error(uri: str) -> None:
+    error = small_row(uri)["error"]
+    assert error.startswith("unreadable_path: ") and uri in error
+
+
+UNREACHABLE = {
+    "abfss://c@account.dfs.core.windows.net/x.png": "adlfs",
+    "hf://datasets/x/y.png": "",
+    "gs://bucket/x.png": "",
+    "s3://bucket/x.png": "",
+    "s3://bucket/x.png?region=x&scheme=http&endpoint_override=127.0.0.1:{port}": "",
+    "hdfs://127.0.0.1:{port}/x.png": "",
+}
+
+
+@pytest.mark.parametrize("uri", UNREACHABLE, ids=lambda uri: uri[:15])
+def test_no_path_ends_the_process(tmp_path: Path, uri: str) -> None:
+    """In a process of its own, which reads a file afterwards, and ends as it should."""
+    (tmp_path / "a.png").write_bytes(PNG)
+    path = uri.format(port=closed_port())
+    code = f"""
+from imagevec import ReadError
+from imagevec.images.reading import read
+try:
+    read({path!r}, timeout_seconds=1)
+except ReadError as error:
+    print(error)
+print(len(read({str(tmp_path / "a.png")!r})))
+"""
+    environment = {
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_ACCESS_KEY_ID": "none",
+        "AWS_SECRET_ACCESS_KEY": "none",
+        "GCE_METADATA_HOST": f"127.0.0.1:{closed_port()}",
+        "HTTPS_PROXY": f"http://127.0.0.1:{closed_port()}",  # never the network
+    }
+    message, length = run_python(code, **environment).strip().rsplit("\n", 1)
+    assert message.startswith(f"{path} cannot be read: ")
+    assert UNREACHABLE[uri] in message
+    assert int(length) == len(PNG)

@@ -7,7 +7,14 @@ from imagevec import OptionError
 from imagevec.images.prepare import load
 from imagevec.images.values import Value, values_of
 from tests.helpers.images import encode, photo
-from tests.helpers.pipeline import execution_options, pixels_of, series
+from tests.helpers.pipeline import (
+    execution_options,
+    mean_engine,
+    pixels_of,
+    rows,
+    series,
+    stream,
+)
 from tests.helpers.structs import BGR, file_batch, image_struct, struct_batch
 
 PNG = encode(photo())
@@ -48,3 +55,22 @@ def test_the_values_of_the_rows_of_binary_file_have_their_path():
 def test_another_struct_is_refused_with_what_is_accepted():
     with pytest.raises(OptionError, match=r"height, data.*binaryFile"):
         list(values_of(pd.DataFrame({"height": [1], "data": [b""]})))
+
+
+def test_a_struct_of_bytes_and_path_is_a_file_or_where_it_is():
+    frame = pd.DataFrame({"bytes": [PNG, PNG, None, None], "path": ["a", None, "b", None]})
+    values = [Value(PNG, "a"), Value(PNG), Value("b", "b"), Value(None)]
+    assert list(values_of(frame)) == values
+    assert list(values_of(frame[["path", "bytes"]])) == values
+    assert list(values_of(frame[["bytes"]])) == [Value(PNG), Value(PNG), Value(None), Value(None)]
+
+
+def test_null_bytes_are_read_from_the_path(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "b.png").write_bytes(encode(photo(90, 70)))
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png", "none.png")]
+    frame = pd.DataFrame({"bytes": [None, PNG, None, None], "path": [*paths, None]})
+    found = rows(stream([frame], mean_engine, output="struct"))
+    assert [row["width"] for row in found] == [80, 80, None, None]
+    codes = [row["error"] and row["error"].partition(":")[0] for row in found]
+    assert codes == [None, None, "unreadable_path", None]

@@ -9,13 +9,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import io
 import json
 import re
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyspark
 import pytest
 import torch
 from pyspark.sql import DataFrame, SparkSession
@@ -31,6 +36,7 @@ from imagevec.models.registry import find_source
 from imagevec.models.torchvision import TorchvisionSource
 from imagevec.options import OPTIONS, RANDOM
 from imagevec.spark import featurizer
+from imagevec.table.sources import OWN_COLUMNS
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.shared import ROOT
@@ -103,6 +109,7 @@ def test_way_out_3_imagevec(photos: Any) -> None:
 
 PAGES = sorted({ROOT / "README.md", *DOCS.glob("*.md")} - {ARTICLE_PAGE})
 SPARK_PATH = r'\b(?:parquet|load|save|start)\(|"checkpointLocation", '  # of the JVM's folder
+EXTRACT = re.compile(r"\bextract\([^()]*\)")
 REAL = ("resnet18",)  # small, and of use where the nodes of a model matter
 
 
@@ -126,6 +133,7 @@ def reader(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for seed in range(12):
         (tmp_path / "photos" / f"{seed}.png").write_bytes(encode(photo(seed=seed)))
     (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
+    write_other_sources(tmp_path)
     save_file(tiny().state_dict(), tmp_path / "lite0.safetensors")
     for module in (plan, featurizer, quantization):
         monkeypatch.setattr(module, "find_source", find_small_source)
@@ -139,6 +147,25 @@ def reader(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     REGISTERED.clear()
     REGISTERED.update(registered)
     spark.conf.set(arrow_rows, before)
+
+
+def write_other_sources(folder: Path) -> None:
+    """A table with a column of images, a dataset of Hugging Face, and a shard of WebDataset."""
+    for name in ("table", "huggingface", "shards"):
+        (folder / name).mkdir()
+    images = [encode(photo(seed=seed)) for seed in range(3)]
+    table = {"id": [3, 5, 7], "image": images, "label": ["a", "b", "c"]}
+    pq.write_table(pa.table(table), folder / "table" / "0.parquet")
+    structs = [{"bytes": images[0], "path": "0.png"}]
+    structs += [{"bytes": None, "path": str(folder / "photos" / "1.png")}]
+    dataset = pa.table({"image": structs, "label": [0, 1]})
+    pq.write_table(dataset, folder / "huggingface" / "train-00000-of-00001.parquet")
+    with tarfile.open(folder / "shards" / "0.tar", "w") as shard:
+        for key, image in enumerate(images):
+            for extension, data in (("png", image), ("json", b"{}")):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
 
 
 @dataclass(frozen=True)
@@ -161,13 +188,18 @@ def find_small_source(model: Any) -> ModelSource:
     return FactorySource(tiny, registered_name=source.name)
 
 
+def in_folder(code: str, folder: Path) -> str:
+    """Code whose relative paths, where Spark gets them, are of a folder."""
+    code = re.sub(rf'((?:{SPARK_PATH})f?)"(?!\w+:)', rf'\1"{folder}/', code)
+    return EXTRACT.sub(lambda call: re.sub(r'"([\w/]+/)"', rf'"{folder}/\1"', call[0]), code)
+
+
 def run(page: Path, folder: Path, **names: Any) -> dict[str, Any]:
     """The variables that the page's blocks leave; each data frame of theirs can be computed."""
     scope = {"__name__": "__main__", **names}  # pickled by value, as in a notebook
     computed: list[Any] = []
     for code in blocks(page, "python"):
-        there = re.sub(rf'({SPARK_PATH})"(?!\w+:)', rf'\1"{folder}/', code)
-        exec(compile(there, f"{page.name}: {code}", "exec"), scope)
+        exec(compile(in_folder(code, folder), f"{page.name}: {code}", "exec"), scope)
         for value in list(scope.values()):
             is_new = isinstance(value, DataFrame) and not any(value is df for df in computed)
             if is_new and not value.isStreaming:
@@ -222,6 +254,46 @@ def check_pipelines(scope: dict[str, Any], folder: Path) -> None:
     assert {len(row.features) for row in rows if row.features is not None} == {512}
 
 
+def check_extract(scope: dict[str, Any], folder: Path) -> None:
+    """Every table of the page is there; the compacted one is whole, and known to be."""
+    spark = scope["spark"]
+    rows = {
+        table.name: spark.read.parquet(str(table)).collect()
+        for table in folder.iterdir()
+        if table.name.endswith("features") or table.name == "compact"
+    }
+    assert {name: len(found) for name, found in rows.items()} == {
+        "features": 12,
+        "compact": 12,
+        "table_features": 2,
+        "small_features": 12,
+        "path_features": 12,
+        "huggingface_features": 2,
+        "shard_features": 3,
+        "png_features": 12,
+    }
+    assert [row.error.partition(":")[0] for row in scope["errors"].collect()] == [
+        "unsupported_format"
+    ]
+    assert len(list((folder / "compact").glob("*.parquet"))) == 1
+    assert sorted((row.path, row.label) for row in rows["table_features"]) == [
+        ("3", "a"),
+        ("5", "b"),
+    ]
+    assert {row.json for row in rows["shard_features"]} == {"{}"}
+    assert len(scope["frame"]) == 12 and scope["samples"].count() == 3
+    told = {cells(row)[0] for row in table(section("extract", "The result"))}
+    assert set(re.findall(r"`(\w+)`", "".join(told))) - {"keep"} == set(OWN_COLUMNS)
+    compact = spark.read.parquet(str(folder / "compact"))
+    assert imagevec.provenance(compact, "features").model == "resnet50"
+    again = imagevec.extract(folder / "photos", folder / "compact")
+    assert (again.done_before, again.features, again.errors) == (13, 0, {})
+    if int(pyspark.__version__.partition(".")[0]) >= 4:
+        for code in blocks(DOCS / "extract.md", "py"):
+            exec(in_folder(code, folder), scope)
+        assert scope["samples"].count() == len(scope["sizes"]) // 4 == 3
+
+
 def check_errors(scope: dict[str, Any], folder: Path) -> None:
     codes = {row.code for row in scope["codes"].collect()}
     assert codes == {None, "unsupported_format"}
@@ -243,6 +315,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "tuning": check_tuning,
     "pipelines": check_pipelines,
     "errors": check_errors,
+    "extract": check_extract,
     "contributing": check_contributing,
 }
 

@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import pickle
+import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -161,6 +162,37 @@ def test_a_binary_file_row_is_an_image(spark, folder, expected):
     assert_vectors(
         vectors(df.withColumn("features", features_udf("file", **TINY))), [a, c, None, None]
     )
+
+
+def test_a_struct_of_bytes_and_path_is_an_image(frame, folder, expected):
+    """As Hugging Face's Parquet files have it: the path counts where there are no bytes."""
+    a, c = (str(folder / name) for name in ("a b.png", "c.png"))
+    structs = [(IMAGES[0], "0.png"), (IMAGES[3], None), (None, a), (IMAGES[4], c), (None, c)]
+    structs += [(None, f"{folder}/none.png"), (b"garbage", a), (None, None), None]
+    images = [IMAGES[0], IMAGES[3], IMAGES[1], IMAGES[4], IMAGES[2], None, None, None, None]
+    codes = [None] * 5 + ["unreadable_path", "unsupported_format", None, None]
+    df = frame(structs, type="struct<bytes: binary, path: string>")
+    found = df.select(features_udf("content", **TINY, output="struct").alias("result"))
+    results = vectors(found, "result")
+    assert_vectors([result.features for result in results], [expected.get(i) for i in images])
+    assert [result.error and result.error.partition(":")[0] for result in results] == codes
+    processed = ImageVectorizer(**TINY).process_images(df)
+    assert_vectors(vectors(processed), [expected.get(image) for image in images])
+
+
+def test_a_store_that_cannot_be_reached_fails_the_query(frame, folder):
+    """A null would say that another try gives a null, too."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}/a.png"
+    options = {**TINY, "read_timeout_seconds": 1}
+    df = frame([str(folder / "c.png"), uri], type="string")
+    for output in ("array", "struct"):
+        with pytest.raises(Exception, match=f"ReadError: {uri} cannot be read: .*connect"):
+            df.select(features_udf("content", **options, output=output)).collect()
+    structs = frame([(None, uri)], type="struct<bytes: binary, path: string>")
+    with pytest.raises(Exception, match=f"ReadError: {uri} cannot be read"):
+        ImageVectorizer(**options).process_images(structs).collect()
 
 
 def test_sparks_image_struct_is_an_image(spark, folder, expected):

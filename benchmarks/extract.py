@@ -1,0 +1,189 @@
+"""``imagevec extract`` beside ``features_udf`` and ``write.parquet``, on a table and on files.
+
+    python -m benchmarks.extract
+
+Each run is a process of its own, and its time is that of the process: the start of Spark, reading
+from disk, vectors on disk. ``make bench`` does the same and puts the figures into its result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from benchmarks.images import CACHE, generated
+from benchmarks.machine import machine, versions
+from benchmarks.spark import session
+from imagevec import features_udf, recommended_conf
+
+RESULTS = Path("benchmarks/results")
+ROWS = 8_000
+PART = 4  # of the rows: what a fourth of them takes
+ROUNDS = 3
+MODEL = {"model": "mobilenet_v3_large", "weights": "random", "precision": "bfloat16"}
+FOLDERS = 8
+_IMAGE_BYTES = 110_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plain", nargs=3, metavar=("KIND", "SRC", "DEST"), help="one such run")
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    arguments = parser.parse_args()
+    if arguments.plain:
+        plain(*arguments.plain)
+        return
+    write(measure(arguments.rows, arguments.rounds))
+
+
+def write(result: dict[str, Any]) -> None:
+    """To ``results/extract.json`` and ``.md``."""
+    (RESULTS / "extract.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "extract.md").write_text(markdown(result) + "\n")
+    print(markdown(result))
+
+
+def measure(rows: int = ROWS, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Seconds of each contestant, round by round, interleaved."""
+    folder = (CACHE / "extract" / str(rows)).resolve()
+    part = folder.with_name(str(rows // PART))
+    write_images(folder, rows)
+    write_images(part, rows // PART)
+    dest = folder.with_name("features")
+    contestants: dict[str, Callable[[], float]] = {
+        "table, plain": lambda: _plain("table", folder / "table", dest),
+        "table, extract": lambda: _extract(folder / "table", dest, "--column", "image"),
+        "table, extract, nothing to do": lambda: _extract(
+            folder / "table", dest, "--column", "image", again=True
+        ),
+        f"table, extract, 1/{PART} of the rows": lambda: _extract(
+            part / "table", dest, "--column", "image"
+        ),
+        "files, plain": lambda: _plain("files", folder / "files", dest),
+        "files, extract": lambda: _extract(folder / "files", dest, "--recursive"),
+        "files, extract, nothing to do": lambda: _extract(
+            folder / "files", dest, "--recursive", again=True
+        ),
+        f"files, extract, 1/{PART} of the rows": lambda: _extract(
+            part / "files", dest, "--recursive"
+        ),
+    }
+    print(f"\nextract: {rows} images", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    _plain("table", part / "table", dest)  # converts the model, fills the caches
+    for number in range(rounds):
+        print(f" round {number + 1}", flush=True)
+        for name, run in contestants.items():
+            seconds[name].append(run())
+            print(f"  {name}: {seconds[name][-1]:.1f} s", flush=True)
+    shutil.rmtree(dest)
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "rows": rows,
+        "model": MODEL,
+        "seconds": seconds,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result."""
+    seconds, model = result["seconds"], result["model"]
+    lines = [
+        f"{result['rows']:,} JPEGs of 500x375 and 117 KB on disk to vectors on disk, "
+        f"{model['model']}, {model['precision']}, {result['machine']['cpu']}, "
+        f"{result['machine']['cores']} cores, `local[2]`: seconds of a whole process.",
+        "",
+    ]
+    lines += ["| run | seconds | by round |", "|---|---:|---|"]
+    for name, figures in seconds.items():
+        by_round = ", ".join(f"{figure:.1f}" for figure in figures)
+        lines.append(f"| {name} | {statistics.median(figures):.1f} | {by_round} |")
+    lines += ["", "| ratio | median | by round |", "|---|---:|---|"]
+    for kind in ("table", "files"):
+        whole, nothing = seconds[f"{kind}, extract"], seconds[f"{kind}, extract, nothing to do"]
+        few = seconds[f"{kind}, extract, 1/{PART} of the rows"]
+        ratios = {
+            "extract over plain": [
+                a / b for a, b in zip(whole, seconds[f"{kind}, plain"], strict=True)
+            ],
+            f"{PART}x the rows, less a run with nothing to do": [
+                (a - c) / (b - c) for a, b, c in zip(whole, few, nothing, strict=True)
+            ],
+        }
+        for name, figures in ratios.items():
+            by_round = ", ".join(f"{figure:.2f}" for figure in figures)
+            lines.append(f"| {kind}: {name} | {statistics.median(figures):.2f} | {by_round} |")
+    return "\n".join(lines)
+
+
+def write_images(folder: Path, rows: int) -> None:
+    """``table/`` and ``files/``: the same images, each unlike the others by its last bytes."""
+    done = folder / "done"
+    if done.exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    contents = generated("small").contents()
+    (folder / "table").mkdir(parents=True)
+    schema = pa.schema([("path", pa.string()), ("image", pa.binary())])
+    for number in range(FOLDERS):
+        images = folder / "files" / f"{number}"
+        images.mkdir(parents=True)
+        names = [f"{index:07}.jpg" for index in range(number, rows, FOLDERS)]
+        with parquet.ParquetWriter(folder / "table" / f"{number}.parquet", schema) as writer:
+            for start in range(0, len(names), 100):
+                some = names[start : start + 100]
+                images_of = [
+                    contents[int(name[:7]) % len(contents)] + name.encode() for name in some
+                ]
+                writer.write_table(pa.table({"path": some, "image": images_of}, schema))
+                for name, content in zip(some, images_of, strict=True):
+                    (images / name).write_bytes(content)
+    done.touch()
+
+
+def plain(kind: str, src: str, dest: str) -> None:
+    """What a user would write who knows ``features_udf``."""
+    conf = recommended_conf(image_bytes=_IMAGE_BYTES, executor_cores=1)
+    with session(2, conf) as spark:
+        if kind == "table":
+            images = spark.read.parquet(src)
+        else:
+            reader = spark.read.format("binaryFile").option("recursiveFileLookup", "true")
+            images = reader.load(src).withColumnRenamed("content", "image")
+        images.select("path", features_udf("image", **MODEL)).write.parquet(dest)
+
+
+def _plain(kind: str, src: Path, dest: Path) -> float:
+    shutil.rmtree(dest, ignore_errors=True)
+    return _seconds(["-m", "benchmarks.extract", "--plain", kind, str(src), str(dest)])
+
+
+def _extract(src: Path, dest: Path, *flags: str, again: bool = False) -> float:
+    if not again:
+        shutil.rmtree(dest, ignore_errors=True)
+    options = [word for name, value in MODEL.items() for word in (f"--{name}", value)]
+    command = ["-m", "imagevec", "extract", str(src), str(dest), "--master", "local[2]", "--quiet"]
+    return _seconds([*command, *options, *flags])
+
+
+def _seconds(arguments: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

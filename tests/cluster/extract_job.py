@@ -1,0 +1,42 @@
+"""An extraction with the session of the command line, as a process that a test can kill.
+
+    python -m tests.cluster.extract_job SOURCE DEST [POINT]
+
+Its tasks have a few files each. At a point of ``tests.helpers.stops`` it kills itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from imagevec import extract
+from imagevec.cli.session import spark_session
+from imagevec.table import sources
+from tests.cluster.slow import slow
+from tests.helpers.stops import stop_at
+
+FILES_PER_TASK = 5
+OPTIONS: dict[str, Any] = {"model": slow, "weights": "random", "engine": "torch", "batch_size": 1}
+
+
+def small_tasks() -> None:
+    sources._TASK_BYTES = FILES_PER_TASK * sources._LEAST_BYTES
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(source: str, dest: str, point: str | None = None) -> None:
+    small_tasks()
+    if point is not None:
+        stop_at(point, die)
+    with spark_session("local[2,4]") as spark:
+        print(extract(source, dest, spark=spark, **OPTIONS))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,220 @@
+"""Extractions that are killed, by chance and where it hurts: each image is in the table once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pyarrow.dataset as ds
+import pytest
+
+from imagevec import ImageVectorizer, extract
+from imagevec.table import sources
+from tests.cluster.extract_job import FILES_PER_TASK, OPTIONS, small_tasks
+from tests.cluster.slow import PAUSE
+from tests.helpers.clusters import kill_tree, session_of
+from tests.helpers.images import encode, photo
+from tests.helpers.stops import CUT_OFF
+
+WAIT_SECONDS = 180
+IMAGES = 300
+SEED = 11
+VICTIMS = ["worker"] * 9 + ["tree"] * 4 + ["driver"] * 4 + ["jvm"] * 3
+# So slow that all the kills come before the end, however fast the machine is.
+PAUSE_SECONDS = 0.25
+LONGEST_DELAY_SECONDS = 2.5
+
+
+@pytest.fixture(autouse=True)
+def on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+
+
+def write_images(folder: Path, count: int = IMAGES, seed: int = 0) -> None:
+    """Every ninth is none."""
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        image = encode(photo(40, 30, seed=seed + number)) if number % 9 else b"no image"
+        (folder / f"{number}.png").write_bytes(image)
+
+
+def job(source: Path, dest: Path, *point: str, pause: float = 0.0) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.cluster.extract_job", str(source), str(dest), *point]
+    environment = {**os.environ, PAUSE: str(pause)}
+    with dest.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def finish(source: Path, dest: Path) -> None:
+    process = job(source, dest)
+    try:
+        assert process.wait(WAIT_SECONDS) == 0, dest.with_suffix(".log").read_text()[-3000:]
+    finally:
+        kill_tree(process)
+
+
+def keys(folder: Path) -> Counter[str]:
+    if not folder.is_dir():
+        return Counter()
+    table = ds.dataset(folder, format="parquet", ignore_prefixes=["_", "."])
+    return Counter(table.to_table(columns=["path"])["path"].to_pylist() if table.files else [])
+
+
+def assert_each_is_there_once(source: Path, dest: Path) -> None:
+    """The good images as features, the bad ones as errors, and no trace of a run."""
+    bad = Counter(f"file:{p}" for p in source.iterdir() if p.read_bytes() == b"no image")
+    assert keys(dest) == Counter(f"file:{path}" for path in source.iterdir()) - bad
+    assert keys(dest / "_errors") == bad
+    assert not (dest / "_imagevec").exists()
+
+
+def assert_right(dest: Path, count: int) -> None:
+    """The vectors of some images are those of these images."""
+    vectorizer = ImageVectorizer(**OPTIONS)
+    table = ds.dataset(dest, format="parquet", ignore_prefixes=["_", "."]).to_table()
+    for row in sorted(table.to_pylist(), key=lambda row: row["path"])[:count]:
+        expected = vectorizer.extract_features(Path(row["path"].removeprefix("file:")).read_bytes())
+        assert row["features"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def wait_for(process: subprocess.Popen[bytes], what: Callable[[], bool]) -> None:
+    """Until a function is true, while the process lives."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not what() and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+
+
+def processes(process: subprocess.Popen[bytes], victim: str) -> list[psutil.Process]:
+    """Those that are to be killed, if there are any."""
+    driver = psutil.Process(process.pid)
+    if victim == "driver":
+        return [driver]
+    jvms = [child for child in driver.children() if child.name() == "java"]
+    if victim == "jvm":
+        return jvms
+    below = [child for jvm in jvms for child in jvm.children(recursive=True)]
+    daemons = [child for child in below if child.parent() in jvms]
+    return [child for child in below if child.name().startswith("python") and child not in daemons]
+
+
+def strike(process: subprocess.Popen[bytes], victim: str, chance: random.Random) -> None:
+    if victim == "tree":
+        kill_tree(process)
+        return
+    found: list[psutil.Process] = []
+
+    def is_there() -> bool:
+        found[:] = processes(process, victim)
+        return bool(found)
+
+    wait_for(process, is_there)
+    chance.choice(sorted(found, key=lambda one: one.pid)).kill()
+    if victim != "worker":
+        process.wait(WAIT_SECONDS)
+
+
+def lock_of(dest: Path) -> str | None:
+    """The id of the run that holds the lock."""
+    try:
+        return str(json.loads((dest / "_imagevec" / "lock.json").read_text())["run"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def begun(dest: Path, phase: str, before: str | None, parts: int) -> bool:
+    """Whether a run, which comes after another one, has come so far."""
+    run = lock_of(dest)
+    if run in (None, before):
+        return False
+    if phase == "job":
+        return (dest / "_imagevec" / "committed" / str(run)).exists()
+    return phase == "lock" or len(list(dest.glob("*.parquet"))) > parts
+
+
+def test_twenty_kills_at_random(tmp_path: Path) -> None:
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    write_images(source)
+    chance = random.Random(SEED)
+    victims = chance.sample(VICTIMS, len(VICTIMS))
+    delays = [chance.uniform(0, LONGEST_DELAY_SECONDS) for _ in victims]
+    assert len(victims) == 20
+    process, run = None, None
+    for victim, delay in zip(victims, delays, strict=True):
+        if process is None:
+            parts = len(list(dest.glob("*.parquet")))
+            phase = chance.choice(["lock", "job", "part"])
+            process = job(source, dest, pause=PAUSE_SECONDS)
+            wait_for(process, functools.partial(begun, dest, phase, run, parts))
+            run = lock_of(dest)
+        time.sleep(delay)
+        strike(process, victim, chance)
+        if victim != "worker":
+            process = None
+    if process is not None:
+        kill_tree(process)
+    done = sum((keys(dest) + keys(dest / "_errors")).values())
+    assert 0 < done < IMAGES
+    finish(source, dest)
+    assert_each_is_there_once(source, dest)
+    assert_right(dest, 20)
+
+
+def test_kills_while_changed_files_are_replaced(tmp_path: Path) -> None:
+    """All files change each time, so that all files of the table are replaced.
+
+    For all points, without kills, see tests/table/test_dest.py.
+    """
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    points = ["first publication", CUT_OFF, "all deletions", "first publication"]
+    for number, point in enumerate(points):
+        write_images(source, 2 * FILES_PER_TASK, seed=100 * number)
+        for path in source.iterdir():  # the bad ones change, too
+            os.utime(path, (number + 1, number + 1))
+        process = job(source, dest, point)
+        try:
+            assert process.wait(WAIT_SECONDS) == -signal.SIGKILL, (
+                point,
+                dest.with_suffix(".log").read_text()[-3000:],
+            )
+        finally:
+            kill_tree(process)
+    finish(source, dest)
+    assert_each_is_there_once(source, dest)
+    assert_right(dest, 2 * FILES_PER_TASK)
+
+
+def executors() -> list[psutil.Process]:
+    below = psutil.Process().children(recursive=True)
+    return [one for one in below if "CoarseGrainedExecutorBackend" in " ".join(one.cmdline())]
+
+
+def test_an_executor_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tasks are done again by others, and what it had committed is not."""
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    write_images(source, 60)
+    monkeypatch.setattr(sources, "_TASK_BYTES", sources._TASK_BYTES)  # it is put back at the end
+    small_tasks()
+    killed: list[psutil.Process] = []
+
+    def progress(done: int, errors: int, total: int) -> None:
+        if done and not killed:
+            killed.append(min(executors(), key=lambda one: one.pid))
+            killed[0].kill()
+
+    with session_of("local-cluster[2,1,1024]", **{f"spark__executorEnv__{PAUSE}": "0.1"}) as spark:
+        report = extract(source, dest, spark=spark, progress=progress, **OPTIONS)
+    assert killed
+    assert (report.found, report.features) == (60, 53)
+    assert report.errors == {"unsupported_format": 7}
+    assert_each_is_there_once(source, dest)

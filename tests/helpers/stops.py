@@ -1,0 +1,40 @@
+"""Where a run that writes a table of features may be stopped, between two steps on its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from imagevec.spark.hadoop import Folder
+
+CUT_OFF = "the list of what is replaced is cut off"
+
+# A method of Folder, whether it stops before or after that, and whether it is this call.
+POINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
+    "before the list": ("write_text", "before", lambda path, *_: "replace.json" in path),
+    CUT_OFF: ("write_text", "after", lambda path, *_: "replace.json" in path),
+    "after the list": ("write_text", "after", lambda path, *_: "replace.json" in path),
+    "first deletion": ("delete", "after", lambda path: path.endswith(".parquet")),
+    "all deletions": ("move", "before", lambda source, _: "/kept/" in source),
+    "first move": ("move", "after", lambda source, _: "/kept/" in source),
+    "all moves": ("delete", "before", lambda path: "replace.json" in path),
+    "replaced": ("delete", "after", lambda path: "replace.json" in path),
+    "first publication": ("move", "after", lambda source, _: "/committed/" in source),
+}
+
+
+def stop_at(point: str, stop: Callable[[], object], patch: Callable[..., object] = setattr) -> None:
+    """From now on, calls ``stop`` when it gets there."""
+    name, when, is_it = POINTS[point]
+    method = getattr(Folder, name)
+
+    def watched(self: Folder, *arguments: Any, **named: Any) -> Any:
+        if not is_it(*arguments):
+            return method(self, *arguments, **named)
+        if point == CUT_OFF:
+            arguments = (arguments[0], arguments[1][: len(arguments[1]) // 2])
+        if when == "after":
+            method(self, *arguments, **named)
+        return stop()
+
+    patch(Folder, name, watched)

@@ -1,0 +1,146 @@
+"""The table that ``extract`` writes, read by others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from pyarrow import dataset, parquet
+from pyspark.sql import SparkSession
+
+from imagevec import extract, provenance
+from imagevec.table.dest import KIND, Dest
+from tests.helpers.factories import tiny
+from tests.helpers.images import encode, photo
+from tests.helpers.pipeline import vector_of
+
+OPTIONS: dict[str, Any] = {"model": tiny, "weights": "random", "engine": "torch"}
+COLUMNS = ["path", "length", "modificationTime", "version", "features", "width", "height", "error"]
+
+Vectors = dict[str, list[float]]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for seed in range(6):
+        (folder / f"{seed}.png").write_bytes(encode(photo(30 + seed, 20, seed=seed)))
+    (folder / "bad.png").write_bytes(b"no image")
+    (folder / "empty.png").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dest(spark: SparkSession, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dest") / "run=1" / "a {b} [c] %20"
+    report = extract(images, folder, spark=spark, **OPTIONS)
+    assert (report.features, report.errors) == (6, {"empty": 1, "unsupported_format": 1})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(images: Path) -> Vectors:
+    model = {"model": tiny, "weights": "random"}
+    return {f"file:{path}": vector_of(path.read_bytes(), **model) for path in images.glob("?.png")}
+
+
+def assert_same(found: Vectors, expected: Vectors) -> None:
+    assert found.keys() == expected.keys()
+    for path, vector in found.items():
+        np.testing.assert_allclose(vector, expected[path], rtol=1e-4, atol=1e-6)
+        assert np.asarray(vector).dtype in (np.float32, np.float64)
+
+
+def by_pandas(dest: Path) -> Vectors:
+    table = pd.concat(pd.read_parquet(file) for file in dest.glob("*.parquet"))
+    assert list(table.columns) == COLUMNS
+    return dict(zip(table["path"], table["features"], strict=True))
+
+
+def by_polars(dest: Path) -> Vectors:
+    polars = pytest.importorskip("polars")
+    table = polars.concat(
+        [polars.read_parquet(file, glob=False) for file in dest.glob("*.parquet")]
+    )
+    assert table.columns == COLUMNS
+    return dict(zip(table["path"], table["features"].to_list(), strict=True))
+
+
+def by_duckdb(dest: Path) -> Vectors:
+    duckdb = pytest.importorskip("duckdb")
+    with duckdb.connect() as connection:
+        files = [str(file) for file in plain(dest).glob("*.parquet")]
+        found = connection.execute("SELECT path, features FROM read_parquet(?)", [files])
+        return dict(found.fetchall())
+
+
+def by_lance(dest: Path) -> Vectors:
+    lance = pytest.importorskip("lance")
+    files = [str(file) for file in dest.glob("*.parquet")]
+    copy = lance.write_dataset(dataset.dataset(files), dest.parent / "copy.lance", mode="overwrite")
+    table = copy.to_table(columns=["path", "features"]).to_pydict()
+    return dict(zip(table["path"], table["features"], strict=True))
+
+
+def plain(dest: Path) -> Path:
+    """The same place without what DuckDB takes for a glob."""
+    link = dest.parent / "plain"
+    if not link.exists():
+        link.symlink_to(dest)
+    return link
+
+
+@pytest.mark.parametrize("read", [by_pandas, by_polars, by_duckdb, by_lance])
+def test_who_else_reads_it(dest: Path, expected: Vectors, read: Callable[[Path], Vectors]) -> None:
+    assert_same(read(dest), expected)
+
+
+def test_spark_reads_it(spark: SparkSession, dest: Path, expected: Vectors) -> None:
+    features = spark.read.parquet(str(plain(dest)))
+    assert features.columns == COLUMNS
+    rows = features.collect()
+    assert_same({row.path: row.features for row in rows}, expected)
+    assert provenance(features).model.endswith("tiny")
+    assert {row.error for row in rows} == {None}
+    by_path = {Path(row.path).name: row for row in rows}
+    assert (by_path["3.png"].width, by_path["3.png"].height) == (33, 20)
+    status = Path(by_path["3.png"].path.removeprefix("file:")).stat()
+    assert by_path["3.png"].length == status.st_size
+    assert by_path["3.png"].version == f"{status.st_size}:{status.st_mtime_ns // 1000}"
+
+
+def test_errors_have_the_same_columns(spark: SparkSession, dest: Path) -> None:
+    errors = spark.read.parquet(str(plain(dest) / "_errors"))
+    features = spark.read.parquet(str(plain(dest)))
+    assert errors.schema == features.schema
+    rows = {Path(row.path).name: row for row in errors.collect()}
+    assert rows["empty.png"].error.startswith("empty:") and rows["empty.png"].length == 0
+    assert rows["bad.png"].error.startswith("unsupported_format:")
+    assert all(row.features is None and row.width is None for row in rows.values())
+
+
+def test_row_groups_are_no_larger_than_64_mb(spark: SparkSession, tmp_path: Path) -> None:
+    """Of features that fill three of them, and cannot be compressed."""
+    rows, size = 40_000, 1024
+    schema = f"path string, features array<float>, {KIND} string"
+
+    def made(frames: Any) -> Any:
+        for frame in frames:
+            ids = frame["id"]
+            rng = np.random.default_rng(int(ids.iloc[0]))
+            vectors = list(rng.random((len(ids), size), np.float32))
+            yield pd.DataFrame({"path": ids.astype(str), "features": vectors, KIND: "features"})
+
+    table = Dest(spark, str(tmp_path / "dest"))
+    features = spark.range(0, rows, 1, 1).mapInPandas(made, schema)
+    table.write(features, "r")
+    table.publish("r")
+    (file,) = (tmp_path / "dest").glob("*.parquet")
+    found = parquet.ParquetFile(file).metadata
+    groups = [found.row_group(number).total_byte_size for number in range(found.num_row_groups)]
+    assert sum(groups) > 150 << 20
+    assert max(groups) <= 66 << 20  # give or take a page

@@ -1,0 +1,339 @@
+"""Shards of WebDataset: whole, cut off at any place, and mended."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+import pytest
+import webdataset
+from pyspark.sql import SparkSession
+
+from imagevec import OptionError, ReadError, WebDatasetSource, extract
+from imagevec.table import webdataset as shards_module
+from imagevec.table.webdataset import batches, shards
+from tests.helpers.factories import tiny
+from tests.helpers.images import encode, photo
+
+OPTIONS: dict[str, Any] = {"model": tiny, "weights": "random", "engine": "torch"}
+MEMBERS = ("json", "cls", "txt")
+
+
+def sample(number: int, prefix: str = "sample") -> dict[str, Any]:
+    return {
+        "__key__": f"{prefix}{number:03}",
+        "jpg" if number % 2 else "png": encode(photo(20, 16, seed=number), "PNG"),
+        "json": {"number": number},
+        "cls": number,
+        **({"txt": f"größe {number}"} if number % 3 else {}),
+    }
+
+
+def write_shard(path: Path, samples: list[dict[str, Any]]) -> Path:
+    """By the package that people use."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(path), encoder=encoded) as writer:
+        for one in samples:
+            writer.write(one)
+    return path
+
+
+def encoded(one: dict[str, Any]) -> dict[str, Any]:
+    texts = {"json": json.dumps, "cls": str, "txt": str}
+    return {
+        name: texts[name](value).encode() if name in texts else value for name, value in one.items()
+    }
+
+
+def rows(shard: Path, members: tuple[str, ...] = MEMBERS, images: bool = True) -> list[dict]:
+    found = (batch.to_pylist() for batch in batches(str(shard), members, images))
+    return list(itertools.chain.from_iterable(found))
+
+
+def row_of(number: int, shard: Path) -> dict[str, Any]:
+    one = encoded(sample(number))
+    return {
+        "__key__": one["__key__"],
+        "__url__": str(shard),
+        "image": one.get("jpg", one.get("png")),
+        "error": None,
+        **{name: one[name].decode() if name in one else None for name in MEMBERS},
+    }
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the package's
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz"])
+def test_samples_of_the_package(tmp_path: Path, name: str) -> None:
+    shard = write_shard(tmp_path / name, [sample(number) for number in range(200)])
+    assert rows(shard) == [row_of(number, shard) for number in range(200)]
+    keys = [row["__key__"] for row in rows(shard, images=False)]
+    assert keys == [f"sample{number:03}" for number in range(200)]
+    assert all(row["image"] is None for row in rows(shard, images=False))
+    package = webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False)
+    assert keys == [one["__key__"] for one in package]
+
+
+def tar_of(members: list[tuple[str, bytes]], mode: str = "w", **options: Any) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode, **options) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def test_names_of_members(tmp_path: Path) -> None:
+    long = "d" * 60 + "/" + "e" * 150
+    members = [
+        ("a/x.y/1.JPG", b"1"),
+        ("a/x.y/1.seg.png", b"mask"),
+        ("./2.json", b"{}"),
+        ("./2.webp", b"2"),
+        ("./2.png", b"not the first"),
+        ("__meta__.json", b"{}"),
+        (".DS_Store", b""),
+        ("._2.png", b"of a Mac"),
+        ("README", b"no extension"),
+        (f"{long}.png", b"3"),
+        ("4.txt", b"no image"),
+    ]
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(tar_of(members))
+    images = {row["__key__"]: row["image"] for row in rows(shard)}
+    assert images == {"a/x.y/1": b"1", "./2": b"2", long: b"3", "4": None}
+    assert [row["seg.png"] for row in rows(shard, ("seg.png",))] == ["mask", None, None, None]
+
+
+def small_tar(mode: str) -> bytes:
+    members: list[tuple[str, bytes]] = []
+    for number in range(4):
+        members.append((f"s{number}.jpg", bytes([number]) * (700 + 512 * number)))
+        members.append((f"s{number}.json", b'{"number": %d}' % number))
+    members.append(("s4.png", b"4" * 512))
+    return tar_of(members, mode)
+
+
+@pytest.mark.parametrize(("mode", "step"), [("w", 64), ("w:gz", 1)])
+def test_a_shard_that_is_cut_off(tmp_path: Path, mode: str, step: int) -> None:
+    """What is read is what was there, and what is not is reported: by both passes alike."""
+    data = small_tar(mode)
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(data)
+    whole = rows(shard)
+    assert [row["__key__"] for row in whole] == [f"s{number}" for number in range(5)]
+    lengths = set()
+    for length in range(0, len(data), step):
+        shard.write_bytes(data[:length])
+        found = rows(shard)
+        samples = [row for row in found if row["__key__"]]
+        assert samples == whole[: len(samples)]
+        if len(found) > len(samples):
+            error = found[-1]["error"]
+            reported = {**dict.fromkeys(whole[0]), "__url__": str(shard), "error": error}
+            assert found[-1] == reported
+            assert error.startswith(f"corrupt: {shard} is damaged after {len(samples)} samples: ")
+        else:
+            assert samples == whole  # what is missing is padding
+        keys = [(row["__key__"], row["error"]) for row in rows(shard, images=False)]
+        assert keys == [(row["__key__"], row["error"]) for row in found]
+        lengths.add(len(samples))
+    assert lengths == set(range(6)) if mode == "w" else lengths <= set(range(6))
+
+
+def test_a_shard_with_damage_in_its_middle(tmp_path: Path) -> None:
+    data = bytearray(small_tar("w"))
+    header = data.index(b"s2.jpg")
+    data[header + 150] ^= 0xFF  # of its checksum
+    (tmp_path / "a.tar").write_bytes(data)
+    *samples, error = rows(tmp_path / "a.tar")
+    assert [row["__key__"] for row in samples] == ["s0"]  # of s1, nobody knows whether it is whole
+    assert "is damaged after 1 samples" in error["error"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x", b"no tar" * 1000, b"\x1f\x8b", b"\x1f\x8b\x08" + b"x" * 99]
+)
+def test_a_file_that_is_no_shard(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    (row,) = rows(tmp_path / "a.tar")
+    assert row["__key__"] is None
+    assert "a.tar is damaged after 0 samples" in row["error"]
+
+
+def test_an_empty_shard(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_of([]))
+    assert rows(tmp_path / "a.tar") == []
+
+
+class Endless(io.RawIOBase):
+    """A tar file without an end."""
+
+    def __init__(self) -> None:
+        self._member = tar_of([("0.jpg", b"x" * 5000)])[: 512 + 5120]
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset if whence == 0 else self._at + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        start = self._at % len(self._member)
+        repeated = self._member * (2 + size // len(self._member))
+        self._at += size
+        return repeated[start : start + size]
+
+
+def test_a_shard_is_read_a_few_samples_at_a_time() -> None:
+    members = shards_module._members_of(Endless(), (), True)
+    numbered = ((f"{n}", *member[1:]) for n, member in enumerate(members))
+    samples = shards_module._samples(numbered, ())
+    assert [next(samples)["__key__"] for _ in range(1000)] == [f"{n}" for n in range(1000)]
+
+
+def test_batches_are_small(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.tar", [sample(number) for number in range(200)])
+    sizes = [batch.num_rows for batch in batches(str(shard))]
+    assert sum(sizes) == 200 and max(sizes) == 64
+    large = tar_of([(f"{n}.jpg", bytes(5 << 20)) for n in range(4)])
+    shard.write_bytes(large)
+    assert [batch.num_rows for batch in batches(str(shard))] == [2, 2]
+
+
+def test_a_shard_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(ReadError, match=r"gone\.tar cannot be read"):
+        rows(tmp_path / "gone.tar")
+
+
+def test_sources_without_shards(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="does not exist"):
+        shards(str(tmp_path / "nothing"))
+    with pytest.raises(OptionError, match=r"has no shards: their names end in \.tar"):
+        shards(str(tmp_path))
+    with pytest.raises(OptionError, match="needs a path"):
+        shards("")
+
+
+@pytest.fixture
+def two_shards(tmp_path: Path) -> Path:
+    folder = tmp_path / "shards"
+    write_shard(folder / "0.tar", [sample(number) for number in range(6)])
+    write_shard(folder / "1.tar.gz", [sample(number) for number in range(6, 10)])
+    (folder / "notes.txt").touch()
+    return folder
+
+
+def test_the_data_source(spark: SparkSession, two_shards: Path) -> None:
+    found = WebDatasetSource.read(spark, str(two_shards), members=MEMBERS)
+    assert found.rdd.getNumPartitions() == 2
+    assert [len(part) for part in found.select("__key__").rdd.glom().collect()] == [6, 4]
+    by_read = sorted(tuple(row) for row in found.collect())
+    names = {row["__key__"]: row for row in (one.asDict() for one in found.collect())}
+    url = f"file:{two_shards / '0.tar'}"
+    image = names["sample003"].pop("image")
+    assert bytes(image) == sample(3)["jpg"]
+    assert names["sample003"] == {
+        "__key__": "sample003", "__url__": url, "error": None,
+        "json": '{"number": 3}', "cls": "3", "txt": None,
+    }  # fmt: skip
+    if not hasattr(spark, "dataSource"):
+        return  # Spark 3.5
+    spark.dataSource.register(WebDatasetSource)
+    reader = spark.read.format("webdataset").option("members", "json, cls,txt")
+    by_source = reader.load(str(two_shards))
+    assert by_source.rdd.getNumPartitions() == 2
+    assert sorted(tuple(row) for row in by_source.collect()) == by_read
+
+
+def table(folder: Path) -> dict[str, dict[str, Any]]:
+    found = ds.dataset(folder, format="parquet", ignore_prefixes=["_", "."]).to_table().to_pylist()
+    by_path = {row["path"]: row for row in found}
+    assert len(by_path) == len(found)
+    return by_path
+
+
+@pytest.fixture
+def extracted(spark: SparkSession, two_shards: Path, tmp_path: Path) -> Iterator[Callable]:
+    """Extracts the shards once more."""
+
+    def run() -> Any:
+        options = {**OPTIONS, "format": "webdataset", "keep": ["json", "cls"]}
+        return extract(str(two_shards), tmp_path / "dest", spark=spark, **options)
+
+    yield run
+
+
+def test_a_damaged_shard_is_reported_and_then_mended(
+    extracted: Callable[[], Any], two_shards: Path, tmp_path: Path
+) -> None:
+    dest, shard = tmp_path / "dest", two_shards / "0.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    first = extracted()
+    assert first.errors == {"corrupt": 1} and first.nulls == 0
+    assert 4 < first.features < 10 and first.found == first.features + 1
+    (error,) = table(dest / "_errors").values()
+    assert error["path"] == f"file:{shard}"
+    assert f"is damaged after {first.features - 4} samples" in error["error"]
+    again = extracted()
+    assert (again.done_before, again.features, again.errors) == (first.found, 0, {})
+
+    shard.write_bytes(whole)
+    mended = extracted()
+    assert (mended.found, mended.errors, mended.features) == (10, {}, 6)
+    done = table(dest)
+    assert set(done) == {f"sample{number:03}" for number in range(10)}
+    assert done["sample003"]["json"] == '{"number": 3}' and done["sample003"]["cls"] == "3"
+    assert table(dest / "_errors") == {}
+    assert extracted().features == 0
+
+
+def test_a_shard_that_was_damaged_from_its_start(
+    extracted: Callable[[], Any], two_shards: Path, tmp_path: Path
+) -> None:
+    """No sample of it was done, so that its error is all that there is to take out."""
+    shard = two_shards / "0.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(b"")
+    assert extracted().errors == {"corrupt": 1}
+    shard.write_bytes(whole)
+    assert extracted().features == 6
+    assert table(tmp_path / "dest" / "_errors") == {}
+
+
+def test_a_sample_without_an_image_is_a_null(spark: SparkSession, tmp_path: Path) -> None:
+    samples = [sample(0), {"__key__": "text", "txt": "no image"}]
+    write_shard(tmp_path / "shards" / "a.tar", samples)
+    report = extract(
+        tmp_path / "shards", tmp_path / "dest", spark=spark, format="webdataset", **OPTIONS
+    )
+    assert (report.found, report.features, report.nulls, report.errors) == (2, 1, 1, {})
+
+
+def test_keys_that_are_there_twice(spark: SparkSession, tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        write_shard(tmp_path / "shards" / name, [sample(0)])
+    with pytest.raises(OptionError, match="the key 'sample000' is there 2 times"):
+        extract(tmp_path / "shards", tmp_path / "dest", spark=spark, format="webdataset", **OPTIONS)
+
+
+def test_members_that_cannot_be_kept(spark: SparkSession, two_shards: Path, tmp_path: Path) -> None:
+    for name in ("jpg", "path"):
+        with pytest.raises(OptionError, match=f"keep='{name}' is not valid"):
+            options = {**OPTIONS, "format": "webdataset", "keep": name}
+            extract(two_shards, tmp_path / "dest", spark=spark, **options)
