@@ -138,7 +138,8 @@ class _LocalStore:
         return open(existing_path(path), "rb")  # noqa: SIM115
 
     def entry(self, path: str) -> Entry:
-        return self._entry(os.path.abspath(existing_path(path)))
+        os.lstat(plain := existing_path(path))
+        return self._entry(os.path.abspath(plain))
 
     def entries(self, folder: str) -> Iterator[Entry]:
         with os.scandir(existing_path(folder)) as found:
@@ -149,8 +150,8 @@ class _LocalStore:
         name, uri = os.path.basename(path), f"file:{path}"  # as Spark's binaryFile has it
         try:
             status = os.stat(path)
-        except FileNotFoundError:
-            if os.path.islink(path):
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):  # or it was deleted just now
                 return Entry(uri, name, "dangling")
             raise
         if stat.S_ISDIR(status.st_mode):

@@ -8,8 +8,11 @@ it themselves, once. No thread is started before the fork.
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 if __name__ == "__main__":
-    from pyspark.daemon import manager
+    from pyspark import daemon
 
     from imagevec.engines import backend
     from imagevec.options import ENGINES
@@ -18,5 +21,15 @@ if __name__ == "__main__":
     for name in ENGINES:
         if backend(name).is_available() and not backend(name).BUILDS_MODULE:
             backend(name).preload()
+    work = daemon.worker
+
+    def quiet_worker(*arguments: Any) -> int:
+        """PySpark's, which prints a traceback where the JVM has ended before it."""
+        try:
+            return work(*arguments)
+        except BrokenPipeError:
+            os._exit(1)
+
+    daemon.worker = quiet_worker  # type: ignore[assignment]
     freeze_heap()  # or the workers' garbage collector would walk it after each task, and copy it
-    manager()
+    daemon.manager()

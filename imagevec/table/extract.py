@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyspark.errors import AnalysisException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from imagevec import cache
@@ -36,7 +36,10 @@ from imagevec.table.sources import (
     FileSource,
     ShardSource,
     Sources,
+    Survey,
     TableSource,
+    check_keys,
+    found_in_keys,
 )
 
 if TYPE_CHECKING:
@@ -135,7 +138,8 @@ def extract(
     for name in ("on_error", "output"):
         if name in options:
             raise OptionError(f"{name} is not an option of extract: the table fixes it")
-    spark = spark or active_session()
+    if spark is None:
+        spark = src.sparkSession if isinstance(src, DataFrame) else active_session()
     check_has_jvm(spark)
     kept = (keep,) if isinstance(keep, str) else tuple(keep)
     with failures_in_words():
@@ -155,7 +159,14 @@ def extract(
             if overwrite:
                 table.clear()
             table.check(vectorizer.spec, (*OWN_COLUMNS, *kept))
-            done = _add_missing(source, table, lock, vectorizer, kept, progress)
+            try:
+                done = _add_missing(source, table, lock, vectorizer, kept, progress)
+            except BaseException:
+                with suppress(Exception):  # or the next run does it
+                    lock.check()
+                    table.publish(lock.run)
+                    table.remove_work()
+                raise
             table.remove_work()
     return ExtractReport(
         **done,
@@ -227,20 +238,19 @@ def _add_missing(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Returns the counts of ``ExtractReport``."""
-    found = source.prepare(f"{table.work}/listing")
-    if not found:
-        table.remove_work()
-        raise OptionError(f"there are no images{_passed_over(source.skipped)}")
+    source.prepare(f"{table.work}/listing")
     known = table.known()
-    total, pending = (found, None) if known is None else _pending(source, known, table)
+    survey, pending = _all(source) if known is None else _pending(source, known, table)
+    if not survey.found:
+        raise OptionError(f"there are no images{_passed_over(source.skipped)}")
     metrics = Metrics()
     errors: dict[str, int] = {}
-    if total:
-        rows = _computed(source.rows(pending), vectorizer, metrics, kept)
-        errors = _written(rows, table, lock, metrics, total, progress)
+    if survey.pending:
+        rows = _computed(source.rows(survey, pending), vectorizer, metrics, kept)
+        errors = _written(rows, table, lock, metrics, survey.pending, progress)
     return {
-        "found": found,
-        "done_before": found - total,
+        "found": survey.found,
+        "done_before": survey.found - survey.pending,
         "features": int(metrics.value.get("images", 0)),
         "nulls": errors.pop(_NULL, 0),
         "errors": errors,
@@ -255,27 +265,40 @@ def _passed_over(skipped: dict[str, int]) -> str:
     return f" ({', '.join(f'{count} {reason}' for reason, count in skipped.items())}){hint}"
 
 
-def _pending(source: Sources, known: DataFrame, table: Dest) -> tuple[int, DataFrame]:
-    """The keys to do. The rows of those that were done in another version are taken out.
+def _all(source: Sources) -> tuple[Survey, None]:
+    """Where nothing is known, every image is to do."""
+    found = source.keys().agg(*found_in_keys()).first()
+    assert found is not None, "an aggregate has a row"
+    check_keys(found.asDict())
+    return Survey(found["found"], found["partitions"], pending=found["found"]), None
+
+
+def _pending(source: Sources, known: DataFrame, table: Dest) -> tuple[Survey, DataFrame]:
+    """The keys to do, by one job. Rows that were done in another version are taken out.
 
     Returns:
-        How many there are, and their ``path``.
+        The survey, and a data frame with the ``path`` of each.
     """
     spark = known.sparkSession
     there = known.withColumnRenamed("version", "known_version").withColumn("is_known", F.lit(True))
-    keys = source.keys().join(there, "path", "left")
+    found, counts = Observation(), Observation()
+    keys = source.keys().observe(found, *found_in_keys()).join(there, "path", "left")
     is_changed = F.coalesce("is_known", F.lit(False))
     keys = keys.where(~is_changed | ~F.col("version").eqNullSafe(F.col("known_version")))
+    keys = keys.select("path", is_changed.alias("changed"))
+    keys = keys.observe(
+        counts, F.count("*").alias("pending"), F.count_if("changed").alias("changed")
+    )
     folder = f"{table.work}/pending"
-    keys.select("path", is_changed.alias("changed")).write.mode("overwrite").parquet(folder)
+    keys.write.mode("overwrite").parquet(folder)
+    check_keys(found.get)
+    survey = Survey(found.get["found"], found.get["partitions"], **counts.get)
     pending = spark.read.schema("path string, changed boolean").parquet(escaped(folder))
-    counts = pending.agg(F.count("*"), F.count_if("changed")).first()
-    assert counts is not None, "an aggregate has a row"
     mended = [(path,) for path in source.mended(known)]
-    if counts[1] or mended:
+    if survey.changed or mended:
         outdated = spark.createDataFrame(mended, "path string")
         table.take_out(outdated.union(pending.where("changed").select("path")))
-    return counts[0], pending
+    return survey, pending
 
 
 _NULL = "null"

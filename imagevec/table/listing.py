@@ -148,11 +148,12 @@ def glob_parts(src: str) -> list[str]:
         src = plain
     elif scheme_of(src) in ("http", "https") or not _GLOB.search(src.partition("?")[0]):
         return [src]  # a question mark begins a query there
-    head, names = "", src.split("/")
+    place, mark, query = (src, "", "") if scheme_of(src) == "file" else src.partition("?")
+    names = place.split("/")
     for number, name in enumerate(names):
         if _GLOB.search(name):
             head = "/".join(names[:number]) or ("/" if src.startswith("/") else ".")
-            return [head, *filter(None, names[number:])]
+            return [head + mark + query, *filter(None, names[number:])]
     return [src]
 
 

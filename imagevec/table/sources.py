@@ -11,13 +11,14 @@ import itertools
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 from pyarrow import parquet
-from pyspark.sql import Column, DataFrame, Row, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import BinaryType, StringType, StructType
 
@@ -50,23 +51,47 @@ IMAGE = "imagevec_image"
 SOURCE_ERROR = "imagevec_error"
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What the keys of a source are, in numbers.
+
+    Attributes:
+        found: Images.
+        partitions: That they lie in.
+        pending: Images to do.
+        changed: Those of them that were done in another version.
+    """
+
+    found: int
+    partitions: int
+    pending: int
+    changed: int = 0
+
+
+def found_in_keys() -> tuple[Column, ...]:
+    """Aggregates of ``Source.keys``: how a ``Survey`` begins, and what ``check_keys`` looks at."""
+    return (
+        F.coalesce(F.sum("count"), F.lit(0)).alias("found"),
+        F.coalesce(F.max("partition") + 1, F.lit(1)).alias("partitions"),
+        F.sum(F.when(F.col("path").isNull(), F.col("count"))).alias("nulls"),
+        F.max(F.struct("count", "path")).alias("most"),
+    )
+
+
 class Source(Protocol):
     """Images with keys."""
 
-    def prepare(self, folder: str) -> int:
-        """Writes to a folder what is to be the same whenever it is asked for.
-
-        Returns:
-            How many images there are.
-
-        Raises:
-            OptionError: A key is null, or not unique.
-        """
+    def prepare(self, folder: str) -> None:
+        """Writes to a folder what is to be the same whenever it is asked for."""
 
     def keys(self) -> DataFrame:
-        """``path`` and ``version`` of each image: strings. Changed images have another version."""
+        """A row for each key.
 
-    def rows(self, pending: DataFrame | None) -> DataFrame:
+        The columns are ``path``, ``version`` (a string, another one where an image has changed),
+        ``count`` of the images with this key, and the number of the last ``partition`` with one.
+        """
+
+    def rows(self, survey: Survey, pending: DataFrame | None) -> DataFrame:
         """The images of the keys in ``pending``, or all, in partitions that make good tasks.
 
         The columns are ``path``, ``length``, ``modificationTime``, ``version``, ``IMAGE`` (of a
@@ -93,8 +118,8 @@ class FileSource:
         self._list = functools.partial(list_files, src, recursive=recursive, pattern=pattern)
         self.skipped: Counter[str] = Counter()
 
-    def prepare(self, folder: str) -> int:
-        found = 0
+    def prepare(self, folder: str) -> None:
+        self._size = 0
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary) / "files.parquet"
             with parquet.ParquetWriter(file, _LISTING) as writer:
@@ -104,19 +129,18 @@ class FileSource:
                     images = [file for file in chunk if not file.skipped]
                     rows = [dict(zip(_LISTING.names, file, strict=False)) for file in images]
                     writer.write_batch(pa.RecordBatch.from_pylist(rows, _LISTING))
-                    found += len(images)
+                    self._size += sum(max(file.length, _LEAST_BYTES) for file in images)
             upload(self._spark, file, f"{folder}/{file.name}")
         schema = "path string, length bigint, modified bigint"
         self._listing = self._spark.read.schema(schema).parquet(escaped(folder))
-        return found
 
     def keys(self) -> DataFrame:
-        return self._files().select("path", "version")
+        one, first = F.lit(1).alias("count"), F.lit(0).alias("partition")
+        return self._files().select("path", "version", one, first)
 
-    def rows(self, pending: DataFrame | None) -> DataFrame:
-        rows = _of_keys(self._files(), pending).withColumn(IMAGE, F.col("path"))
-        counted = rows.agg(F.sum(F.greatest("length", F.lit(_LEAST_BYTES)))).first()
-        size = (counted[0] if counted else None) or 0
+    def rows(self, survey: Survey, pending: DataFrame | None) -> DataFrame:
+        rows = _of_keys(self._files(), survey, pending).withColumn(IMAGE, F.col("path"))
+        size = self._size * survey.pending / survey.found
         # By the path: a partition that is computed again, after a crash, holds the same files.
         cores = self._spark.sparkContext.defaultParallelism
         return rows.repartition(_number_of_tasks(size, cores), "path")
@@ -169,32 +193,14 @@ class TableSource:
             self._version = F.hex(F.xxhash64(self._image))
         self._length = _length_of(self._image, kind)
 
-    def prepare(self, folder: str) -> int:
-        """One job, which reads the keys alone."""
-        keys = self._df.select(self._key.alias("path"), F.spark_partition_id().alias("partition"))
-        keys = keys.groupBy("path").agg(F.count("*").alias("count"), F.max("partition").alias("p"))
-        found = keys.agg(
-            F.sum("count").alias("rows"),
-            F.max("p").alias("last_partition"),
-            F.sum(F.when(F.col("path").isNull(), F.col("count"))).alias("nulls"),
-            F.max(F.struct("count", "path")).alias("most"),
-        ).first()
-        assert found is not None, "an aggregate has a row"
-        self._count = found["rows"] or 0
-        self._partitions = (found["last_partition"] or 0) + 1
-        if found["nulls"]:
-            raise OptionError(
-                f"{found['nulls']:,} of {self._count:,} rows have no key: "
-                "choose another key, or leave them out with where"
-            )
-        if self._count:
-            _check_unique(found["most"])
-        return self._count
+    def prepare(self, folder: str) -> None:
+        pass  # it is the same, as far as Spark knows
 
     def keys(self) -> DataFrame:
-        return self._df.select(self._key.alias("path"), self._version.alias("version"))
+        path, version = self._key.alias("path"), self._version.alias("version")
+        return _counted(self._df.select(path, version, F.spark_partition_id().alias("partition")))
 
-    def rows(self, pending: DataFrame | None) -> DataFrame:
+    def rows(self, survey: Survey, pending: DataFrame | None) -> DataFrame:
         rows = self._df.select(
             self._key.alias("path"),
             self._length.alias("length"),
@@ -204,10 +210,10 @@ class TableSource:
             F.lit(None).cast("string").alias(SOURCE_ERROR),
             *self._kept,
         )
-        count = self._count if pending is None else pending.count()
-        rows = _of_keys(rows, pending)
-        if count > self._partitions * _TASK_ROWS:  # so many rows of a partition are small ones
-            return rows.repartition(math.ceil(count / _TASK_ROWS), "path")
+        rows = _of_keys(rows, survey, pending)
+        # So many rows of a partition are small ones, which cost little to move.
+        if survey.pending > survey.partitions * _TASK_ROWS:
+            return rows.repartition(math.ceil(survey.pending / _TASK_ROWS), "path")
         return rows
 
     def mended(self, known: DataFrame) -> list[str]:
@@ -243,19 +249,15 @@ class ShardSource:
         self._shards = shards(src, recursive)
         self._members = tuple(keep)
 
-    def prepare(self, folder: str) -> int:
+    def prepare(self, folder: str) -> None:
         read_shards(self._spark, self._shards, images=False).write.mode("overwrite").parquet(folder)
         self._keys = self._spark.read.parquet(escaped(folder)).select(_path_of_sample(), "__url__")
-        counts = self._keys.groupBy("path").count().select(F.struct("count", "path").alias("key"))
-        found = counts.agg(F.sum("key.count").alias("rows"), F.max("key").alias("most")).first()
-        assert found is not None, "an aggregate has a row"
-        _check_unique(found["most"])
-        return int(found["rows"])
 
     def keys(self) -> DataFrame:
-        return self._with_version(self._keys).select("path", "version")
+        keys = self._with_version(self._keys).withColumn("partition", F.lit(0))
+        return _counted(keys.select("path", "version", "partition"))
 
-    def rows(self, pending: DataFrame | None) -> DataFrame:
+    def rows(self, survey: Survey, pending: DataFrame | None) -> DataFrame:
         samples = read_shards(self._spark, self._shards, self._members)
         rows = self._with_version(samples.withColumn("path", _path_of_sample())).select(
             "path",
@@ -266,7 +268,7 @@ class ShardSource:
             F.col("error").alias(SOURCE_ERROR),
             *[F.col(quoted(name)) for name in self._members],
         )
-        return _of_keys(rows, pending)
+        return _of_keys(rows, survey, pending)
 
     def mended(self, known: DataFrame) -> list[str]:
         """Shards that were damaged, and are whole."""
@@ -286,12 +288,20 @@ class ShardSource:
 Sources = FileSource | TableSource | ShardSource
 
 
-def _of_keys(rows: DataFrame, pending: DataFrame | None) -> DataFrame:
+def _counted(keys: DataFrame) -> DataFrame:
+    return keys.groupBy("path").agg(
+        F.max("version").alias("version"),
+        F.count("*").alias("count"),
+        F.max("partition").alias("partition"),
+    )
+
+
+def _of_keys(rows: DataFrame, survey: Survey, pending: DataFrame | None) -> DataFrame:
     """Those of the keys. Few keys go to the rows; with many, Spark moves both by the key."""
     if pending is None:
         return rows
     keys = pending.select("path")
-    few = pending.count() <= _MAX_BROADCAST_KEYS
+    few = survey.pending <= _MAX_BROADCAST_KEYS
     return rows.join(F.broadcast(keys) if few else keys, "path", "left_semi")
 
 
@@ -299,7 +309,7 @@ def _path_of_sample() -> Column:
     return F.coalesce("__key__", "__url__").alias("path")
 
 
-def _number_of_tasks(size: int, cores: int) -> int:
+def _number_of_tasks(size: float, cores: int) -> int:
     """Of files that count for so many bytes."""
     for_all_cores = min(_TASKS_PER_CORE * cores, math.ceil(size / _SMALLEST_TASK_BYTES))
     return max(1, math.ceil(size / _TASK_BYTES), for_all_cores)
@@ -327,9 +337,16 @@ def _check_names(keep: Sequence[str]) -> None:
             raise OptionError(f"keep={name!r} is not valid: give it once")
 
 
-def _check_unique(most: Row) -> None:
-    """``count`` and ``path`` of the key that is there most often."""
-    if most["count"] > 1:
+def check_keys(found: Mapping[str, Any]) -> None:
+    """Raises ``OptionError`` unless each key names one image, by ``found_in_keys``."""
+    if found["nulls"]:
         raise OptionError(
-            f"the key {most['path']!r} is there {most['count']:,} times: choose one that is unique"
+            f"{found['nulls']:,} of {found['found']:,} rows have no key: "
+            "choose another key, or leave them out with where"
+        )
+    most = found["most"]
+    if most is not None and most["count"] > 1:
+        raise OptionError(
+            f"the key {most['path']!r} is there {most['count']:,} times: "
+            "choose one that is unique, or make one in a data frame"
         )

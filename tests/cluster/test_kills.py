@@ -27,9 +27,9 @@ from tests.helpers.images import encode, photo
 from tests.helpers.stops import CUT_OFF
 
 WAIT_SECONDS = 180
-IMAGES = 300
+IMAGES = 400
 SEED = 11
-VICTIMS = ["worker"] * 9 + ["tree"] * 4 + ["driver"] * 4 + ["jvm"] * 3
+VICTIMS = ["worker"] * 13 + ["tree"] * 2 + ["driver"] * 3 + ["jvm"] * 2
 # So slow that all the kills come before the end, however fast the machine is.
 PAUSE_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 2.5
