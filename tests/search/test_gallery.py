@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from imagevec import OptionError
+from imagevec.errors import IMAGE_ERROR_CODES
 from imagevec.search.gallery import write_gallery
 from imagevec.search.neighbours import nearest
 from tests.helpers.images import opened
@@ -140,7 +141,7 @@ def test_a_file_that_has_gone_or_is_bad_has_a_placeholder(tmp_path):
     assert "problem" not in good
     assert "thumbnail" not in bad
     assert "not an image" in bad["problem"]
-    assert gone["problem"] == "the path or URI cannot be read"
+    assert gone["problem"] == IMAGE_ERROR_CODES["unreadable_path"]
 
 
 def test_a_page_is_as_large_as_its_thumbnails(tmp_path):

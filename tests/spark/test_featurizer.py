@@ -66,6 +66,7 @@ VALUES: dict[str, Any] = {
     "maxPixels": 1000,
     "formats": ["PNG"],
     "allowedRoots": ["/photos"],
+    "readTimeoutSeconds": 30,
     "decode": "scaled",
     "onError": "raise",
     "isolate": True,

@@ -10,7 +10,16 @@ from pyspark.sql import DataFrame, SparkSession
 
 from imagevec import OptionError
 from imagevec.table import sources
-from imagevec.table.sources import IMAGE, SOURCE_ERROR, FileSource, TableSource
+from imagevec.table.sources import (
+    IMAGE,
+    SOURCE_ERROR,
+    FileSource,
+    Source,
+    Survey,
+    TableSource,
+    check_keys,
+    found_in_keys,
+)
 
 MEGABYTE = 1 << 20
 
@@ -40,6 +49,13 @@ def files(tmp_path: Path) -> Path:
     return folder
 
 
+def survey_of(source: Source) -> Survey:
+    """Where all is to do."""
+    found = source.keys().agg(*found_in_keys()).collect()[0].asDict()
+    check_keys(found)
+    return Survey(found["found"], found["partitions"], pending=found["found"])
+
+
 def parts(rows: DataFrame) -> list[set[str]]:
     return [{row.path for row in part} for part in rows.rdd.glom().collect()]
 
@@ -50,13 +66,15 @@ def test_files(
     monkeypatch.setattr(sources, "_TASK_BYTES", 10 * sources._LEAST_BYTES)
     monkeypatch.setattr(sources, "_LISTING_ROWS", 7)
     source = FileSource(spark, str(files), recursive=False, pattern=None)
-    assert source.prepare(str(tmp_path / "listing {y}")) == 60
+    source.prepare(str(tmp_path / "listing {y}"))
+    survey = survey_of(source)
+    assert survey.found == 60
     assert source.skipped == {"hidden": 1}
-    rows = source.rows(None)
+    rows = source.rows(survey, None)
     by_part = parts(rows)
     assert len(by_part) == 6
     # The same files, whenever a task is computed again.
-    assert parts(source.rows(None)) == by_part
+    assert parts(source.rows(survey, None)) == by_part
     found = {row.path: row for row in rows.collect()}
     path = files / "59.png"
     row = found[f"file:{path}"]
@@ -76,10 +94,12 @@ def test_only_what_is_to_be_done(
     """Whether few keys go to the rows, or rows and keys to one another."""
     monkeypatch.setattr(sources, "_MAX_BROADCAST_KEYS", most)
     source = FileSource(spark, str(files), recursive=False, pattern="[1-3].png")
-    assert source.prepare(str(tmp_path / "listing")) == 3
+    source.prepare(str(tmp_path / "listing"))
+    assert survey_of(source).found == 3
     keys = [f"file:{files}/1.png", f"file:{files}/3.png", "file:/gone.png"]
     pending = spark.createDataFrame([(key,) for key in keys], "path string")
-    assert set().union(*parts(source.rows(pending))) == set(keys[:2])
+    rows = source.rows(Survey(found=3, partitions=1, pending=2), pending)
+    assert set().union(*parts(rows)) == set(keys[:2])
 
 
 def table(df: DataFrame, **options: Any) -> TableSource:
@@ -88,18 +108,19 @@ def table(df: DataFrame, **options: Any) -> TableSource:
 
 
 def test_many_small_rows_of_a_few_partitions(
-    spark: SparkSession, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are spread by their keys; others stay where they are, and are not moved."""
     monkeypatch.setattr(sources, "_TASK_ROWS", 10)
     df = spark.range(0, 100, 1, 2).selectExpr("id", "CAST('x' AS binary) AS content")
     source = table(df)
-    assert source.prepare(str(tmp_path)) == 100
-    assert len(parts(source.rows(None))) == 10
+    survey = survey_of(source)
+    assert survey == Survey(found=100, partitions=2, pending=100)
+    assert len(parts(source.rows(survey, None))) == 10
     monkeypatch.setattr(sources, "_TASK_ROWS", 100)
-    assert len(parts(source.rows(None))) == 2
+    assert len(parts(source.rows(survey, None))) == 2
     one = spark.createDataFrame([("5",)], "path string")
-    assert set().union(*parts(source.rows(one))) == {"5"}
+    assert set().union(*parts(source.rows(Survey(100, 2, pending=1), one))) == {"5"}
 
 
 STRUCT = "struct<bytes: binary, path: string>"
@@ -128,8 +149,9 @@ def test_keys_and_lengths(
     length: int | None,
 ) -> None:
     source = table(spark.createDataFrame([row], schema), **options)
-    assert source.prepare("") == 1
-    (found,) = source.rows(None).collect()
+    survey = survey_of(source)
+    assert survey.found == 1
+    (found,) = source.rows(survey, None).collect()
     assert (found.path, found.length) == (path, length)
 
 
@@ -150,12 +172,12 @@ def test_versions(spark: SparkSession) -> None:
     assert len(set(versions(structs))) == 2
 
 
-def test_keys_must_be_unique_and_there(spark: SparkSession, tmp_path: Path) -> None:
+def test_keys_must_be_unique_and_there(spark: SparkSession) -> None:
     schema = "id string, content binary"
     twice = spark.createDataFrame([("a", b""), ("b", b""), ("a", b"x")], schema)
     with pytest.raises(OptionError, match="the key 'a' is there 2 times"):
-        table(twice).prepare(str(tmp_path))
+        survey_of(table(twice))
     nulls = spark.createDataFrame([(None, b"")] * 2 + [("b", b"")], schema)
     with pytest.raises(OptionError, match="2 of 3 rows have no key"):
-        table(nulls).prepare(str(tmp_path))
-    assert table(twice.limit(0)).prepare(str(tmp_path)) == 0
+        survey_of(table(nulls))
+    assert survey_of(table(twice.limit(0))).found == 0
