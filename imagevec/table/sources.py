@@ -31,7 +31,7 @@ from imagevec.table.webdataset import IMAGE_EXTENSIONS, read_shards, shards
 # What a task commits at a time: some seconds of a small model to some minutes of a large one.
 _TASK_BYTES = 64 << 20
 _TASK_ROWS = 10_000
-_SMALLEST_TASK_BYTES = 8 << 20
+_SMALLEST_TASK_BYTES = 2 << 20
 _LEAST_BYTES = 32 << 10  # that a file counts for: a small one is work, too
 _TASKS_PER_CORE = 3
 

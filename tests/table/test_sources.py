@@ -30,7 +30,7 @@ MEGABYTE = 1 << 20
         (0, 4, 1),
         (MEGABYTE, 4, 1),
         (100 * MEGABYTE, 4, 12),  # some for each core, so that they end at the same time
-        (100 * MEGABYTE, 64, 13),  # but none smaller than 8 MB
+        (100 * MEGABYTE, 64, 50),  # but none smaller than 2 MB
         (10_000 * MEGABYTE, 4, 157),  # and none larger than 64 MB
         (10**15, 4, 14_901_162),
     ],
