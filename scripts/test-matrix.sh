@@ -12,6 +12,7 @@ declare -A overlays=(
     [4-oldest]='pyspark[pandas_on_spark]==4.0.0 pandas==2.2.3 pyarrow==18.1.0 numpy==2.1.3'
     [4-newest]=''
 )
+of_tables=(tests/table/test_{provenance,sources,extract,dest,webdataset}.py)
 names=("$@")
 if [ "${#names[@]}" = 0 ]; then
     names=(3.5-oldest 3.5-newest 4-oldest 4-newest)
@@ -30,7 +31,7 @@ for name in "${names[@]}"; do
     echo "== $name: $(PYTHONPATH="$folder" .venv/bin/python -c '
 import numpy, pandas, pyarrow, pyspark
 print(*(f"{m.__name__} {m.__version__}" for m in (pyspark, pandas, pyarrow, numpy)), sep=", ")')"
-    PYTHONPATH="$PWD/$folder" .venv/bin/python -m pytest -q -W ignore tests/spark tests/table/test_provenance.py || failed+=("$name")
+    PYTHONPATH="$PWD/$folder" .venv/bin/python -m pytest -q -W ignore tests/spark "${of_tables[@]}" || failed+=("$name")
 done
 if [ "${#failed[@]}" -gt 0 ]; then
     echo "failed: ${failed[*]}" >&2

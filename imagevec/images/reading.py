@@ -106,6 +106,7 @@ def retried(path: str, action: Callable[[], T], timeout_seconds: float) -> T:
         UnsupportedURIError, OSError, ValueError: By what the path itself is, it cannot succeed.
     """
     deadline = time.monotonic() + timeout_seconds
+    answer: Exception | None = None  # the last one, which says more than that the time is up
     for tries in itertools.count(1):
         try:
             if scheme_of(path) == "file":
@@ -114,13 +115,15 @@ def retried(path: str, action: Callable[[], T], timeout_seconds: float) -> T:
         except Exception as error:  # of whatever type the store's library has
             if _is_of_the_path(error):
                 raise
+            if answer is None or not isinstance(error, _NoAnswerError):
+                answer = error
             again = min(_FIRST_PAUSE_SECONDS * 2 ** (tries - 1), _LONGEST_PAUSE_SECONDS)
             pause = again * random.uniform(0.5, 1.5)  # not all workers at the same time
             if isinstance(error, PermissionError | ImportError) or (
                 time.monotonic() + pause >= deadline
             ):
-                said = str(error) or type(error).__name__
-                raise ReadError(f"{path} cannot be read: {said} (tries: {tries})") from error
+                said = str(answer) or type(answer).__name__
+                raise ReadError(f"{path} cannot be read: {said} (tries: {tries})") from answer
         time.sleep(pause)
     raise AssertionError("it is tried until it succeeds or fails")
 
@@ -134,6 +137,10 @@ def _is_of_the_path(error: Exception) -> bool:
         return not isinstance(error, json.JSONDecodeError | UnicodeDecodeError | OSError)
     not_there = FileNotFoundError | IsADirectoryError | NotADirectoryError
     return isinstance(error, not_there | UnsupportedURIError)
+
+
+class _NoAnswerError(TimeoutError):
+    """An action took longer than it may."""
 
 
 def _within(seconds: float, action: Callable[[], T]) -> T:
@@ -153,7 +160,7 @@ def _within(seconds: float, action: Callable[[], T]) -> T:
     if failed:
         raise failed[0]
     if not done:
-        raise TimeoutError(f"no answer after {seconds:.0f} seconds")
+        raise _NoAnswerError(f"no answer after {seconds:.0f} seconds")
     return done[0]
 
 

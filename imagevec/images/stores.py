@@ -29,6 +29,7 @@ REQUEST_SECONDS = 60
 _ARROW_SCHEMES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "hdfs": "hdfs"}
 _NEED_FSSPEC = ("http", "https", "abfs", "abfss", "wasb", "wasbs")  # fsspec itself may lack some
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+_NOT_FOUND = (404, 410)  # of HTTP; fsspec knows the first one alone, and not everywhere
 _NO_SUCH_NAME = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
@@ -252,7 +253,7 @@ class _FsspecStore:
         try:
             data: bytes = self._client.cat_file(self._client._strip_protocol(path))
         except Exception as error:
-            if getattr(error, "status", None) == 410:  # HTTP's "gone"; fsspec knows 404
+            if getattr(error, "status", None) in _NOT_FOUND:
                 raise FileNotFoundError(f"{path} is gone") from error
             raise
         return data
@@ -262,7 +263,15 @@ class _FsspecStore:
 
     def entry(self, path: str) -> Entry:
         self._client.invalidate_cache()
-        return self._entry(self._client.info(path), path)
+        try:
+            info = self._client.info(path)
+        except FileNotFoundError as error:
+            # That of HTTP says so of any failure, a server that is down among them.
+            failure = error.__cause__
+            if failure is None or getattr(failure, "status", None) in _NOT_FOUND:
+                raise
+            raise failure from None
+        return self._entry(info, path)
 
     def entries(self, folder: str) -> Iterator[Entry]:
         self._client.invalidate_cache()  # what was there when it was last asked

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from pyspark.sql import functions as F
 
 from imagevec import cache
 from imagevec.errors import OptionError
+from imagevec.options import DEFAULTS, checked
 from imagevec.spark.hadoop import check_has_jvm
 from imagevec.spark.metrics import Metrics
 from imagevec.spark.sessions import active_session, failures_in_words, quoted
@@ -35,7 +36,7 @@ from imagevec.table.sources import (
     SOURCE_ERROR,
     FileSource,
     ShardSource,
-    Sources,
+    Source,
     Survey,
     TableSource,
     check_keys,
@@ -74,10 +75,10 @@ class ExtractReport:
     features: int
     errors: dict[str, int]
     nulls: int
-    skipped: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    fingerprint: str = ""
-    dest: str = ""
+    skipped: dict[str, int]
+    seconds: float
+    fingerprint: str
+    dest: str
 
 
 def extract(
@@ -141,11 +142,24 @@ def extract(
     if spark is None:
         spark = src.sparkSession if isinstance(src, DataFrame) else active_session()
     check_has_jvm(spark)
+    timeout_seconds = checked({**DEFAULTS, **options})["read_timeout_seconds"]
     kept = (keep,) if isinstance(keep, str) else tuple(keep)
     with failures_in_words():
         if not isinstance(src, DataFrame):
             check_outside(str(dest), str(src))
-        source = _source(spark, src, recursive, pattern, format, column, key, version, where, kept)
+        source = _source(
+            spark,
+            src,
+            recursive,
+            pattern,
+            format,
+            column,
+            key,
+            version,
+            where,
+            kept,
+            timeout_seconds,
+        )
         table = Dest(spark, str(dest))
         table.check_is_table()
         options["output"] = "struct"
@@ -187,17 +201,26 @@ def _source(
     version: str | None,
     where: str | None,
     keep: tuple[str, ...],
-) -> Sources:
+    timeout_seconds: float,
+) -> Source:
     is_frame = isinstance(src, DataFrame)
     is_files = not is_frame and format is None and column is None
     of_tables = {"key": key, "version": version, "where": where}
     of_files = {"recursive": recursive, "pattern": pattern}
     if is_files:
         _refuse(of_tables | {"keep": keep}, "a table: give its column, too")
-        return FileSource(spark, str(src), recursive=recursive, pattern=pattern)
+        return FileSource(
+            spark,
+            str(src),
+            recursive=recursive,
+            pattern=pattern,
+            timeout_seconds=timeout_seconds,
+        )
     if format == "webdataset":
         _refuse(of_tables | {"column": column, "pattern": pattern}, "other sources")
-        return ShardSource(spark, str(src), recursive=recursive, keep=keep)
+        return ShardSource(
+            spark, str(src), recursive=recursive, keep=keep, timeout_seconds=timeout_seconds
+        )
     _refuse(of_files, "files, not for a table")
     if column is None:
         raise OptionError("which column holds the images? give column")
@@ -230,7 +253,7 @@ def _refuse(given: dict[str, Any], whose: str) -> None:
 
 
 def _add_missing(
-    source: Sources,
+    source: Source,
     table: Dest,
     lock: Lock,
     vectorizer: ImageVectorizer,
@@ -240,7 +263,7 @@ def _add_missing(
     """Returns the counts of ``ExtractReport``."""
     source.prepare(f"{table.work}/listing")
     known = table.known()
-    survey, pending = _all(source) if known is None else _pending(source, known, table)
+    survey, pending = _everything(source) if known is None else _pending(source, known, table)
     if not survey.found:
         raise OptionError(f"there are no images{_passed_over(source.skipped)}")
     metrics = Metrics()
@@ -265,7 +288,7 @@ def _passed_over(skipped: dict[str, int]) -> str:
     return f" ({', '.join(f'{count} {reason}' for reason, count in skipped.items())}){hint}"
 
 
-def _all(source: Sources) -> tuple[Survey, None]:
+def _everything(source: Source) -> tuple[Survey, None]:
     """Where nothing is known, every image is to do."""
     found = source.keys().agg(*found_in_keys()).first()
     assert found is not None, "an aggregate has a row"
@@ -273,7 +296,7 @@ def _all(source: Sources) -> tuple[Survey, None]:
     return Survey(found["found"], found["partitions"], pending=found["found"]), None
 
 
-def _pending(source: Sources, known: DataFrame, table: Dest) -> tuple[Survey, DataFrame]:
+def _pending(source: Source, known: DataFrame, table: Dest) -> tuple[Survey, DataFrame]:
     """The keys to do, by one job. Rows that were done in another version are taken out.
 
     Returns:

@@ -12,7 +12,6 @@ from imagevec.errors import OptionError, ReadError
 from imagevec.images.reading import retried
 from imagevec.images.stores import (
     Entry,
-    Store,
     UnsupportedURIError,
     local_path,
     scheme_of,
@@ -21,7 +20,6 @@ from imagevec.images.stores import (
 from imagevec.options import DEFAULTS
 
 _GLOB = re.compile(r"[*?\[{]")
-_SECONDS = DEFAULTS["read_timeout_seconds"]
 
 
 class Listed(NamedTuple):
@@ -40,22 +38,30 @@ class Listed(NamedTuple):
     skipped: str | None = None
 
 
-def check_exists(src: str) -> None:
-    """Raises ``OptionError`` if nothing is there, without a look into folders."""
+def check_exists(src: str, timeout_seconds: float = DEFAULTS["read_timeout_seconds"]) -> None:
+    """Raises ``OptionError`` if nothing is there, without a look into folders.
+
+    Raises:
+        ReadError: The store does not say so within the time.
+    """
     base, *patterns = glob_parts(src)
     try:
-        retried(base, lambda: store_of(base).entry(base), _SECONDS)
+        retried(base, lambda: store_of(base).entry(base), timeout_seconds)
     except (UnsupportedURIError, OSError, ValueError) as error:
         what = (
             "does not exist" if isinstance(error, FileNotFoundError) else f"is no source: {error}"
         )
         raise OptionError(f"{src} {what}") from error
-    if patterns and not any(True for _ in _roots(src)):
+    if patterns and not any(True for _ in _roots(src, timeout_seconds)):
         raise OptionError(f"{src} matches nothing")
 
 
 def list_files(
-    src: str, *, recursive: bool = False, pattern: str | None = None
+    src: str,
+    *,
+    recursive: bool = False,
+    pattern: str | None = None,
+    timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
 ) -> Iterator[Listed]:
     """The files of a source, folder by folder; what is passed over, with the reason.
 
@@ -64,25 +70,22 @@ def list_files(
             ``{a,b}``; a folder that it matches is listed.
         recursive: Whether to go into subfolders, and through links to folders.
         pattern: A glob of file names: files with other names are left out, without a word.
+        timeout_seconds: For each folder of a store that does not answer.
 
     Raises:
         OptionError: The source does not exist.
         ReadError: A folder cannot be listed.
     """
-    store = store_of(src)
     is_wanted = matcher(pattern) if pattern else lambda name: True
-    for root in _roots(src):
+    for root in _roots(src, timeout_seconds):
         if root.kind == "folder":
-            yield from _files_in(store, root.path, recursive, is_wanted)
+            yield from _files_in(root.path, recursive, is_wanted, timeout_seconds)
         else:
             yield from _file(root, is_wanted)
 
 
 def _files_in(
-    store: Store,
-    folder: str,
-    recursive: bool,
-    is_wanted: Callable[[str], bool],
+    folder: str, recursive: bool, is_wanted: Callable[[str], bool], timeout_seconds: float
 ) -> Iterator[Listed]:
     waiting: list[tuple[str, tuple[str, ...]]] = [(folder, ())]
     while waiting:
@@ -92,7 +95,7 @@ def _files_in(
             if real in above:
                 continue  # a link that leads in a circle
             above = (*above, real)
-        for entry in _entries(store, path):
+        for entry in _entries(path, timeout_seconds):
             is_link = entry.path.rstrip("/") == path.rstrip("/")  # a web page's, to itself
             if entry.kind == "folder" and not is_link and _is_hidden(entry.name):
                 yield Listed(_printable(entry.path), skipped="hidden")
@@ -104,15 +107,15 @@ def _files_in(
                 yield from _file(entry, is_wanted)
 
 
-def _entries(store: Store, folder: str) -> Iterator[Entry]:
+def _entries(folder: str, timeout_seconds: float) -> Iterator[Entry]:
     # Local folders are read as they come; of stores, one answer may hold up to a folder.
     if scheme_of(folder) == "file":
         try:
-            yield from store.entries(folder)
+            yield from store_of(folder).entries(folder)
         except OSError as error:
             raise ReadError(f"{folder} cannot be listed: {error}") from error
     else:
-        yield from retried(folder, lambda: list(store.entries(folder)), _SECONDS)
+        yield from retried(folder, lambda: list(store_of(folder).entries(folder)), timeout_seconds)
 
 
 def _file(entry: Entry, is_wanted: Callable[[str], bool]) -> Iterator[Listed]:
@@ -157,18 +160,17 @@ def glob_parts(src: str) -> list[str]:
     return [src]
 
 
-def _roots(src: str) -> Iterator[Entry]:
+def _roots(src: str, timeout_seconds: float) -> Iterator[Entry]:
     """The files and folders that a source names."""
     base, *patterns = glob_parts(src)
-    store = store_of(src)
     try:
-        found = [retried(base, lambda: store.entry(base), _SECONDS)]
+        found = [retried(base, lambda: store_of(base).entry(base), timeout_seconds)]
     except FileNotFoundError as error:
         raise OptionError(f"{src} does not exist") from error
     for pattern in patterns:
         matches = matcher(pattern)
         inside = itertools.chain.from_iterable(
-            _entries(store, folder.path) for folder in found if folder.kind == "folder"
+            _entries(folder.path, timeout_seconds) for folder in found if folder.kind == "folder"
         )
         found = sorted(
             entry

@@ -145,8 +145,9 @@ def _refuse_if_alive(owner: Owner, path: str) -> None:
         if not any(map(_is_alive, owner.processes)):
             return
     if owner.age_seconds < STALE_SECONDS:
+        age = max(owner.age_seconds, 0)  # the clocks may differ
         raise ImageVecError(
-            f"{path} is locked by {owner}, which said so {max(owner.age_seconds, 0):.0f} s ago: "
+            f"{path} is locked by {owner}, whose last heartbeat was {age:.0f} s ago: "
             f"wait until it ends; if it was killed, wait {STALE_SECONDS:.0f} s"
         )
 

@@ -74,7 +74,8 @@ def found_in_keys() -> tuple[Column, ...]:
         F.coalesce(F.sum("count"), F.lit(0)).alias("found"),
         F.coalesce(F.max("partition") + 1, F.lit(1)).alias("partitions"),
         F.sum(F.when(F.col("path").isNull(), F.col("count"))).alias("nulls"),
-        F.max(F.struct("count", "path")).alias("most"),
+        F.max("count").alias("most"),
+        F.max_by("path", "count").alias("most_frequent"),  # no struct: 3.5 observes none
     )
 
 
@@ -110,12 +111,23 @@ class FileSource:
     """Image files. The driver lists them to a file, a few at a time; workers read their paths."""
 
     def __init__(
-        self, spark: SparkSession, src: str, *, recursive: bool, pattern: str | None
+        self,
+        spark: SparkSession,
+        src: str,
+        *,
+        recursive: bool,
+        pattern: str | None,
+        timeout_seconds: float,
     ) -> None:
-        check_exists(src)
+        check_exists(src, timeout_seconds)
         self._spark = spark
-        self._src = src
-        self._list = functools.partial(list_files, src, recursive=recursive, pattern=pattern)
+        self._list = functools.partial(
+            list_files,
+            src,
+            recursive=recursive,
+            pattern=pattern,
+            timeout_seconds=timeout_seconds,
+        )
         self.skipped: Counter[str] = Counter()
 
     def prepare(self, folder: str) -> None:
@@ -238,7 +250,13 @@ class ShardSource:
     """Samples in shards of WebDataset. A shard that is damaged has a row of its own."""
 
     def __init__(
-        self, spark: SparkSession, src: str, *, recursive: bool, keep: Sequence[str]
+        self,
+        spark: SparkSession,
+        src: str,
+        *,
+        recursive: bool,
+        keep: Sequence[str],
+        timeout_seconds: float,
     ) -> None:
         for name in keep:
             if name in IMAGE_EXTENSIONS:
@@ -246,11 +264,14 @@ class ShardSource:
         _check_names(keep)
         self.skipped: dict[str, int] = {}
         self._spark = spark
-        self._shards = shards(src, recursive)
+        self._shards = shards(src, recursive, timeout_seconds)
+        self._read = functools.partial(
+            read_shards, spark, self._shards, timeout_seconds=timeout_seconds
+        )
         self._members = tuple(keep)
 
     def prepare(self, folder: str) -> None:
-        read_shards(self._spark, self._shards, images=False).write.mode("overwrite").parquet(folder)
+        self._read(images=False).write.mode("overwrite").parquet(folder)
         self._keys = self._spark.read.parquet(escaped(folder)).select(_path_of_sample(), "__url__")
 
     def keys(self) -> DataFrame:
@@ -258,7 +279,7 @@ class ShardSource:
         return _counted(keys.select("path", "version", "partition"))
 
     def rows(self, survey: Survey, pending: DataFrame | None) -> DataFrame:
-        samples = read_shards(self._spark, self._shards, self._members)
+        samples = self._read(self._members)
         rows = self._with_version(samples.withColumn("path", _path_of_sample())).select(
             "path",
             F.octet_length("image").cast("long").alias("length"),
@@ -283,9 +304,6 @@ class ShardSource:
         versions = [(shard.path, f"{shard.length}:{shard.modified}") for shard in self._shards]
         of_shards = self._spark.createDataFrame(versions, "__url__ string, version string")
         return samples.join(F.broadcast(of_shards), "__url__")
-
-
-Sources = FileSource | TableSource | ShardSource
 
 
 def _counted(keys: DataFrame) -> DataFrame:
@@ -344,9 +362,8 @@ def check_keys(found: Mapping[str, Any]) -> None:
             f"{found['nulls']:,} of {found['found']:,} rows have no key: "
             "choose another key, or leave them out with where"
         )
-    most = found["most"]
-    if most is not None and most["count"] > 1:
+    if (found["most"] or 0) > 1:
         raise OptionError(
-            f"the key {most['path']!r} is there {most['count']:,} times: "
+            f"the key {found['most_frequent']!r} is there {found['most']:,} times: "
             "choose one that is unique, or make one in a data frame"
         )

@@ -106,16 +106,19 @@ class _Reader(DataSourceReader):
         return batches(partition.value, self._members)
 
 
-def shards(src: str, recursive: bool = False) -> list[Listed]:
+def shards(
+    src: str, recursive: bool = False, timeout_seconds: float = DEFAULTS["read_timeout_seconds"]
+) -> list[Listed]:
     """The shards of a source, by name.
 
     Raises:
         OptionError: It does not exist, or has none.
+        ReadError: It cannot be listed within the time.
     """
     if not src:
         raise OptionError("webdataset needs a path: .load('shards/')")
-    check_exists(src)
-    listed = list_files(src, recursive=recursive, pattern=SHARDS)
+    check_exists(src, timeout_seconds)
+    listed = list_files(src, recursive=recursive, pattern=SHARDS, timeout_seconds=timeout_seconds)
     found = sorted(file for file in listed if file.skipped is None)
     if not found:
         raise OptionError(f"{src} has no shards: their names end in .tar, .tar.gz or .tgz")
@@ -129,7 +132,11 @@ def schema(members: Sequence[str] = ()) -> str:
 
 
 def read_shards(
-    spark: SparkSession, found: list[Listed], members: tuple[str, ...] = (), images: bool = True
+    spark: SparkSession,
+    found: list[Listed],
+    members: tuple[str, ...] = (),
+    images: bool = True,
+    timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
 ) -> DataFrame:
     """The rows of some shards; without ``images``, the images are null, and are not read."""
     paths = [shard.path for shard in found]
@@ -137,7 +144,7 @@ def read_shards(
     def rows(frames: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for frame in frames:
             for number in frame.column(0).to_pylist():
-                yield from batches(paths[number], members, images)
+                yield from batches(paths[number], members, images, timeout_seconds)
 
     # A partition has one number, of one shard.
     numbers = spark.range(0, len(paths), 1, len(paths))
@@ -145,7 +152,10 @@ def read_shards(
 
 
 def batches(
-    shard: str, members: tuple[str, ...] = (), images: bool = True
+    shard: str,
+    members: tuple[str, ...] = (),
+    images: bool = True,
+    timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
 ) -> Iterator[pa.RecordBatch]:
     """The rows of one shard, a few at a time.
 
@@ -158,7 +168,7 @@ def batches(
     )
     rows: list[dict[str, Any]] = []
     size = 0
-    for row in _rows(shard, members, images):
+    for row in _rows(shard, members, images, timeout_seconds):
         rows.append(row)
         size += len(row.get("image") or b"")
         if len(rows) == _BATCH_ROWS or size >= _BATCH_BYTES:
@@ -168,11 +178,12 @@ def batches(
         yield pa.RecordBatch.from_pylist(rows, schema=arrow)
 
 
-def _rows(shard: str, members: tuple[str, ...], images: bool) -> Iterator[dict[str, Any]]:
-    seconds = DEFAULTS["read_timeout_seconds"]
+def _rows(
+    shard: str, members: tuple[str, ...], images: bool, timeout_seconds: float
+) -> Iterator[dict[str, Any]]:
     count = 0
     try:
-        file = retried(shard, lambda: store_of(shard).open(shard), seconds)
+        file = retried(shard, lambda: store_of(shard).open(shard), timeout_seconds)
         with closing(file):
             for row in _samples(_members_of(file, members, images), members):
                 count += 1

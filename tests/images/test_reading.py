@@ -506,3 +506,19 @@ print(len(read({str(tmp_path / "a.png")!r})))
     assert message.startswith(f"{path} cannot be read: ")
     assert UNREACHABLE[uri] in message
     assert int(length) == len(PNG)
+
+
+def test_what_a_store_last_said_is_reported() -> None:
+    """And not that the time was up while it was asked again."""
+    asked = []
+
+    def busy_then_silent() -> bytes:
+        asked.append(1)
+        if len(asked) > 1:
+            threading.Event().wait(5)
+        raise OSError("SLOW_DOWN")
+
+    with pytest.raises(ReadError, match="x.png cannot be read: SLOW_DOWN") as raised:
+        retried("s3://bucket/x.png", busy_then_silent, timeout_seconds=0.8)
+    assert isinstance(raised.value.__cause__, OSError)
+    assert len(asked) > 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from pyspark.sql import SparkSession
 
 from imagevec.errors import OptionError, ReadError
 from imagevec.images import stores
+from imagevec.table import listing
 from imagevec.table.listing import Listed, check_exists, glob_parts, list_files, matcher
 
 PIECES = st.one_of(
@@ -202,3 +205,24 @@ def test_a_folder_that_cannot_be_listed(files: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(stores.os, "scandir", refuse)
     with pytest.raises(ReadError, match="cannot be listed: .*Permission denied"):
         found(files)
+
+
+def test_how_long_a_store_may_take_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.filesystem("memory").pipe("/listed/sub/a.png", b"x")
+    given = []
+
+    def spy(path: str, action: Callable[[], Any], seconds: float) -> Any:
+        given.append(seconds)
+        return action()
+
+    monkeypatch.setattr(listing, "retried", spy)
+    (file,) = list_files("memory://listed/", recursive=True, timeout_seconds=7)
+    assert file.path.endswith("sub/a.png") and file.length == 1
+    assert given == [7] * 3  # the source, and two folders
+
+
+def test_a_store_that_does_not_answer_is_no_missing_source() -> None:
+    with socket.socket() as taken:  # bound, and not listening
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(ReadError, match="photos/ cannot be read"):
+            check_exists(f"http://127.0.0.1:{taken.getsockname()[1]}/photos/", timeout_seconds=1)

@@ -107,7 +107,7 @@ def test_it_is_given_back_after_a_failure() -> None:
 def test_one_that_lives_is_left_alone(host: str, age_seconds: float) -> None:
     there = owner(host=host, processes=(os.getpid(),) * 2, beat=time.time() - age_seconds)
     folder = FakeFolder(text_of(there))
-    said = "/table is locked by process .* of somebody on .*: wait until it ends"
+    said = "/table is locked by process .* of somebody on .*, whose last heartbeat .*: wait until"
     with pytest.raises(ImageVecError, match=said), lock_of(folder).held():
         raise AssertionError("it is not ours")
     assert folder.files == {FILE: text_of(there)}

@@ -65,7 +65,7 @@ def test_files(
 ) -> None:
     monkeypatch.setattr(sources, "_TASK_BYTES", 10 * sources._LEAST_BYTES)
     monkeypatch.setattr(sources, "_LISTING_ROWS", 7)
-    source = FileSource(spark, str(files), recursive=False, pattern=None)
+    source = FileSource(spark, str(files), recursive=False, pattern=None, timeout_seconds=1)
     source.prepare(str(tmp_path / "listing {y}"))
     survey = survey_of(source)
     assert survey.found == 60
@@ -93,7 +93,7 @@ def test_only_what_is_to_be_done(
 ) -> None:
     """Whether few keys go to the rows, or rows and keys to one another."""
     monkeypatch.setattr(sources, "_MAX_BROADCAST_KEYS", most)
-    source = FileSource(spark, str(files), recursive=False, pattern="[1-3].png")
+    source = FileSource(spark, str(files), recursive=False, pattern="[1-3].png", timeout_seconds=1)
     source.prepare(str(tmp_path / "listing"))
     assert survey_of(source).found == 3
     keys = [f"file:{files}/1.png", f"file:{files}/3.png", "file:/gone.png"]
