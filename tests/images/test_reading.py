@@ -23,7 +23,7 @@ from PIL import Image
 from imagevec import ImageError, ImageVectorizer, MissingExtraError, OptionError, ReadError
 from imagevec.images import reading
 from imagevec.images.prepare import load
-from imagevec.images.reading import read, read_ahead
+from imagevec.images.reading import read, read_ahead, retried
 from imagevec.images.stores import UnsupportedURIError
 from imagevec.images.values import Value
 from tests.helpers.images import encode, photo
