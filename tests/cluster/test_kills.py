@@ -112,14 +112,18 @@ def strike(process: subprocess.Popen[bytes], victim: str, chance: random.Random)
     if victim == "tree":
         kill_tree(process)
         return
-    found: list[psutil.Process] = []
+    which = chance.random()
 
-    def is_there() -> bool:
-        found[:] = processes(process, victim)
+    def killed() -> bool:
+        try:
+            found = sorted(processes(process, victim), key=lambda one: one.pid)
+            if found:
+                found[int(which * len(found))].kill()
+        except psutil.NoSuchProcess:  # it ended meanwhile
+            return False
         return bool(found)
 
-    wait_for(process, is_there)
-    chance.choice(sorted(found, key=lambda one: one.pid)).kill()
+    wait_for(process, killed)
     if victim != "worker":
         process.wait(WAIT_SECONDS)
 
@@ -194,9 +198,15 @@ def test_kills_while_changed_files_are_replaced(tmp_path: Path) -> None:
     assert_right(dest, 2 * FILES_PER_TASK)
 
 
+def is_executor(process: psutil.Process) -> bool:
+    try:
+        return "CoarseGrainedExecutorBackend" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it ended meanwhile, or is about to
+        return False
+
+
 def executors() -> list[psutil.Process]:
-    below = psutil.Process().children(recursive=True)
-    return [one for one in below if "CoarseGrainedExecutorBackend" in " ".join(one.cmdline())]
+    return [one for one in psutil.Process().children(recursive=True) if is_executor(one)]
 
 
 def test_an_executor_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,13 +112,19 @@ def store() -> Iterator[tuple[int, Trouble]]:
 def session(store: tuple[int, Trouble]) -> Iterator[SparkSession]:
     """Its workers, and this process, know the store by their environment."""
     port, _ = store
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "any",
+        "AWS_SECRET_ACCESS_KEY": "any",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    # A JVM of an earlier test, which goes on, has the environment that it was started with.
+    conf = {f"spark__executorEnv__{name}": value for name, value in environment.items()}
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SPARK_LOCAL_IP", "127.0.0.1")
-        patched.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patched.setenv("AWS_ACCESS_KEY_ID", "any")
-        patched.setenv("AWS_SECRET_ACCESS_KEY", "any")
-        patched.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        with session_of("local[2]") as spark:
+        for name, value in environment.items():
+            patched.setenv(name, value)
+        with session_of("local[2]", **conf) as spark:
             yield spark
 
 
