@@ -5,6 +5,9 @@ export PYSPARK_PYTHON := $(abspath $(PYTHON))
 export PYSPARK_DRIVER_PYTHON := $(abspath $(PYTHON))
 unexport SPARK_HOME
 
+# A file's tests run in one process: they share a session, and what it costs to start one.
+IN_TWO = -n 2 --dist loadfile
+
 WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
 
 .DEFAULT_GOAL := help
@@ -24,7 +27,7 @@ demo: java setup ## Find each photo's nearest neighbours, offline, and draw a co
 	@$(WITH_JAVA) $(PYTHON) examples/demo.py
 
 test: java setup ## Run the tests
-	@$(WITH_JAVA) $(PYTHON) -m pytest
+	@$(WITH_JAVA) $(PYTHON) -m pytest $(IN_TWO)
 
 test-unit: setup ## Run those that need no Java and build no large models (under 2 minutes)
 	@$(PYTHON) -m pytest -m 'not java and not models'
@@ -33,7 +36,7 @@ test-models: setup ## Build all models of torchvision
 	@IMAGEVEC_TEST_ALL_MODELS=1 $(PYTHON) -m pytest tests/models/test_torchvision.py
 
 test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the command line
-	@$(WITH_JAVA) $(PYTHON) -m pytest tests/cluster
+	@$(WITH_JAVA) $(PYTHON) -m pytest $(IN_TWO) tests/cluster
 	@$(WITH_JAVA) $(PYTHON) -m pytest tests/connect
 
 test-matrix: java setup ## Run the Spark tests on the oldest and newest PySpark 3.5 and 4
