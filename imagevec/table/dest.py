@@ -180,6 +180,8 @@ class Dest:
 
     def _read(self, schema: str | None, place: str) -> DataFrame:
         reader = self._spark.read if schema is None else self._spark.read.schema(schema)
+        # Only what Dest itself takes for data: not what a user put beside it.
+        reader = reader.option("pathGlobFilter", "*.parquet")
         return reader.parquet(f"{escaped(self.path)}{place}")
 
     def _parquet_files(self, folder: str) -> list[str]:
