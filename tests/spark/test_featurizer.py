@@ -86,6 +86,12 @@ spark.sparkContext.setLogLevel("OFF")
 """
 
 
+@pytest.fixture(scope="session")
+def spark(spark: SparkSession) -> SparkSession:
+    """Of its own: on 4.0 no classifier can be fitted in a session that has observed a query."""
+    return spark.newSession()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> None:
     register_model(NAME, tiny, preprocessing=Preprocessing(resize_size=32, crop_size=32))
