@@ -1,5 +1,7 @@
 """Exact nearest neighbours by cosine, in blocks of a matrix product: never an N x N matrix.
 
+The one implementation of the product and the choice of the best: what runs on Spark calls it.
+
 A vector that is zero, or that has a value which is not finite, has cosine 0 to every vector.
 Cosines are rounded to multiples of 2**-20, about 1e-6: a float32 product is good for no more.
 """
@@ -15,16 +17,19 @@ from imagevec.errors import OptionError
 from imagevec.options import check_positive
 
 Vectors = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
 
-_BLOCK_CELLS = 1 << 23  # cosines that are held at a time, 12 bytes each
+_QUERY_ROWS = 512  # of a block of the product; more of either gains nothing
+_VECTOR_ROWS = 4096
+_RESCORED_VALUES = 1 << 21  # of float64, at a time
+_CROWDED = 64  # candidates for each neighbour that is wanted, before ties are settled early
 _STEPS = 1 << 20  # of a cosine of 1
-_INDEX_BITS = 32
 
 _AXES = 10  # more than two, so that the first two converge soon
 _ITERATIONS = 30
 
 
-def nearest(queries: Vectors, vectors: Vectors, k: int) -> tuple[npt.NDArray[np.int64], Vectors]:
+def nearest(queries: Vectors, vectors: Vectors, k: int) -> tuple[Indices, Vectors]:
     """The ``k`` vectors with the highest cosines to each query, highest first.
 
     Ties go to the lower index. A query that is itself among the vectors is its own neighbour.
@@ -48,25 +53,94 @@ def nearest(queries: Vectors, vectors: Vectors, k: int) -> tuple[npt.NDArray[np.
             f"queries have {queries.shape[1]} features and vectors {vectors.shape[1]}: "
             "use the same model for both"
         )
+    return nearest_units(unit_vectors(queries), unit_vectors(vectors), k)
+
+
+def nearest_units(queries: Vectors, vectors: Vectors, k: int) -> tuple[Indices, Vectors]:
+    """``nearest`` of what ``unit_vectors`` returned, which may be mapped from a file."""
     k = min(k, len(vectors))
-    others = _unit(vectors).T  # (D, N)
-    keys = np.empty((len(queries), k), np.int64)
-    size = max(1, _BLOCK_CELLS // len(vectors))
+    indices = np.empty((len(queries), k), np.int64)
+    cosines = np.empty((len(queries), k), np.float32)
+    # A block has room for the candidates, of which there are more than k.
+    size = max(1, min(_QUERY_ROWS, _QUERY_ROWS * _VECTOR_ROWS // k))
     for begin in range(0, len(queries), size):
         rows = slice(begin, begin + size)
-        block = _keys(_unit(queries[rows]) @ others)  # (B, N)
-        block.partition(k - 1, axis=1)
-        keys[rows] = np.sort(block[:, :k], axis=1)
-    steps = keys >> _INDEX_BITS
-    return keys & ((1 << _INDEX_BITS) - 1), (1 - steps / _STEPS).astype(np.float32)
+        indices[rows], steps = _nearest_of_block(queries[rows], vectors, k)
+        cosines[rows] = steps / np.float64(_STEPS)
+    return indices, cosines
 
 
-def _keys(cosines: Vectors) -> npt.NDArray[np.int64]:
-    """Integers that sort by cosine, highest first, then by column: steps below 1, and column."""
-    steps = np.rint((1 - np.clip(cosines, -1, 1)) * _STEPS).astype(np.int64)  # (B, N)
-    steps <<= _INDEX_BITS
-    steps |= np.arange(cosines.shape[1])
+def _nearest_of_block(queries: Vectors, vectors: Vectors, k: int) -> tuple[Indices, Indices]:
+    """Indices and steps, both int64 ``(B, k)``.
+
+    The float32 product proposes candidates: all that may be among the k nearest by its error. What
+    they are worth is computed again in float64, so that no result depends on how BLAS, or whoever
+    partitioned the vectors, cut the product into blocks.
+    """
+    error = product_error(queries.shape[1])
+    floor = np.full(len(queries), -np.inf, np.float32)  # (B,): what is below is not among the k
+    row = np.empty(0, np.int64)  # of each candidate: its query,
+    index = np.empty(0, np.int64)  # its vector,
+    about = np.empty(0, np.float32)  # and about its cosine
+    space = np.empty(len(queries) * min(_VECTOR_ROWS, len(vectors)), np.float32)
+    for begin in range(0, len(vectors), _VECTOR_ROWS):
+        block = vectors[begin : begin + _VECTOR_ROWS]
+        product = space[: len(queries) * len(block)].reshape(len(queries), len(block))
+        np.matmul(queries, block.T, out=product)  # (B, V)
+        if begin == 0 and k <= product.shape[1]:
+            floor = np.partition(product, -k, axis=1)[:, -k] - 2 * error
+        new = np.flatnonzero(product >= floor[:, None])
+        if len(new) == 0:
+            continue
+        new_row, column = np.divmod(new, len(block))
+        row = np.concatenate([row, new_row])
+        index = np.concatenate([index, column + begin])
+        about = np.concatenate([about, product[new_row, column]])
+        if begin + _VECTOR_ROWS < k:
+            continue
+        order = np.lexsort((-about, row))
+        row, index, about = row[order], index[order], about[order]
+        # Each row has k candidates by now: its first ones in this order.
+        floor = about[np.searchsorted(row, np.arange(len(queries))) + k - 1] - 2 * error
+        kept = about >= floor[row]
+        row, index, about = row[kept], index[kept], about[kept]
+        if len(row) > _CROWDED * k * len(queries):  # many copies of one vector
+            row, index, steps = _best(queries, vectors, row, index, k)
+            about = (steps / _STEPS).astype(np.float32)
+    row, index, steps = _best(queries, vectors, row, index, k)
+    return index.reshape(len(queries), k), steps.reshape(len(queries), k)
+
+
+def _best(
+    queries: Vectors, vectors: Vectors, row: Indices, index: Indices, k: int
+) -> tuple[Indices, Indices, Indices]:
+    """The ``k`` best candidates of each row, in order: rows, indices and steps."""
+    steps = exact_steps(queries, vectors, row, index)
+    order = np.lexsort((index, -steps, row))
+    row, index, steps = row[order], index[order], steps[order]
+    kept = np.arange(len(row)) - np.searchsorted(row, row) < k
+    return row[kept], index[kept], steps[kept]
+
+
+def exact_steps(first: Vectors, second: Vectors, left: Indices, right: Indices) -> Indices:
+    """The cosine of ``first[left[i]]`` and ``second[right[i]]`` for every i, in whole steps."""
+    steps = np.empty(len(left), np.int64)
+    size = max(1, _RESCORED_VALUES // max(1, first.shape[1]))
+    for begin in range(0, len(left), size):
+        part = slice(begin, begin + size)
+        one, other = first[left[part]].astype(np.float64), second[right[part]]
+        cosines = np.einsum("nd,nd->n", one, other.astype(np.float64))
+        steps[part] = np.rint(np.clip(cosines, -1, 1) * _STEPS)
     return steps
+
+
+def product_error(features: int) -> float:
+    """How far a float32 product of unit vectors can be from what is rounded to a step.
+
+    The bound of a sum of D products in any order, D * 2**-24 (Higham 2002, section 3.1), with some
+    room for what is rounded around it, and half a step.
+    """
+    return (features + 8) * 2.0**-24 + 0.5 / _STEPS
 
 
 def near_duplicates(vectors: Vectors, min_cosine: float) -> list[list[int]]:
@@ -84,29 +158,52 @@ def near_duplicates(vectors: Vectors, min_cosine: float) -> list[list[int]]:
     Raises:
         OptionError: ``min_cosine`` is out of range.
     """
-    if not 0 < min_cosine <= 1:
-        raise OptionError(
-            f"min_cosine={min_cosine} is not valid: use a number above 0 and at most 1"
-        )
-    unit = _unit(vectors)
-    threshold = (math.ceil(min_cosine * _STEPS) - 0.5) / _STEPS  # what is rounded to it counts
-    root = np.arange(len(unit))  # (N,): the lowest index that each is known to be linked to
-    size = max(1, math.isqrt(_BLOCK_CELLS))
-    for top in range(0, len(unit), size):
-        for left in range(top, len(unit), size):
-            below, beside = slice(top, top + size), slice(left, left + size)
-            near = unit[below] @ unit[beside].T >= threshold  # (B, B)
-            near &= root[below, None] != root[beside]  # few are left, of many copies
-            rows, columns = np.nonzero(near)
-            _link(root, rows + top, columns + left)
+    check_min_cosine(min_cosine)
+    units = unit_vectors(vectors)
+    root = np.arange(len(units))  # (N,): the lowest index that each is known to be linked to
+    link_near(root, units, slice(0, len(units)), slice(0, len(units)), min_cosine)
     order = np.argsort(root, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(root[order])) + 1)
     return [group.tolist() for group in groups if len(group) > 1]
 
 
-def _link(
-    root: npt.NDArray[np.int64], first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]
+def check_min_cosine(min_cosine: float) -> None:
+    """Raises ``OptionError`` if it is out of range."""
+    if not 0 < min_cosine <= 1:
+        raise OptionError(
+            f"min_cosine={min_cosine} is not valid: use a number above 0 and at most 1"
+        )
+
+
+def link_near(
+    root: Indices, units: Vectors, below: slice, beside: slice, min_cosine: float
 ) -> None:
+    """Links, in ``root``, what is near between two ranges of rows; the first begins no later."""
+    least = math.ceil(min_cosine * _STEPS)  # what is rounded to it counts
+    error = product_error(units.shape[1])
+    threshold = np.float32(least / _STEPS)
+    size = _VECTOR_ROWS
+    for top in range(below.start, below.stop, size):
+        for left in range(max(beside.start, top if below == beside else 0), beside.stop, size):
+            rows = slice(top, min(top + size, below.stop))
+            columns = slice(left, min(left + size, beside.stop))
+            product = units[rows] @ units[columns].T  # (B, B)
+            near = product >= threshold - error
+            near &= root[rows, None] != root[columns]  # few are left, of many copies
+            row, column = np.nonzero(near)
+            if len(row) == 0:
+                continue
+            unsure = product[row, column] < threshold + error
+            row, column = row + top, column + left
+            _link(root, row[~unsure], column[~unsure])
+            row, column = row[unsure], column[unsure]
+            apart = root[row] != root[column]
+            row, column = row[apart], column[apart]
+            are_near = exact_steps(units, units, row, column) >= least
+            _link(root, row[are_near], column[are_near])
+
+
+def _link(root: Indices, first: Indices, second: Indices) -> None:
     """Makes the components of ``first[i]`` and ``second[i]`` one, for every i, in ``root``."""
     while True:
         first, second = root[first], root[second]
@@ -131,7 +228,7 @@ def map_2d(vectors: Vectors) -> Vectors:
     Returns:
         float32 ``(N, 2)``. Each column goes from 0 to 1, or is 0.5 where the vectors do not differ.
     """
-    centred = _unit(vectors)  # (N, D)
+    centred = unit_vectors(vectors)  # (N, D)
     centred -= centred.mean(axis=0, dtype=np.float64).astype(np.float32)
     # Subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4): no D x D matrix either.
     features = centred.shape[1]
@@ -151,14 +248,14 @@ def map_2d(vectors: Vectors) -> Vectors:
     return plane
 
 
-def _unit(vectors: Vectors) -> Vectors:
+def unit_vectors(vectors: Vectors) -> Vectors:
     """A float32 copy ``(N, D)``, each vector at length 1, or zero where it has no direction."""
     with np.errstate(invalid="ignore", over="ignore"):
-        unit = np.array(vectors, np.float32)
-        largest = np.maximum(unit.max(axis=1, initial=0), -unit.min(axis=1, initial=0))  # (N,)
+        units = np.array(vectors, np.float32)
+        largest = np.maximum(units.max(axis=1, initial=0), -units.min(axis=1, initial=0))  # (N,)
     has_direction = np.isfinite(largest) & (largest > 0)
-    unit[~has_direction] = 0
-    unit /= np.where(has_direction, largest, 1)[:, None]  # else squares overflow, or vanish
-    lengths = np.sqrt(np.einsum("nd,nd->n", unit, unit))
-    unit /= np.where(has_direction, lengths, 1)[:, None]
-    return unit
+    units[~has_direction] = 0
+    units /= np.where(has_direction, largest, 1)[:, None]  # else squares overflow, or vanish
+    lengths = np.sqrt(np.einsum("nd,nd->n", units, units, dtype=np.float64))
+    units /= np.where(has_direction, lengths, 1).astype(np.float32)[:, None]
+    return units

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import numpy as np
@@ -32,8 +33,10 @@ def all_cosines(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     return unit(queries) @ unit(vectors).T
 
 
-def blocks_of(cells: int) -> mock._patch:
-    return mock.patch.object(neighbours, "_BLOCK_CELLS", cells)
+def blocks_of(rows: int, columns: int, crowded: int = 64) -> AbstractContextManager[object]:
+    return mock.patch.multiple(
+        neighbours, _QUERY_ROWS=rows, _VECTOR_ROWS=columns, _CROWDED=crowded
+    )
 
 
 ANY_VECTORS = npst.arrays(
@@ -43,9 +46,12 @@ ANY_VECTORS = npst.arrays(
 )
 
 
-@given(ANY_VECTORS, ANY_VECTORS, st.integers(1, 30), st.sampled_from([1, 7, 50, 1 << 20]))
-def test_nearest_is_what_brute_force_finds(queries, vectors, k, cells):
-    with blocks_of(cells):
+BLOCKS = st.sampled_from([(1, 1), (2, 3), (3, 2, 1), (10, 7, 1), (512, 2048)])
+
+
+@given(ANY_VECTORS, ANY_VECTORS, st.integers(1, 30), BLOCKS)
+def test_nearest_is_what_brute_force_finds(queries, vectors, k, blocks):
+    with blocks_of(*blocks):
         indices, cosines = nearest(queries, vectors, k)
     k = min(k, len(vectors))
     assert indices.shape == cosines.shape == (len(queries), k)
@@ -58,10 +64,26 @@ def test_nearest_is_what_brute_force_finds(queries, vectors, k, cells):
     assert all(len(set(row)) == k for row in indices.tolist())
 
 
-@pytest.mark.parametrize("cells", [1, 500, 1 << 23])
-def test_nearest_of_many_features(cells):
+@given(st.integers(0, 99), st.integers(1, 60), BLOCKS)
+def test_no_bit_depends_on_the_blocks(seed, k, blocks):
+    """Whatever BLAS computes in blocks of one shape or another; many vectors are copies."""
+    chance = np.random.default_rng(seed)
+    vectors = random_vectors(20, 37, seed)[chance.integers(0, 20, 60)]
+    vectors[::7] *= 3
+    queries = vectors[chance.permutation(60)[:25]]
+    expected = nearest(queries, vectors, k)
+    with blocks_of(*blocks):
+        found = nearest(queries, vectors, k)
+    one_by_one = [nearest(query[None], vectors, k) for query in queries]
+    for place, array in enumerate(expected):
+        np.testing.assert_array_equal(found[place], array)
+        np.testing.assert_array_equal(np.concatenate([one[place] for one in one_by_one]), array)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (7, 50), (512, 2048)])
+def test_nearest_of_many_features(blocks):
     queries, vectors = random_vectors(30, 300, seed=1), random_vectors(200, 300, seed=2)
-    with blocks_of(cells):
+    with blocks_of(*blocks):
         indices, cosines = nearest(queries, vectors, 10)
     expected = all_cosines(queries, vectors)
     np.testing.assert_array_equal(indices, np.argsort(-expected, axis=1)[:, :10])
@@ -134,10 +156,10 @@ def groups_by_search(cosines: np.ndarray, min_cosine: float) -> list[list[int]]:
     return [group for group in groups if len(group) > 1]
 
 
-@given(st.integers(0, 60), st.integers(0, 99), st.sampled_from([1, 30, 400, 1 << 20]))
-def test_near_duplicates_are_connected_components(count, seed, cells):
+@given(st.integers(0, 60), st.integers(0, 99), BLOCKS)
+def test_near_duplicates_are_connected_components(count, seed, blocks):
     vectors = random_vectors(count, features=3, seed=seed)
-    with blocks_of(cells):
+    with blocks_of(*blocks):
         groups = near_duplicates(vectors, 0.97)
     assert groups == groups_by_search(all_cosines(vectors, vectors), 0.97)
 
@@ -146,7 +168,7 @@ def test_a_chain_is_one_group():
     angles = np.radians(np.arange(0, 180, 5))  # neighbours are 5 degrees apart
     chain = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     shuffled = np.random.default_rng(0).permutation(len(chain))
-    with blocks_of(25):
+    with blocks_of(5, 5):
         assert near_duplicates(chain[shuffled], 0.995) == [list(range(len(chain)))]
         assert near_duplicates(chain[shuffled], 0.997) == []
 
