@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from imagevec.pickling import CapturedObject as CapturedObject
     from imagevec.pickling import PickleReport as PickleReport
     from imagevec.pickling import explain_pickle as explain_pickle
+    from imagevec.search.joins import near_duplicates as near_duplicates
+    from imagevec.search.joins import nearest as nearest
     from imagevec.spark.conf import recommended_conf as recommended_conf
     from imagevec.spark.featurizer import ImageFeaturizer as ImageFeaturizer
     from imagevec.spark.metrics import Metrics as Metrics
@@ -56,6 +58,7 @@ _MODULE_OF = {
         ),
         "models.registry": ("list_models", "register_model"),
         "pickling": ("CapturedObject", "PickleReport", "explain_pickle"),
+        "search.joins": ("near_duplicates", "nearest"),
         "spark.conf": ("recommended_conf",),
         "spark.featurizer": ("ImageFeaturizer",),
         "spark.metrics": ("Metrics",),

@@ -15,11 +15,15 @@ from imagevec.spark.sessions import is_connect
 def ship(session: SparkSession, plan: Plan) -> None:
     """Makes a plan's files available to every executor, under their names."""
     for name in plan.files:
-        path = str(cache.stored(name))
-        if is_connect(session):
-            session.addArtifacts(path, file=True)
-        else:
-            session.sparkContext.addFile(path)
+        ship_file(session, cache.stored(name))
+
+
+def ship_file(session: SparkSession, path: Path) -> None:
+    """Makes a file available to every executor, under its name, which is of its content."""
+    if is_connect(session):
+        session.addArtifacts(str(path), file=True)
+    else:
+        session.sparkContext.addFile(str(path))
 
 
 def shipped(name: str) -> Path:

@@ -1,0 +1,292 @@
+"""Vectors in the cells of a k-means clustering, so that near ones are found without the others.
+
+Nothing is moved for it: cells are lists of row numbers of a ``VectorFile``.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from imagevec.errors import MissingExtraError
+from imagevec.search.neighbours import (
+    Indices,
+    Vectors,
+    link_near,
+    nearest_units,
+    unit_vectors,
+)
+from imagevec.search.vectors import VectorFile, blocks, emitted, folder, write_bytes
+from imagevec.spark.sessions import failures_in_words
+from imagevec.spark.ship import ship_file, shipped
+
+logger = logging.getLogger(__name__)
+
+_MAX_CELLS = 16_384
+_VECTORS_A_CENTROID = 64  # of the sample for k-means: faiss asks for 39 at least
+_ITERATIONS = 10
+_SAMPLE = 512  # of queries, or of pairs, that tell how many cells to compare
+_PAIR_RECALL = 0.995  # of the sample's pairs
+_MAX_PROBES = 256
+_QUERY_ROWS = 1 << 15  # at a time: each reads the cells that it needs once
+_ASSIGNED_ROWS = 1 << 14
+_TASK_VECTORS = 1 << 15  # of a task that compares the vectors of some cells
+_MEMBER_ROWS = 1 << 14  # of a cell, at a time
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What a worker needs to know of them.
+
+    Attributes:
+        name: Of the shipped file with the arrays.
+        probes: To how many cells a query goes.
+        tasks: Ranges of cells, each about as much work.
+    """
+
+    name: str
+    probes: int
+    tasks: list[tuple[int, int]]
+
+    def arrays(self) -> dict[str, Any]:
+        """``centroids``, float32 ``(C, D)``; ``rows`` of ``VectorFile``, cell by cell, and where
+        each cell ``begins`` in them; the same of ``visitors``, which come from cells nearby."""
+        return _arrays(self.name)
+
+
+@functools.lru_cache(maxsize=1)
+def _arrays(name: str) -> dict[str, Any]:
+    with np.load(shipped(name)) as arrays:
+        return dict(arrays)
+
+
+def cells_for_queries(
+    asked: DataFrame, asked_count: int, vectors: VectorFile, k: int, recall: float
+) -> tuple[Cells, float]:
+    """Cells, and the share of the true neighbours that is found for a sample of the queries."""
+    session = asked.sparkSession
+    centroids = _centroids(vectors)
+    home = _nearest_cells(session, vectors, centroids, 1)
+    every = max(1, asked_count // _SAMPLE)
+    chosen = asked.where(F.pmod(F.xxhash64("key"), F.lit(every)) == 0).limit(2 * _SAMPLE)
+    with failures_in_words():
+        sample = [row["vector"] for row in chosen.collect() if row["vector"] is not None]
+    sample = sample or [[0.0] * vectors.features]
+    units = unit_vectors(np.array(sample, np.float32))
+    true, _ = nearest_units(units, vectors.units(folder()), k)  # (S, k)
+    # Which place the cell of each true neighbour has among the query's cells.
+    most = min(_MAX_PROBES, len(centroids))
+    order, _ = nearest_units(units, centroids, most)  # (S, P)
+    place = (order[:, None, :] == home[:, 0][true][:, :, None]).argmax(2)
+    found = (order[:, None, :] == home[:, 0][true][:, :, None]).any(2)
+    probes, reached = _probes(np.where(found, place, most), most, recall)
+    logger.info("%d cells, %d of them for a query: recall %.3f", len(centroids), probes, reached)
+    return _shipped(session, vectors, centroids, home, probes), reached
+
+
+def cells_for_pairs(session: SparkSession, vectors: VectorFile, min_cosine: float) -> Cells:
+    """Cells, with visitors: vectors that are compared with those of a cell beside their own."""
+    if vectors.rows == 0:
+        return Cells("", 1, [])
+    centroids = _centroids(vectors)
+    # Vectors turned by the angle that near-duplicates may differ by, in any direction.
+    chance = np.random.default_rng(0)
+    rows = np.sort(chance.choice(vectors.rows, min(8 * _SAMPLE, vectors.rows), replace=False))
+    units = np.array(vectors.units(folder())[rows])
+    noise = chance.standard_normal(units.shape, np.float32)
+    noise -= units * np.einsum("nd,nd->n", units, noise)[:, None]
+    turned = unit_vectors(
+        min_cosine * units + math.sqrt(max(0, 1 - min_cosine**2)) * unit_vectors(noise)
+    )
+    most = min(_MAX_PROBES, len(centroids))
+    order, _ = nearest_units(units, centroids, most)
+    home_of_turned, _ = nearest_units(turned, centroids, 1)
+    is_home = order == home_of_turned
+    place = np.where(is_home.any(1), is_home.argmax(1), most)
+    probes, reached = _probes(place, most, _PAIR_RECALL)
+    logger.info("%d cells, %d of them for a vector: recall %.3f", len(centroids), probes, reached)
+    home = _nearest_cells(session, vectors, centroids, probes)
+    return _shipped(session, vectors, centroids, home, probes)
+
+
+def _probes(place: Any, most: int, recall: float) -> tuple[int, float]:
+    """The fewest cells that reach the recall, and what they reach."""
+    reached = np.searchsorted(np.sort(place, axis=None), np.arange(1, most + 1)) / place.size
+    probes = min(most, int(np.searchsorted(reached, recall)) + 1)
+    return probes, float(reached[probes - 1])
+
+
+def _centroids(vectors: VectorFile) -> Vectors:
+    """float32 ``(C, D)`` of length 1, from a sample."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingExtraError("faiss", "search") from error
+    count = max(1, min(_MAX_CELLS, 2 * math.isqrt(vectors.rows)))
+    chance = np.random.default_rng(0)
+    size = min(vectors.rows, count * _VECTORS_A_CENTROID)
+    rows = np.sort(chance.choice(vectors.rows, size, replace=False))
+    sample = np.array(vectors.units(folder())[rows])
+    count = min(count, len(np.unique(sample, axis=0)) if size < 10_000 else count)
+    kmeans = faiss.Kmeans(
+        vectors.features,
+        count,
+        niter=_ITERATIONS,
+        spherical=True,
+        seed=0,
+        min_points_per_centroid=1,
+        max_points_per_centroid=_VECTORS_A_CENTROID,
+    )
+    kmeans.train(sample)
+    return unit_vectors(np.asarray(kmeans.centroids))
+
+
+def _nearest_cells(
+    session: SparkSession, vectors: VectorFile, centroids: Vectors, count: int
+) -> Any:
+    """Of every vector its ``count`` nearest cells, int32 ``(N, count)``, by all workers."""
+    name = _write(centroids=centroids)
+    ship_file(session, folder() / name)
+    tasks = math.ceil(vectors.rows / _ASSIGNED_ROWS)
+    assigned = session.range(0, tasks, 1, tasks).mapInArrow(
+        functools.partial(_assigned, vectors=vectors, name=name, count=count),
+        "first long, cells binary",
+    )
+    cells = np.empty((vectors.rows, count), np.int32)
+    with failures_in_words():
+        for first, found in assigned.collect():
+            part = np.frombuffer(found, np.int32).reshape(-1, count)
+            cells[first : first + len(part)] = part
+    return cells
+
+
+def _assigned(
+    batches: Iterator[pa.RecordBatch], vectors: VectorFile, name: str, count: int
+) -> Iterator[pa.RecordBatch]:
+    centroids = _arrays(name)["centroids"]
+    for batch in batches:
+        for task in batch.column(0).to_pylist():
+            first = task * _ASSIGNED_ROWS
+            units = vectors.units()[first : first + _ASSIGNED_ROWS]
+            cells, _ = nearest_units(units, centroids, count)
+            columns = [pa.array([first]), pa.array([cells.astype(np.int32).tobytes()])]
+            yield pa.RecordBatch.from_arrays(columns, ["first", "cells"])
+
+
+def _shipped(
+    session: SparkSession, vectors: VectorFile, centroids: Vectors, cells: Any, probes: int
+) -> Cells:
+    rows, begins = _listed(cells[:, 0], len(centroids))
+    # A vector's further cells, row by row: it visits these.
+    visits = cells[:, 1:].ravel()
+    visitors, visits_begin = _listed(visits, len(centroids))
+    visitors //= max(1, cells.shape[1] - 1)
+    name = _write(
+        centroids=centroids,
+        rows=rows,
+        begins=begins,
+        visitors=visitors,
+        visits_begin=visits_begin,
+    )
+    ship_file(session, folder() / name)
+    # A cell's work is about that of its members and visitors.
+    work = begins + visits_begin
+    cuts = np.searchsorted(work, np.arange(0, work[-1], _TASK_VECTORS))
+    cuts = np.unique(np.append(cuts, len(centroids))).tolist()
+    return Cells(name, probes, list(zip(cuts[:-1], cuts[1:], strict=True)))
+
+
+def _listed(cell: Any, count: int) -> tuple[Any, Any]:
+    """Places by cell, int32, and where each of ``count`` cells begins among them, and the end."""
+    order = np.argsort(cell, kind="stable").astype(np.int32)
+    return order, np.searchsorted(cell[order], np.arange(count + 1))
+
+
+def _write(**arrays: Any) -> str:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return write_bytes(file.getbuffer(), "npz")
+
+
+def nearest_in_cells(
+    batches: Iterator[pa.RecordBatch], vectors: VectorFile, cells: Cells, k: int
+) -> Iterator[pa.RecordBatch]:
+    """On a worker: queries stream by, and are compared with the vectors of their nearest cells."""
+    arrays = cells.arrays()
+    keys, units = vectors.read_keys(), vectors.units()
+    for queries, block in blocks(batches, _QUERY_ROWS, vectors.features):
+        row, index, cosine = _found_in_cells(block, units, arrays, cells.probes, k)
+        yield from emitted(queries, keys, row, index, cosine)
+
+
+def _found_in_cells(
+    queries: Vectors, units: Vectors, arrays: dict[str, Any], probes: int, k: int
+) -> tuple[Indices, Indices, Vectors]:
+    """Rows of queries, indices of vectors and cosines, in the result's order."""
+    asked, _ = nearest_units(queries, arrays["centroids"], probes)  # (B, P)
+    visiting, begins = _listed(asked.ravel(), len(arrays["centroids"]))
+    visiting //= asked.shape[1]
+    parts: list[tuple[Any, Any, Any]] = []
+    for cell in range(len(begins) - 1):
+        here = visiting[begins[cell] : begins[cell + 1]]
+        members = arrays["rows"][arrays["begins"][cell] : arrays["begins"][cell + 1]]
+        if len(here) and len(members):
+            parts.append(_found_among(queries, here, units, members, k))
+    row, index, cosine = (np.concatenate(part) for part in zip(*parts, strict=True))
+    # Cells with fewer than k vectors between them: such a query is compared with all.
+    enough = np.bincount(row, minlength=len(queries)) >= min(k, len(units))
+    few = np.flatnonzero(~enough)
+    kept = enough[row]
+    rest = _found_among(queries, few, units, None, k)
+    row, index, cosine = (
+        np.concatenate([part[kept], other])
+        for part, other in zip((row, index, cosine), rest, strict=True)
+    )
+    order = np.lexsort((index, -cosine, row))
+    row, index, cosine = row[order], index[order], cosine[order]
+    best = np.arange(len(row)) - np.searchsorted(row, row) < k
+    return row[best], index[best], cosine[best]
+
+
+def _found_among(
+    queries: Vectors, some: Any, units: Vectors, members: Any, k: int
+) -> tuple[Any, Any, Any]:
+    there = units if members is None else units[members]
+    index, cosine = nearest_units(queries[some], there, k)
+    index = index.ravel() if members is None else members[index.ravel()]
+    return np.repeat(some, cosine.shape[1]), index.astype(np.int64), cosine.ravel()
+
+
+def linked_in_cell(
+    task: tuple[int, int], vectors: VectorFile, min_cosine: float, cells: Cells
+) -> Iterator[tuple[Indices, Indices]]:
+    """On a worker: of each cell its members, compared with one another and with its visitors."""
+    arrays = cells.arrays()
+    units = vectors.units()
+    for cell in range(*task):
+        members = arrays["rows"][arrays["begins"][cell] : arrays["begins"][cell + 1]]
+        visitors = arrays["visitors"][
+            arrays["visits_begin"][cell] : arrays["visits_begin"][cell + 1]
+        ]
+        rows = np.concatenate([members, visitors]).astype(np.int64)
+        for begin in range(0, len(members), _MEMBER_ROWS):
+            # A cell may be large, of many copies: its vectors are read some at a time.
+            some = rows[begin : begin + _MEMBER_ROWS]
+            for other in range(begin, len(rows), _MEMBER_ROWS):
+                beside = rows[other : other + _MEMBER_ROWS]
+                pair = some if other == begin else np.concatenate([some, beside])
+                below = slice(0, min(_MEMBER_ROWS, len(members) - begin))
+                right = slice(0, len(pair)) if other == begin else slice(len(some), len(pair))
+                root = np.arange(len(pair))
+                link_near(root, units[pair], below, right, min_cosine)
+                yield pair, root

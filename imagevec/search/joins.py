@@ -1,0 +1,314 @@
+"""Nearest neighbours and near-duplicates of data frames, on Spark."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+from pyspark.sql.types import DataType, FloatType, IntegerType, StructField, StructType
+
+from imagevec.errors import FingerprintError, OptionError, did_you_mean
+from imagevec.options import check_positive
+from imagevec.search.cells import (
+    cells_for_pairs,
+    cells_for_queries,
+    linked_in_cell,
+    nearest_in_cells,
+)
+from imagevec.search.components import components
+from imagevec.search.neighbours import check_min_cosine, link_near, nearest_units
+from imagevec.search.vectors import (
+    VectorFile,
+    arrow_type,
+    blocks,
+    collect,
+    count_keys,
+    emitted,
+    keyed,
+)
+from imagevec.spark.sessions import existing_column
+from imagevec.table.provenance import Provenance, check_same
+
+Method = Literal["exact", "clustered"]
+
+METHODS = ("exact", "clustered")
+
+_ROWS = 8192  # of a block that streams by: a product with fewer is slower for each
+_DUPLICATE_ROWS = 1 << 14  # of a block of vectors that one task compares with another
+
+_Batches = Iterator[pa.RecordBatch]
+
+
+def nearest(
+    queries: DataFrame,
+    features: DataFrame,
+    k: int = 10,
+    *,
+    key: str = "path",
+    column: str = "features",
+    method: Method = "exact",
+    recall: float = 0.95,
+) -> DataFrame:
+    """The ``k`` rows of ``features`` with the highest cosines to each row of ``queries``.
+
+    The result does not depend on partitions: ties go to the smaller key. A query that is itself in
+    ``features`` is its own neighbour. A row without a vector is in no result. A vector that is
+    zero, or has a value that is not finite, has cosine 0 to every vector.
+
+    The smaller side is brought to the driver's disk when this is called, and from there to each
+    executor's, as a file that workers map: 4 bytes a value. The larger one is read when the result
+    is.
+
+    Args:
+        queries: Has the columns ``key`` and ``column``.
+        features: The same; it may be the same data frame.
+        k: At least 1. All of ``features`` where it is larger.
+        key: A column of strings, whole numbers or bytes that are unique on either side.
+        column: Of ``array<float>``, ``array<double>`` or vectors of ``pyspark.ml``, all of one
+            length.
+        method: ``"exact"``, or ``"clustered"``: the rows of ``features`` are put into the cells of
+            a k-means clustering, and a query is compared with those of its nearest cells (an
+            inverted file: Sivic and Zisserman 2003). It needs the extra ``search``.
+        recall: With ``"clustered"``, the share of the true neighbours that is aimed at: as many
+            cells are compared as reach it for a sample of the queries. What it was for the sample
+            is in the metadata of ``cosine``, as ``recall``, and in the log; it is no promise.
+
+    Returns:
+        ``query`` and ``neighbour`` (of the type of ``key``), ``rank`` (int, from 1) and ``cosine``
+        (float, a multiple of 2**-20).
+
+    Raises:
+        OptionError: An option is out of range, a column is missing or of another type, a key is
+            null or not unique, or ``features`` has no rows.
+        FingerprintError: The two are features of different models, only one of them says of which,
+            or vectors differ in length. Where that shows on the workers, the query fails with it.
+    """
+    check_positive("k", k)
+    _check_method(method)
+    if not 0 < recall <= 1:
+        raise OptionError(f"recall={recall} is not valid: use a number above 0 and at most 1")
+    asked, there = keyed(queries, key, column), keyed(features, key, column)
+    kind = there.schema["key"].dataType
+    if kind != asked.schema["key"].dataType:
+        raise OptionError(
+            f"the keys {key!r} are of type {asked.schema['key'].dataType.simpleString()} "
+            f"and {kind.simpleString()}: use the same type for both"
+        )
+    _check_comparable(queries, features, column)
+    count = count_keys(there)
+    if not count:
+        raise OptionError("there are no vectors to search")
+    asked_count = count if queries is features else count_keys(asked)
+    if method == "exact" and asked_count < count:
+        return _nearest_of_few(collect(asked), there, k, kind)
+    vectors = collect(there)
+    if method == "exact" or not vectors.rows:
+        compared = functools.partial(_nearest_of_many, vectors=vectors, k=k)
+        return asked.mapInArrow(compared, _result(kind))
+    cells, reached = cells_for_queries(asked, asked_count, vectors, k, recall)
+    compared = functools.partial(nearest_in_cells, vectors=vectors, cells=cells, k=k)
+    cosine = F.col("cosine").alias("cosine", metadata={"recall": reached})
+    return asked.mapInArrow(compared, _result(kind)).withColumn("cosine", cosine)
+
+
+def near_duplicates(
+    features: DataFrame,
+    min_cosine: float = 0.95,
+    *,
+    key: str = "path",
+    column: str = "features",
+    method: Method = "exact",
+) -> DataFrame:
+    """Groups of rows that are linked by cosines of at least ``min_cosine``.
+
+    A group is a connected component of two or more: two of its members may be less alike, with
+    others between. The result does not depend on partitions.
+
+    All vectors are brought to the driver's disk, and from there to each executor's, as a file that
+    workers map. It is done when this is called, and so are the comparisons.
+
+    Args:
+        features: Has the columns ``key`` and ``column``, as for ``nearest``.
+        min_cosine: Above 0, at most 1.
+        key: A column of strings, whole numbers or bytes that are unique.
+        column: Of ``array<float>``, ``array<double>`` or vectors of ``pyspark.ml``.
+        method: ``"exact"``, or ``"clustered"``: vectors are compared within the cells of a k-means
+            clustering, and with the cells that are nearest to them (as SemDeDup does: Abbas et al.
+            2023). As many as find 99 of 100 pairs of that cosine, by a sample. It needs the extra
+            ``search``.
+
+    Returns:
+        The columns ``key``, under its own name, and ``group``: the smallest key of the group.
+
+    Raises:
+        OptionError: An option is out of range, a column is missing or of another type, or a key is
+            null or not unique.
+        FingerprintError: Vectors differ in length.
+    """
+    check_min_cosine(min_cosine)
+    _check_method(method)
+    side = keyed(features, key, column)
+    key = existing_column(features.columns, key)
+    kind = side.schema["key"].dataType
+    count_keys(side)
+    vectors = collect(side)
+    session = features.sparkSession
+    if method == "clustered":
+        cells = cells_for_pairs(session, vectors, min_cosine)
+        link: Any = functools.partial(linked_in_cell, cells=cells)
+        tasks: list[Any] = cells.tasks
+    else:
+        link = _linked_in_blocks
+        tasks = _pairs_of_blocks(vectors.rows)
+    found = _each(session, len(tasks)).mapInArrow(
+        functools.partial(_edges, link=link, tasks=tasks, vectors=vectors, min_cosine=min_cosine),
+        "a long, b long",
+    )
+    result = StructType([StructField(key, kind, False), StructField("group", kind, False)])
+    named = functools.partial(_named, vectors=vectors)
+    return components(found).mapInArrow(named, result)
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise OptionError(f"method={method!r} is not valid: {did_you_mean(method, METHODS)}")
+
+
+def _check_comparable(queries: DataFrame, features: DataFrame, column: str) -> None:
+    """Columns that do not say what made them are compared by their length alone, on the workers."""
+    made_of = [_provenance_of(side, column) for side in (queries, features)]
+    if all(made_of):
+        check_same(*made_of)  # type: ignore[arg-type]
+    elif any(made_of):
+        silent = "queries" if made_of[1] else "features"
+        raise FingerprintError(f"the column {column!r} of {silent} does not say what made it")
+
+
+def _provenance_of(df: DataFrame, column: str) -> Provenance | None:
+    try:
+        return Provenance.of_metadata(df.schema[existing_column(df.columns, column)].metadata)
+    except FingerprintError:
+        return None
+
+
+def _result(kind: DataType) -> StructType:
+    return StructType(
+        [
+            StructField("query", kind, False),
+            StructField("neighbour", kind, False),
+            StructField("rank", IntegerType(), False),
+            StructField("cosine", FloatType(), False),
+        ]
+    )
+
+
+def _each(session: SparkSession, count: int) -> DataFrame:
+    """A row for each task, ``id`` from 0: each in a partition of its own."""
+    return session.range(0, count, 1, max(1, count))
+
+
+def _nearest_of_many(batches: _Batches, vectors: VectorFile, k: int) -> _Batches:
+    """On a worker: queries stream by, and are compared with all vectors."""
+    keys, units = vectors.read_keys(), vectors.units()
+    if not vectors.rows:
+        return
+    for queries, block in blocks(batches, _ROWS, vectors.features):
+        indices, cosines = nearest_units(block, units, k)
+        row = np.repeat(np.arange(len(block)), indices.shape[1])
+        yield from emitted(queries, keys, row, indices.ravel(), cosines.ravel())
+
+
+def _nearest_of_few(queries: VectorFile, there: DataFrame, k: int, kind: DataType) -> DataFrame:
+    """Each partition's best, and of these the best."""
+    found = there.mapInArrow(
+        functools.partial(_nearest_of_partition, queries=queries, k=k, kind=kind), _result(kind)
+    )
+    best = Window.partitionBy("query").orderBy(F.desc("cosine"), "neighbour")
+    return found.withColumn("rank", F.row_number().over(best)).where(F.col("rank") <= k)
+
+
+def _nearest_of_partition(
+    batches: _Batches, queries: VectorFile, k: int, kind: DataType
+) -> _Batches:
+    """On a worker: vectors stream by, and are compared with all queries."""
+    units = queries.units()
+    if not queries.rows:
+        return
+    best = pa.table(
+        {
+            "row": pa.array([], pa.int64()),
+            "cosine": pa.array([], pa.float32()),
+            "key": pa.array([], arrow_type(kind)),
+        }
+    )
+    for keys, block in blocks(batches, _ROWS, queries.features):
+        indices, cosines = nearest_units(units, block, k)
+        row = np.repeat(np.arange(len(units)), indices.shape[1])
+        found = pa.table(
+            {"row": row, "cosine": cosines.ravel(), "key": keys.take(pa.array(indices.ravel()))}
+        )
+        best = _best_of(pa.concat_tables([best, found]), k)
+    asked = queries.read_keys()
+    row = best.column("row").to_numpy()
+    keys, index = best.column("key").combine_chunks(), np.arange(len(row))
+    yield from emitted(asked, keys, row, index, best.column("cosine").to_numpy())
+
+
+def _best_of(found: Any, k: int) -> Any:
+    found = found.sort_by([("row", "ascending"), ("cosine", "descending"), ("key", "ascending")])
+    row = found.column("row").to_numpy()
+    return found.filter(pa.array(np.arange(len(row)) - np.searchsorted(row, row) < k))
+
+
+_Links = Iterator[tuple[Any, Any]]
+
+
+def _edges(
+    batches: _Batches,
+    link: Callable[[Any, VectorFile, float], _Links],
+    tasks: list[Any],
+    vectors: VectorFile,
+    min_cosine: float,
+) -> _Batches:
+    """On a worker: of each task's vectors a spanning forest of what is near."""
+    for batch in batches:
+        for task in batch.column(0).to_pylist():
+            for rows, root in link(tasks[task], vectors, min_cosine):
+                linked = root != np.arange(len(root))
+                columns = [pa.array(rows[root[linked]]), pa.array(rows[linked])]
+                yield pa.RecordBatch.from_arrays(columns, ["a", "b"])
+
+
+def _pairs_of_blocks(rows: int) -> list[tuple[slice, slice]]:
+    parts = [
+        slice(begin, min(begin + _DUPLICATE_ROWS, rows))
+        for begin in range(0, rows, _DUPLICATE_ROWS)
+    ]
+    return list(itertools.combinations_with_replacement(parts, 2))
+
+
+def _linked_in_blocks(task: tuple[slice, slice], vectors: VectorFile, min_cosine: float) -> _Links:
+    units = vectors.units()
+    first, second = task
+    rows = np.arange(first.start, first.stop)
+    below = beside = slice(0, len(rows))
+    if second != first:
+        rows = np.concatenate([rows, np.arange(second.start, second.stop)])
+        beside = slice(below.stop, len(rows))
+    root = np.arange(len(rows))
+    link_near(root, units[rows], below, beside, min_cosine)
+    yield rows, root
+
+
+def _named(batches: _Batches, vectors: VectorFile) -> _Batches:
+    """Keys for what was counted."""
+    keys = vectors.read_keys()
+    for batch in batches:
+        columns = [keys.take(batch.column(0)), keys.take(batch.column(1))]
+        yield pa.RecordBatch.from_arrays(columns, ["key", "group"])

@@ -1,0 +1,276 @@
+"""The vectors of a table as a file that every executor has: mapped, not loaded.
+
+The rows are in the order of their keys, so that wherever a tie is to be broken, the lower index is
+the smaller key.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark import StorageLevel
+from pyspark.ml.functions import vector_to_array
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql.types import (
+    ArrayType,
+    BinaryType,
+    DataType,
+    DoubleType,
+    FloatType,
+    IntegralType,
+    StringType,
+)
+
+from imagevec.errors import FingerprintError, OptionError
+from imagevec.files import PREFIX
+from imagevec.search.neighbours import Indices, Vectors, unit_vectors
+from imagevec.spark.sessions import existing_column, failures_in_words, quoted
+from imagevec.spark.ship import ship_file, shipped
+
+_PACKED_BYTES = 8 << 20  # of a row that travels: the JVM holds some of them
+_GATHERED_ROWS = 1 << 13
+_EMITTED_ROWS = 1 << 16
+
+
+def keyed(df: DataFrame, key: str, column: str) -> DataFrame:
+    """The columns ``key`` and ``vector``, an array of floats or doubles.
+
+    Raises:
+        OptionError: There is no such column, or it is of a type that cannot be searched.
+    """
+    key, column = existing_column(df.columns, key), existing_column(df.columns, column)
+    kind, vector = df.schema[key].dataType, F.col(quoted(column))
+    if not isinstance(kind, StringType | IntegralType | BinaryType):
+        raise OptionError(
+            f"the key {key!r} is of type {kind.simpleString()}: "
+            "use a column of strings, whole numbers or bytes"
+        )
+    type = df.schema[column].dataType
+    if type.typeName() == "vectorudt":
+        vector = vector_to_array(vector, "float32")
+    elif not (isinstance(type, ArrayType) and isinstance(type.elementType, FloatType | DoubleType)):
+        raise OptionError(
+            f"column {column!r} is of type {type.simpleString()}: "
+            "use an array of floats or doubles, or a vector of pyspark.ml"
+        )
+    return df.select(F.col(quoted(key)).alias("key"), vector.alias("vector"))
+
+
+def count_keys(side: DataFrame) -> int:
+    """How many rows there are.
+
+    Raises:
+        OptionError: A key is null, or is there twice.
+    """
+    keys = side.select("key").groupBy("key").count()
+    with failures_in_words():
+        found = keys.agg(
+            F.coalesce(F.sum("count"), F.lit(0)).alias("rows"),
+            F.sum(F.when(F.col("key").isNull(), F.col("count"))).alias("nulls"),
+            F.max("count").alias("most"),
+            F.max_by("key", "count").alias("most_frequent"),
+        ).first()
+    assert found is not None, "an aggregate has a row"
+    if found["nulls"]:
+        raise OptionError(
+            f"{found['nulls']:,} of {found['rows']:,} rows have no key: leave them out"
+        )
+    if (found["most"] or 0) > 1:
+        raise OptionError(
+            f"the key {found['most_frequent']!r} is there {found['most']:,} times: "
+            "choose one that is unique"
+        )
+    return int(found["rows"])
+
+
+def blocks(
+    batches: Iterator[pa.RecordBatch], rows: int, features: int | None = None
+) -> Iterator[tuple[Any, Vectors]]:
+    """Of the columns ``key`` and ``vector``: blocks of ``rows`` or more, in the order of keys.
+
+    Rows without a vector are left out.
+
+    Yields:
+        Keys, an Arrow array of B, and ``unit_vectors``, float32 ``(B, D)``.
+
+    Raises:
+        FingerprintError: Vectors differ in length, or do not have ``features``.
+    """
+    waiting: list[tuple[Any, Vectors]] = []
+    for batch in batches:
+        batch = batch.filter(pc.is_valid(batch.column(1)))
+        if batch.num_rows == 0:
+            continue
+        lengths = pc.unique(pc.list_value_length(batch.column(1))).to_pylist()
+        features = features or lengths[0]
+        if lengths != [features]:
+            other = next(length for length in lengths if length != features)
+            raise FingerprintError(
+                f"vectors of {features} and of {other} features are not comparable: use one model"
+            )
+        values = batch.column(1).flatten().to_numpy(zero_copy_only=False)
+        waiting.append((batch.column(0), values.reshape(batch.num_rows, features)))
+        if sum(len(keys) for keys, _ in waiting) >= rows:
+            yield _in_order(waiting)
+            waiting = []
+    if waiting:
+        yield _in_order(waiting)
+
+
+def _in_order(parts: list[tuple[Any, Any]]) -> tuple[Any, Vectors]:
+    keys = pa.concat_arrays([keys for keys, _ in parts])
+    order = pc.sort_indices(keys)
+    values = np.concatenate([values for _, values in parts])
+    return keys.take(order), unit_vectors(values[order.to_numpy()])
+
+
+@dataclass(frozen=True)
+class VectorFile:
+    """What a worker needs to open it.
+
+    Attributes:
+        name: Of the file of vectors, float32 ``(rows, features)``, each of length 1 or zero.
+        keys: Of the file of their keys, an Arrow table.
+        rows: How many there are.
+        features: The length of a vector.
+    """
+
+    name: str
+    keys: str
+    rows: int
+    features: int
+
+    def units(self, folder: Path | None = None) -> Vectors:
+        """The vectors, float32 ``(rows, features)``, of a shipped file or one in a folder."""
+        path = shipped(self.name) if folder is None else folder / self.name
+        if self.rows == 0:
+            return np.empty((0, self.features), np.float32)
+        return np.memmap(path, np.float32, "r", shape=(self.rows, self.features))
+
+    def read_keys(self) -> Any:
+        """On a worker: the keys, an Arrow array."""
+        with pa.memory_map(str(shipped(self.keys))) as file:
+            return pa.ipc.open_file(file).read_all().column(0).combine_chunks()
+
+
+def collect(side: DataFrame) -> VectorFile:
+    """Brings the vectors of ``keyed`` to the driver's disk, and ships them from there.
+
+    They are computed once, by all workers. Neither the JVM nor this process holds them in memory.
+
+    Raises:
+        FingerprintError: They differ in length.
+    """
+    kind = side.schema["key"].dataType
+    packed = side.mapInArrow(_packed, f"keys array<{kind.simpleString()}>, vectors binary")
+    packed = packed.persist(StorageLevel.DISK_ONLY)
+    part = folder() / "part"
+    chunks: list[Any] = []
+    lengths: set[int] = set()
+    try:
+        with failures_in_words(), part.open("wb") as file:
+            packed.agg(F.count("*")).first()  # by all workers: what follows goes one by one
+            for row in packed.toLocalIterator():
+                chunks.append(pa.array(row["keys"], arrow_type(kind)))
+                lengths.add(len(row["vectors"]) // 4 // max(1, len(row["keys"])))
+                file.write(row["vectors"])
+    finally:
+        packed.unpersist()
+    if len(lengths) > 1:
+        few, many = sorted(lengths)[:2]
+        raise FingerprintError(
+            f"vectors of {few} and of {many} features are not comparable: use one model"
+        )
+    keys = pa.chunked_array(chunks, arrow_type(kind)).combine_chunks()
+    features = lengths.pop() if lengths else 0
+    order = pc.sort_indices(keys)
+    made = VectorFile(part.name, "", len(keys), features)
+    name = _write_in_order(made.units(folder()), order.to_numpy())
+    part.unlink()
+    made = VectorFile(name, _write_keys(keys.take(order)), len(keys), features)
+    ship_file(side.sparkSession, folder() / made.name)
+    ship_file(side.sparkSession, folder() / made.keys)
+    return made
+
+
+def arrow_type(kind: DataType) -> Any:
+    """Arrow's type of a key's."""
+    from pyspark.sql.pandas.types import to_arrow_type
+
+    return to_arrow_type(kind)
+
+
+def emitted(queries: Any, keys: Any, row: Any, index: Any, cosine: Any) -> Iterator[pa.RecordBatch]:
+    """The result's rows, of candidates that are in order and chosen."""
+    rank = np.arange(len(row)) - np.searchsorted(row, row) + 1
+    for begin in range(0, len(row), _EMITTED_ROWS):
+        part = slice(begin, begin + _EMITTED_ROWS)
+        columns = [
+            queries.take(pa.array(row[part])),
+            keys.take(pa.array(index[part])),
+            pa.array(rank[part].astype(np.int32)),
+            pa.array(cosine[part]),
+        ]
+        yield pa.RecordBatch.from_arrays(columns, ["query", "neighbour", "rank", "cosine"])
+
+
+def _packed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Some rows in one, as bytes: the driver takes them apart without a loop in Python."""
+    for keys, units in blocks(batches, 1):
+        size = max(1, _PACKED_BYTES // units[0].nbytes) if units.shape[1] else len(units)
+        for begin in range(0, len(units), size):
+            part = slice(begin, begin + size)
+            some = keys[part]
+            offsets = pa.array([0, len(some)], pa.int32())
+            columns = [
+                pa.ListArray.from_arrays(offsets, some),
+                pa.array([units[part].tobytes()], pa.binary()),
+            ]
+            yield pa.RecordBatch.from_arrays(columns, ["keys", "vectors"])
+
+
+def _write_in_order(units: Vectors, order: Indices) -> str:
+    """Writes rows by their places; returns the file's name, which is of its content."""
+    sha256 = hashlib.sha256()
+    path = folder() / "ordered"
+    with path.open("wb") as file:
+        for begin in range(0, len(order), _GATHERED_ROWS):
+            rows = units[order[begin : begin + _GATHERED_ROWS]].tobytes()
+            sha256.update(rows)
+            file.write(rows)
+    return path.replace(folder() / f"{PREFIX}{sha256.hexdigest()}.f32").name
+
+
+def _write_keys(keys: Any) -> str:
+    table = pa.table({"key": keys})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return write_bytes(memoryview(sink.getvalue()), "arrow")
+
+
+def write_bytes(content: memoryview, suffix: str) -> str:
+    """Writes a file that is named by its content; returns the name."""
+    name = f"{PREFIX}{hashlib.sha256(content).hexdigest()}.{suffix}"
+    (folder() / name).write_bytes(content)
+    return name
+
+
+@functools.cache
+def folder() -> Path:
+    """Of this process: Spark serves the files from there as long as it lives."""
+    path = Path(tempfile.mkdtemp(prefix="imagevec-search-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
