@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 from imagevec._version import __version__
 from imagevec.errors import ImageVecError
 
-VERBS = ("extract", "models", "similar", "gallery", "cache", "doctor")
+VERBS = ("extract", "models", "similar", "duplicates", "gallery", "cache", "doctor")
 
 
 class Verb(Protocol):

@@ -19,7 +19,7 @@ from imagevec.options import check_positive
 Vectors = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
-_QUERY_ROWS = 512  # of a block of the product; more of either gains nothing
+_QUERY_ROWS = 1024  # of a block of the product; larger ones gain nothing
 _VECTOR_ROWS = 4096
 _RESCORED_VALUES = 1 << 21  # of float64, at a time
 _CROWDED = 64  # candidates for each neighbour that is wanted, before ties are settled early

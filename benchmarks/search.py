@@ -1,0 +1,418 @@
+"""``nearest`` and ``near_duplicates`` beside NumPy, ``nearestByJoin`` and MLlib's LSH.
+
+    python -m benchmarks.search [CASE...]
+
+Each case is a process of its own, with a Spark session of two workers. ``make bench`` runs them all.
+Tables are drawn around centres, with a fixed seed; with ``pairs``, as many rows are near-copies of
+others, at cosines around 0.97.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+from pyspark.ml.feature import BucketedRandomProjectionLSH
+from pyspark.ml.functions import array_to_vector
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from benchmarks.images import CACHE
+from benchmarks.machine import machine, versions
+from benchmarks.memory import PeakMemory
+from benchmarks.spark import session
+from imagevec import near_duplicates, nearest
+from imagevec.search import joins, neighbours
+from imagevec.search.vectors import folder as served_folder
+
+RESULTS = Path("benchmarks/results")
+WORKERS = 2
+K = 10
+PAIR_COSINE = 0.97
+_PART_ROWS = 25_000
+_CENTRES = 2_000
+_SPREAD = 1.0  # of the rows around a centre, in lengths of a centre
+_LOOK_EVERY_SECONDS = 1.0
+
+
+def table(rows: int, features: int, pairs: int = 0, seed: int = 0) -> str:
+    """A Parquet table of ``path`` and ``features``, made once; returns its path."""
+    folder = CACHE / "search" / f"{rows}x{features}-{pairs}-{seed}"
+    if (folder / "_SUCCESS").exists():
+        return str(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    centres = np.random.default_rng(12345).standard_normal((_CENTRES, features), np.float32)
+    chance = np.random.default_rng(seed)
+    for begin in range(0, rows, _PART_ROWS):
+        count = min(_PART_ROWS, rows - begin)
+        vectors = centres[chance.integers(0, _CENTRES, count)]
+        vectors += _SPREAD * chance.standard_normal(vectors.shape, np.float32)
+        # The last rows of each part are turned copies of its first ones.
+        copies = pairs * count // rows
+        if copies:
+            vectors[-copies:] = turned(vectors[:copies], chance)
+        paths = [f"photos/{place:08d}.jpg" for place in range(begin, begin + count)]
+        lists = pa.ListArray.from_arrays(
+            np.arange(0, vectors.size + 1, features, dtype=np.int32), vectors.ravel()
+        )
+        parquet.write_table(
+            pa.table({"path": paths, "features": lists}), folder / f"part-{begin:08d}.parquet"
+        )
+    (folder / "_SUCCESS").touch()
+    return str(folder)
+
+
+def turned(vectors: np.ndarray, chance: np.random.Generator) -> np.ndarray:
+    """Each at a cosine of about ``PAIR_COSINE`` to what it was."""
+    units = neighbours.unit_vectors(vectors)
+    noise = neighbours.unit_vectors(chance.standard_normal(vectors.shape, np.float32))
+    return PAIR_COSINE * units + math.sqrt(1 - PAIR_COSINE**2) * noise
+
+
+def planted(rows: int, pairs: int) -> set[tuple[str, str]]:
+    """The paths of the pairs in such a table."""
+    found = set()
+    for begin in range(0, rows, _PART_ROWS):
+        count = min(_PART_ROWS, rows - begin)
+        copies = pairs * count // rows
+        for place in range(copies):
+            first, second = begin + place, begin + count - copies + place
+            found.add((f"photos/{first:08d}.jpg", f"photos/{second:08d}.jpg"))
+    return found
+
+
+def array(folder: str) -> np.ndarray:
+    """float32 ``(N, D)``."""
+    column = parquet.read_table(folder, columns=["features"]).column(0).combine_chunks()
+    return column.flatten().to_numpy().reshape(len(column), -1)
+
+
+def timed(frame: DataFrame) -> float:
+    """Seconds to compute all rows, and nothing more."""
+    start = time.perf_counter()
+    frame.write.format("noop").mode("overwrite").save()
+    return time.perf_counter() - start
+
+
+class Heap:
+    """What is alive in the JVM, at its highest: after a garbage collection, asked for again and
+    again."""
+
+    def __init__(self, spark: SparkSession) -> None:
+        self.megabytes = 0.0
+        self._jvm = spark._jvm
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Heap:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_LOOK_EVERY_SECONDS):
+            self._jvm.System.gc()
+            runtime = self._jvm.Runtime.getRuntime()
+            used = runtime.totalMemory() - runtime.freeMemory()
+            self.megabytes = max(self.megabytes, used / 1e6)
+
+
+def bare_product(vectors: np.ndarray) -> float:
+    """Seconds of all the products of so many unit vectors in one process, and nothing more."""
+    units = neighbours.unit_vectors(vectors)
+    space = np.empty((2048, len(units)), np.float32)
+    start = time.perf_counter()
+    for begin in range(0, len(units), 2048):
+        part = units[begin : begin + 2048]
+        np.matmul(part, units.T, out=space[: len(part)])
+    return time.perf_counter() - start
+
+
+def exact() -> dict[str, Any]:
+    """50,000 x 50,000 x 1,280, beside one process of NumPy with two threads."""
+    folder = table(50_000, 1280)
+    vectors = array(folder)
+    figures: dict[str, list[float]] = {"product": [], "numpy": [], "nearest": []}
+    with session(WORKERS) as spark:
+        features = spark.read.parquet(folder)
+        timed(nearest(features.limit(100), features.limit(1000), K))  # the workers start
+        for _ in range(2):
+            figures["product"].append(bare_product(vectors))
+            start = time.perf_counter()
+            neighbours.nearest(vectors, vectors, K)
+            figures["numpy"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            timed(nearest(features, features, K))
+            figures["nearest"].append(time.perf_counter() - start)
+    return figures
+
+
+def queries() -> dict[str, Any]:
+    """1,000 queries in tables of two sizes, with a heap of 1 GB."""
+    figures: dict[str, Any] = {}
+    for rows in (250_000, 1_000_000):
+        there = table(rows, 512, 10_000 if rows == 1_000_000 else 0)
+        asked = table(1_000, 512, seed=1)
+        with session(WORKERS, {"spark.driver.memory": "1g"}) as spark:
+            with PeakMemory() as peak, Heap(spark) as heap:
+                start = time.perf_counter()
+                timed(nearest(spark.read.parquet(asked), spark.read.parquet(there), K))
+                seconds = time.perf_counter() - start
+            figures[f"{rows}"] = {
+                "seconds": seconds,
+                "worker_rss_mb": peak.megabytes,
+                "heap_mb": heap.megabytes,
+            }
+    return figures
+
+
+def spark_join() -> dict[str, Any]:
+    """2,000 x 2,000 by ``nearestByJoin``, and ``nearest`` of 50,000 x 50,000: a pair's cost."""
+    figures: dict[str, Any] = {}
+    with session(WORKERS) as spark:
+        for features in (512, 1280):
+            few, asked = table(2_000, features, seed=2), table(2_000, features, seed=3)
+            many = table(50_000, features)
+            left, right = spark.read.parquet(asked), spark.read.parquet(few)
+            ours, theirs = nearest(left, right, K), by_join(left, right)
+            timed(ours)
+            join_seconds = timed(theirs)
+            frame = spark.read.parquet(many)
+            start = time.perf_counter()
+            timed(nearest(frame, frame, K))
+            seconds = time.perf_counter() - start
+            figures[f"{features}"] = {
+                "nearestByJoin_ns_a_pair": join_seconds / 2_000**2 * 1e9,
+                "nearest_ns_a_pair": seconds / 50_000**2 * 1e9,
+                "ratio": join_seconds / 2_000**2 / (seconds / 50_000**2),
+                "same": share_of_same(ours, theirs),
+            }
+        there, asked = table(200_000, 512), table(500, 512, seed=4)
+        result = nearest(spark.read.parquet(asked), spark.read.parquet(there), K)
+        paths = sorted(row.path for row in spark.read.parquet(there).select("path").collect())
+        indices, _ = neighbours.nearest(array(asked), array(there), K)
+        rows = result.orderBy("query", "rank").collect()
+        true = [paths[index] for index in indices.ravel()]
+        same = [row.neighbour == path for row, path in zip(rows, true, strict=True)]
+        cosines = array(asked).astype(np.float64) @ array(there).astype(np.float64).T
+        cosines /= np.linalg.norm(array(asked), axis=1)[:, None]
+        cosines /= np.linalg.norm(array(there), axis=1)
+        plain = np.argsort(-cosines, axis=1, kind="stable")[:, :K].ravel()
+        figures["500 x 200,000"] = {
+            "same as in one process": sum(same) / len(same),
+            "same as a plain float64 product and sort": float((indices.ravel() == plain).mean()),
+        }
+    return figures
+
+
+def by_join(queries: DataFrame, features: DataFrame) -> DataFrame:
+    """Spark 4.2's own."""
+    left = queries.select(F.col("path").alias("query"), F.col("features").alias("asked"))
+    cosine = F.vector_cosine_similarity("asked", "features")
+    joined = left.nearestByJoin(features, cosine, K, "exact", "similarity")
+    return joined.select("query", F.col("path").alias("neighbour"), cosine.alias("cosine"))
+
+
+def share_of_same(ours: DataFrame, theirs: DataFrame) -> float:
+    """Of the neighbours that both find; another one counts if it is as near, to a step."""
+    first = {(row.query, row.neighbour): row.cosine for row in ours.collect()}
+    last = {}
+    for (query, _), cosine in first.items():
+        last[query] = min(cosine, last.get(query, 2))
+    rows = theirs.collect()
+    same = [
+        (row.query, row.neighbour) in first or abs(row.cosine - last[row.query]) < 2e-6
+        for row in rows
+    ]
+    return sum(same) / len(first)
+
+
+def duplicates() -> dict[str, Any]:
+    """1,000,000 x 512 with 10,000 planted pairs, by clusters."""
+    rows, pairs = 1_000_000, 10_000
+    folder = table(rows, 512, pairs)
+    with session(WORKERS, {"spark.driver.memory": "1g"}) as spark:
+        features = spark.read.parquet(folder)
+        with PeakMemory() as peak, Heap(spark) as heap, Compared() as compared:
+            start = time.perf_counter()
+            groups = near_duplicates(features, 0.95, method="clustered").collect()
+            seconds = time.perf_counter() - start
+    group_of = {row.path: row.group for row in groups}
+    true = planted(rows, pairs)
+    found = sum(group_of.get(a, 1) == group_of.get(b, 2) for a, b in true)
+    return {
+        "seconds": seconds,
+        "found": found / len(true),
+        "groups": len(set(group_of.values())),
+        "compared": compared.pairs / (rows * (rows - 1) / 2),
+        "worker_rss_mb": peak.megabytes,
+        "heap_mb": heap.megabytes,
+    }
+
+
+class Compared:
+    """How many pairs the cells have to compare, centroids included."""
+
+    def __init__(self) -> None:
+        self.pairs = 0.0
+
+    def __enter__(self) -> Compared:
+        self._original = joins.cells_for_pairs
+
+        def counted(session: Any, vectors: Any, min_cosine: float) -> Any:
+            cells = self._original(session, vectors, min_cosine)
+            with np.load(served_folder() / cells.name) as arrays:
+                members = np.diff(arrays["begins"]).astype(float)
+                visitors = np.diff(arrays["visits_begin"]).astype(float)
+                self.pairs = float((members * (members / 2 + visitors)).sum())
+                self.pairs += vectors.rows * len(members)
+            return cells
+
+        joins.cells_for_pairs = counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        joins.cells_for_pairs = self._original
+
+
+def lsh() -> dict[str, Any]:
+    """Near-duplicates of 100,000 x 512 with 2,000 planted pairs, by MLlib's LSH and by clusters."""
+    rows, pairs = 100_000, 2_000
+    folder = table(rows, 512, pairs)
+    true = planted(rows, pairs)
+    figures: dict[str, Any] = {}
+    with session(WORKERS) as spark:
+        features = spark.read.parquet(folder)
+        start = time.perf_counter()
+        groups = near_duplicates(features, 0.95, method="clustered").collect()
+        figures["clustered"] = {"seconds": time.perf_counter() - start}
+        group_of = {row.path: row.group for row in groups}
+        found = sum(group_of.get(a, 1) == group_of.get(b, 2) for a, b in true)
+        figures["clustered"]["recall"] = found / len(true)
+        units = features.withColumn("features", F.vector_normalize("features"))
+        units = units.withColumn(
+            "features", array_to_vector(F.col("features").cast("array<double>"))
+        )
+        # The fewest tables and the widest buckets that find 0.95 of the pairs, by trials.
+        for tables, width in ((4, 0.6), (8, 0.6), (8, 0.5), (16, 0.5)):
+            model = BucketedRandomProjectionLSH(
+                inputCol="features",
+                outputCol="hashes",
+                numHashTables=tables,
+                bucketLength=width,
+                seed=0,
+            ).fit(units)
+            start = time.perf_counter()
+            near = model.approxSimilarityJoin(units, units, math.sqrt(2 - 2 * 0.95))
+            near = near.select("datasetA.path", F.col("datasetB.path").alias("other"))
+            near = near.where("path < other").collect()
+            seconds = time.perf_counter() - start
+            recall = len({(row.path, row.other) for row in near} & true) / len(true)
+            figures[f"LSH, {tables} tables, buckets of {width}"] = {
+                "seconds": seconds,
+                "recall": recall,
+            }
+            print(json.dumps(figures), file=sys.stderr, flush=True)
+            if recall >= 0.95:
+                break
+    return figures
+
+
+def clustered() -> dict[str, Any]:
+    """10,000 queries in 1,000,000 x 512, by clusters and exactly."""
+    with session(WORKERS) as spark:
+        asked = spark.read.parquet(table(10_000, 512, seed=5))
+        there = spark.read.parquet(table(1_000_000, 512, 10_000))
+        figures: dict[str, Any] = {}
+        start = time.perf_counter()
+        result = nearest(asked, there, K, method="clustered").collect()
+        figures["clustered"] = {"seconds": time.perf_counter() - start}
+        start = time.perf_counter()
+        true = {(row.query, row.neighbour) for row in nearest(asked, there, K).collect()}
+        figures["exact"] = {"seconds": time.perf_counter() - start, "recall": 1.0}
+        found = {(row.query, row.neighbour) for row in result}
+        figures["clustered"]["recall"] = len(found & true) / len(true)
+    return figures
+
+
+def libraries() -> dict[str, Any]:
+    """The product and the best ten, 4,096 x 50,000 x 1,280: ours on NumPy, and faiss's."""
+    import faiss
+
+    vectors = neighbours.unit_vectors(array(table(50_000, 1280)))
+    some = vectors[:4096]
+    figures: dict[str, list[float]] = {"product": [], "numpy": [], "faiss": []}
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    contestants: dict[str, Callable[[], Any]] = {
+        "product": lambda: [some[i : i + 512] @ vectors.T for i in range(0, len(some), 512)],
+        "numpy": lambda: neighbours.nearest_units(some, vectors, K),
+        "faiss": lambda: index.search(some, K),
+    }
+    for _ in range(3):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            figures[name].append(time.perf_counter() - start)
+    return figures
+
+
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "libraries": libraries,
+    "exact": exact,
+    "queries": queries,
+    "spark_join": spark_join,
+    "clustered": clustered,
+    "duplicates": duplicates,
+    "lsh": lsh,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", default=list(CASES))
+    parser.add_argument("--case", help="one of them, in this process, to JSON")
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(CASES[arguments.case]()))
+        return
+    write(measure(arguments.cases))
+
+
+def measure(cases: list[str]) -> dict[str, Any]:
+    """The figures of each case."""
+    figures = {}
+    for case in cases:
+        print(f"\nsearch: {CASES[case].__doc__}", flush=True)
+        command = [sys.executable, "-m", "benchmarks.search", "--case", case]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        figures[case] = json.loads(done.stdout.splitlines()[-1])
+        print(f" {figures[case]}", flush=True)
+    return {"machine": machine(), "versions": versions(), "figures": figures}
+
+
+def write(result: dict[str, Any]) -> None:
+    """To ``results/search.json``, beside the cases that were measured before."""
+    path = RESULTS / "search.json"
+    if path.exists():
+        before = json.loads(path.read_text())["figures"]
+        result = {**result, "figures": {**before, **result["figures"]}}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

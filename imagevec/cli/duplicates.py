@@ -1,0 +1,119 @@
+"""Find groups of near-duplicates in a table, with Spark, and write them to a Parquet table."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from imagevec.errors import OptionError
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+_LOOK_EVERY_SECONDS = 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("features", help="a table of `imagevec extract`")
+    parser.add_argument("--out", required=True, help="a folder or URI that does not exist yet")
+    parser.add_argument(
+        "--min-cosine", type=float, default=0.95, help="of two that are linked (default: 0.95)"
+    )
+    parser.add_argument(
+        "--method",
+        choices=("exact", "clustered"),
+        default="exact",
+        help="clustered compares within clusters, which suits more than some 200,000 images "
+        "(default: exact)",
+    )
+    parser.add_argument(
+        "--master", help="Spark's master URL (default: spark-submit's, else local[*])"
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    from pyspark.sql import functions as F
+
+    from imagevec.cli.session import spark_session
+    from imagevec.search.joins import near_duplicates
+    from imagevec.spark.hadoop import Folder
+
+    with spark_session(options.master) as spark:
+        if Folder(spark, options.out).names():
+            raise OptionError(f"{options.out} exists and is not empty: choose another --out")
+        with _bar(spark, quiet=options.quiet or options.json):
+            features = spark.read.parquet(options.features)
+            groups = near_duplicates(features, options.min_cosine, method=options.method)
+            if "length" in features.columns:
+                groups = groups.join(features.select("path", "length"), "path")
+            else:
+                groups = groups.withColumn("length", F.lit(None).cast("long"))
+            made_by = {"min_cosine": options.min_cosine}
+            groups = groups.withColumn("group", F.col("group").alias("group", metadata=made_by))
+            groups.orderBy("group", "path").write.mode("append").parquet(options.out)
+            extra = F.col("path") != F.col("group")
+            counts = spark.read.parquet(options.out).agg(
+                F.count("*").alias("images"),
+                F.count_distinct("group").alias("groups"),
+                F.count_if(extra).alias("extra"),
+                F.sum(F.when(extra, F.col("length"))).alias("extra_bytes"),
+            )
+            found = counts.first()
+    assert found is not None, "an aggregate has a row"
+    return {**found.asDict(), "out": options.out, "min_cosine": options.min_cosine}
+
+
+def show(result: dict[str, Any]) -> str:
+    if not result["groups"]:
+        return f"no two images have a cosine of {result['min_cosine']} or more"
+    size = result["extra_bytes"]
+    bytes = "" if size is None else f", {_size(size)}"
+    return (
+        f"{result['images']:,} images in {result['groups']:,} groups, in {result['out']}\n"
+        f"{result['extra']:,} could go{bytes}, if one of each group stays"
+    )
+
+
+def _size(bytes: int) -> str:
+    size, units = float(bytes), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:,.0f} bytes" if units[0] == "bytes" else f"{size:,.1f} {units[0]}"
+
+
+@contextlib.contextmanager
+def _bar(spark: SparkSession, quiet: bool) -> Iterator[None]:
+    """A progress bar on the terminal, of the tasks of what runs just now."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} tasks"),
+        TimeElapsedColumn(),
+    )
+    tracker = spark.sparkContext.statusTracker()
+    is_done = threading.Event()
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+        row = bar.add_task("near-duplicates", total=1)
+
+        def look() -> None:
+            while not is_done.wait(_LOOK_EVERY_SECONDS):
+                stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
+                running = [stage for stage in stages if stage is not None]
+                if running:
+                    total = sum(stage.numTasks for stage in running)
+                    completed = sum(stage.numCompletedTasks for stage in running)
+                    bar.update(row, total=total, completed=completed)
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_done.set()
+            thread.join()
