@@ -2,7 +2,7 @@
 
     python -m benchmarks.search [CASE...]
 
-Each case is a process of its own, with a Spark session of two workers. ``make bench`` runs them all.
+Each case is a process of its own, with two Spark workers. ``make bench`` runs them all.
 Tables are drawn around centres, with a fixed seed; with ``pairs``, as many rows are near-copies of
 others, at cosines around 0.97.
 """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 from pyspark.ml import Pipeline
 from pyspark.ml.classification import LogisticRegression
@@ -16,9 +18,12 @@ from imagevec import (
     OptionError,
     features_udf,
     make_features_udf,
+    near_duplicates,
+    nearest,
     provenance,
     register,
 )
+from imagevec.search import neighbours
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import saved, vector_of
@@ -139,3 +144,26 @@ def test_paths(spark: SparkSession, tmp_path: Path) -> None:
         vector_of(IMAGES[0], model=tiny, weights="random"), rel=1e-4, abs=1e-6
     )
     assert second.error.startswith("unreadable_path")
+
+
+@pytest.mark.parametrize("method", ["exact", "clustered"])
+def test_search(spark: SparkSession, method: Literal["exact", "clustered"]) -> None:
+    """As in one process, whichever side is the smaller one."""
+    if method == "clustered":
+        pytest.importorskip("faiss")
+    vectors = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
+    vectors[30:] = vectors[:10] * 2
+    rows = [(f"p{place:02d}", vector.tolist()) for place, vector in enumerate(vectors)]
+    features = spark.createDataFrame(rows, "path string, features array<float>").repartition(3)
+    indices, cosines = neighbours.nearest(vectors, vectors, 3)
+    for count in (5, 40):
+        queries = features.where(f"path < 'p{count:02d}'")
+        found = nearest(queries, features, 3, method=method, recall=1.0)
+        found = found.orderBy("query", "rank").collect()
+        assert [int(row.neighbour[1:]) for row in found] == indices[:count].ravel().tolist()
+        assert [row.cosine for row in found] == cosines[:count].ravel().tolist()
+    groups = near_duplicates(features, 0.999, method=method).collect()
+    pairs = {f"p{place:02d}": f"p{place - 30:02d}" for place in range(30, 40)}
+    assert {row.path: row.group for row in groups} == pairs | {
+        group: group for group in pairs.values()
+    }
