@@ -26,7 +26,7 @@ from imagevec.search.neighbours import (
     nearest_units,
     unit_vectors,
 )
-from imagevec.search.vectors import VectorFile, blocks, emitted, folder, write_bytes
+from imagevec.search.vectors import VectorFile, folder, write_bytes
 from imagevec.spark.sessions import failures_in_words
 from imagevec.spark.ship import ship_file, shipped
 
@@ -38,7 +38,6 @@ _ITERATIONS = 10
 _SAMPLE = 512  # of queries, or of pairs, that tell how many cells to compare
 _PAIR_RECALL = 0.995  # of the sample's pairs
 _MAX_PROBES = 256
-_QUERY_ROWS = 1 << 15  # at a time: each reads the cells that it needs once
 _ASSIGNED_ROWS = 1 << 14
 _TASK_VECTORS = 1 << 15  # of a task that compares the vectors of some cells
 _MEMBER_ROWS = 1 << 14  # of a cell, at a time
@@ -71,18 +70,21 @@ def _arrays(name: str) -> dict[str, Any]:
 
 
 def cells_for_queries(
-    asked: DataFrame, asked_count: int, vectors: VectorFile, k: int, recall: float
+    session: SparkSession,
+    queries: tuple[DataFrame, int] | None,
+    vectors: VectorFile,
+    k: int,
+    recall: float,
 ) -> tuple[Cells, float]:
-    """Cells, and the share of the true neighbours that is found for a sample of the queries."""
-    session = asked.sparkSession
+    """Cells, and the share of the true neighbours that is found for a sample of the queries.
+
+    The queries are a data frame of ``keyed`` and its number of rows, or the vectors themselves.
+    """
     centroids = _centroids(vectors)
     home = _nearest_cells(session, vectors, centroids, 1)
-    every = max(1, asked_count // _SAMPLE)
-    chosen = asked.where(F.pmod(F.xxhash64("key"), F.lit(every)) == 0).limit(2 * _SAMPLE)
-    with failures_in_words():
-        sample = [row["vector"] for row in chosen.collect() if row["vector"] is not None]
-    sample = sample or [[0.0] * vectors.features]
-    units = unit_vectors(np.array(sample, np.float32))
+    units = _sample(vectors, _SAMPLE) if queries is None else _sample_of(*queries)
+    if not len(units):  # no query has a vector
+        return _shipped(session, vectors, centroids, home, 1), 1.0
     true, _ = nearest_units(units, vectors.units(folder()), k)  # (S, k)
     # Which place the cell of each true neighbour has among the query's cells.
     most = min(_MAX_PROBES, len(centroids))
@@ -94,6 +96,22 @@ def cells_for_queries(
     return _shipped(session, vectors, centroids, home, probes), reached
 
 
+def _sample(vectors: VectorFile, count: int) -> Vectors:
+    rows = np.random.default_rng(0).choice(
+        vectors.rows, min(vectors.rows, count), replace=False, shuffle=False
+    )
+    return np.array(vectors.units(folder())[np.sort(rows)])
+
+
+def _sample_of(queries: DataFrame, count: int) -> Vectors:
+    """Chosen by their keys, so that the sample does not depend on partitions."""
+    every = max(1, count // _SAMPLE)
+    chosen = queries.where(F.pmod(F.xxhash64("key"), F.lit(every)) == 0).select("vector")
+    with failures_in_words():
+        rows = [row["vector"] for row in chosen.collect() if row["vector"] is not None]
+    return unit_vectors(np.array(rows, np.float32).reshape(len(rows), -1 if rows else 1))
+
+
 def cells_for_pairs(session: SparkSession, vectors: VectorFile, min_cosine: float) -> Cells:
     """Cells, with visitors: vectors that are compared with those of a cell beside their own."""
     if vectors.rows == 0:
@@ -101,8 +119,7 @@ def cells_for_pairs(session: SparkSession, vectors: VectorFile, min_cosine: floa
     centroids = _centroids(vectors)
     # Vectors turned by the angle that near-duplicates may differ by, in any direction.
     chance = np.random.default_rng(0)
-    rows = np.sort(chance.choice(vectors.rows, min(8 * _SAMPLE, vectors.rows), replace=False))
-    units = np.array(vectors.units(folder())[rows])
+    units = _sample(vectors, 8 * _SAMPLE)
     noise = chance.standard_normal(units.shape, np.float32)
     noise -= units * np.einsum("nd,nd->n", units, noise)[:, None]
     turned = unit_vectors(
@@ -133,11 +150,8 @@ def _centroids(vectors: VectorFile) -> Vectors:
     except ImportError as error:
         raise MissingExtraError("faiss", "search") from error
     count = max(1, min(_MAX_CELLS, 2 * math.isqrt(vectors.rows)))
-    chance = np.random.default_rng(0)
-    size = min(vectors.rows, count * _VECTORS_A_CENTROID)
-    rows = np.sort(chance.choice(vectors.rows, size, replace=False))
-    sample = np.array(vectors.units(folder())[rows])
-    count = min(count, len(np.unique(sample, axis=0)) if size < 10_000 else count)
+    sample = _sample(vectors, count * _VECTORS_A_CENTROID)
+    count = min(count, len(np.unique(sample, axis=0)) if len(sample) < 10_000 else count)
     kmeans = faiss.Kmeans(
         vectors.features,
         count,
@@ -219,21 +233,15 @@ def _write(**arrays: Any) -> str:
 
 
 def nearest_in_cells(
-    batches: Iterator[pa.RecordBatch], vectors: VectorFile, cells: Cells, k: int
-) -> Iterator[pa.RecordBatch]:
-    """On a worker: queries stream by, and are compared with the vectors of their nearest cells."""
-    arrays = cells.arrays()
-    keys, units = vectors.read_keys(), vectors.units()
-    for queries, block in blocks(batches, _QUERY_ROWS, vectors.features):
-        row, index, cosine = _found_in_cells(block, units, arrays, cells.probes, k)
-        yield from emitted(queries, keys, row, index, cosine)
-
-
-def _found_in_cells(
-    queries: Vectors, units: Vectors, arrays: dict[str, Any], probes: int, k: int
+    queries: Vectors, units: Vectors, cells: Cells, k: int
 ) -> tuple[Indices, Indices, Vectors]:
-    """Rows of queries, indices of vectors and cosines, in the result's order."""
-    asked, _ = nearest_units(queries, arrays["centroids"], probes)  # (B, P)
+    """On a worker: queries are compared with the vectors of their nearest cells.
+
+    Returns:
+        Rows of queries, indices of vectors and cosines, in the order of the result.
+    """
+    arrays = cells.arrays()
+    asked, _ = nearest_units(queries, arrays["centroids"], cells.probes)  # (B, P)
     visiting, begins = _listed(asked.ravel(), len(arrays["centroids"]))
     visiting //= asked.shape[1]
     parts: list[tuple[Any, Any, Any]] = []

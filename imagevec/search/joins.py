@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -16,20 +17,20 @@ from pyspark.sql.types import DataType, FloatType, IntegerType, StructField, Str
 from imagevec.errors import FingerprintError, OptionError, did_you_mean
 from imagevec.options import check_positive
 from imagevec.search.cells import (
+    Cells,
     cells_for_pairs,
     cells_for_queries,
     linked_in_cell,
     nearest_in_cells,
 )
 from imagevec.search.components import components
-from imagevec.search.neighbours import check_min_cosine, link_near, nearest_units
+from imagevec.search.neighbours import Vectors, check_min_cosine, link_near, nearest_units
 from imagevec.search.vectors import (
     VectorFile,
     arrow_type,
     blocks,
     collect,
     count_keys,
-    emitted,
     keyed,
 )
 from imagevec.spark.sessions import existing_column
@@ -39,7 +40,10 @@ Method = Literal["exact", "clustered"]
 
 METHODS = ("exact", "clustered")
 
-_ROWS = 8192  # of a block that streams by: a product with fewer is slower for each
+_ROWS = 8192  # of a block of vectors that streams by
+_QUERY_ROWS = 2048  # of queries that are compared with all vectors at once
+_CELL_QUERY_ROWS = 1 << 14  # with those of cells: each cell is read once for so many
+_EMITTED_ROWS = 1 << 16
 _DUPLICATE_ROWS = 1 << 14  # of a block of vectors that one task compares with another
 
 _Batches = Iterator[pa.RecordBatch]
@@ -107,14 +111,21 @@ def nearest(
     asked_count = count if queries is features else count_keys(asked)
     if method == "exact" and asked_count < count:
         return _nearest_of_few(collect(asked), there, k, kind)
-    vectors = collect(there)
-    if method == "exact" or not vectors.rows:
-        compared = functools.partial(_nearest_of_many, vectors=vectors, k=k)
-        return asked.mapInArrow(compared, _result(kind))
-    cells, reached = cells_for_queries(asked, asked_count, vectors, k, recall)
-    compared = functools.partial(nearest_in_cells, vectors=vectors, cells=cells, k=k)
-    cosine = F.col("cosine").alias("cosine", metadata={"recall": reached})
-    return asked.mapInArrow(compared, _result(kind)).withColumn("cosine", cosine)
+    vectors, session = collect(there), features.sparkSession
+    cosine, cells = F.col("cosine"), None
+    if method == "clustered" and vectors.rows:
+        others = None if queries is features else (asked, asked_count)
+        cells, reached = cells_for_queries(session, others, vectors, k, recall)
+        cosine = cosine.alias("cosine", metadata={"recall": reached})
+    if queries is features:  # the vectors are there: none is computed again
+        tasks = math.ceil(vectors.rows / _rows_at_once(cells))
+        rows, compared = _each(session, tasks), _nearest_of_each
+    else:
+        rows, compared = asked, _nearest_of_many
+    found = rows.mapInArrow(
+        functools.partial(compared, vectors=vectors, cells=cells, k=k), _result(kind)
+    )
+    return found.withColumn("cosine", cosine)
 
 
 def near_duplicates(
@@ -213,15 +224,59 @@ def _each(session: SparkSession, count: int) -> DataFrame:
     return session.range(0, count, 1, max(1, count))
 
 
-def _nearest_of_many(batches: _Batches, vectors: VectorFile, k: int) -> _Batches:
-    """On a worker: queries stream by, and are compared with all vectors."""
+def _nearest_of_many(
+    batches: _Batches, vectors: VectorFile, cells: Cells | None, k: int
+) -> _Batches:
+    """On a worker: queries stream by, and are compared with the vectors."""
     keys, units = vectors.read_keys(), vectors.units()
-    if not vectors.rows:
+    for queries, block in blocks(batches, _rows_at_once(cells), vectors.features or None):
+        yield from _found(queries, block, keys, units, cells, k)
+
+
+def _nearest_of_each(
+    batches: _Batches, vectors: VectorFile, cells: Cells | None, k: int
+) -> _Batches:
+    """On a worker: each task's share of the vectors is compared with all of them."""
+    keys, units = vectors.read_keys(), vectors.units()
+    for batch in batches:
+        for task in batch.column(0).to_pylist():
+            size = _rows_at_once(cells)
+            rows = slice(task * size, (task + 1) * size)
+            yield from _found(keys[rows], units[rows], keys, units, cells, k)
+
+
+def _rows_at_once(cells: Cells | None) -> int:
+    return _QUERY_ROWS if cells is None else _CELL_QUERY_ROWS
+
+
+def _found(
+    queries: Any, block: Vectors, keys: Any, units: Vectors, cells: Cells | None, k: int
+) -> _Batches:
+    if not len(units):
         return
-    for queries, block in blocks(batches, _ROWS, vectors.features):
+    if cells is not None:
+        row, index, cosine = nearest_in_cells(block, units, cells, k)
+    else:
         indices, cosines = nearest_units(block, units, k)
         row = np.repeat(np.arange(len(block)), indices.shape[1])
-        yield from emitted(queries, keys, row, indices.ravel(), cosines.ravel())
+        index, cosine = indices.ravel(), cosines.ravel()
+    yield from _emitted(queries, keys, row, index, cosine)
+
+
+def _emitted(
+    queries: Any, keys: Any, row: Any, index: Any, cosine: Any
+) -> Iterator[pa.RecordBatch]:
+    """The result's rows, of candidates that are in order and chosen."""
+    rank = np.arange(len(row)) - np.searchsorted(row, row) + 1
+    for begin in range(0, len(row), _EMITTED_ROWS):
+        part = slice(begin, begin + _EMITTED_ROWS)
+        columns = [
+            queries.take(pa.array(row[part])),
+            keys.take(pa.array(index[part])),
+            pa.array(rank[part].astype(np.int32)),
+            pa.array(cosine[part]),
+        ]
+        yield pa.RecordBatch.from_arrays(columns, ["query", "neighbour", "rank", "cosine"])
 
 
 def _nearest_of_few(queries: VectorFile, there: DataFrame, k: int, kind: DataType) -> DataFrame:
@@ -257,7 +312,7 @@ def _nearest_of_partition(
     asked = queries.read_keys()
     row = best.column("row").to_numpy()
     keys, index = best.column("key").combine_chunks(), np.arange(len(row))
-    yield from emitted(asked, keys, row, index, best.column("cosine").to_numpy())
+    yield from _emitted(asked, keys, row, index, best.column("cosine").to_numpy())
 
 
 def _best_of(found: Any, k: int) -> Any:

@@ -21,6 +21,7 @@ Indices = npt.NDArray[np.int64]
 
 _QUERY_ROWS = 1024  # of a block of the product; larger ones gain nothing
 _VECTOR_ROWS = 4096
+_FEW_QUERIES = 2  # BLAS would wake its threads for each block, and they spin in between
 _RESCORED_VALUES = 1 << 21  # of float64, at a time
 _CROWDED = 64  # candidates for each neighbour that is wanted, before ties are settled early
 _STEPS = 1 << 20  # of a cosine of 1
@@ -86,7 +87,10 @@ def _nearest_of_block(queries: Vectors, vectors: Vectors, k: int) -> tuple[Indic
     for begin in range(0, len(vectors), _VECTOR_ROWS):
         block = vectors[begin : begin + _VECTOR_ROWS]
         product = space[: len(queries) * len(block)].reshape(len(queries), len(block))
-        np.matmul(queries, block.T, out=product)  # (B, V)
+        if len(queries) <= _FEW_QUERIES:
+            np.einsum("bd,vd->bv", queries, block, out=product)
+        else:
+            np.matmul(queries, block.T, out=product)
         if begin == 0 and k <= product.shape[1]:
             floor = np.partition(product, -k, axis=1)[:, -k] - 2 * error
         new = np.flatnonzero(product >= floor[:, None])

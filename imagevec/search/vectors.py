@@ -41,7 +41,6 @@ from imagevec.spark.ship import ship_file, shipped
 
 _PACKED_BYTES = 8 << 20  # of a row that travels: the JVM holds some of them
 _GATHERED_ROWS = 1 << 13
-_EMITTED_ROWS = 1 << 16
 
 
 def keyed(df: DataFrame, key: str, column: str) -> DataFrame:
@@ -210,20 +209,6 @@ def arrow_type(kind: DataType) -> Any:
     from pyspark.sql.pandas.types import to_arrow_type
 
     return to_arrow_type(kind)
-
-
-def emitted(queries: Any, keys: Any, row: Any, index: Any, cosine: Any) -> Iterator[pa.RecordBatch]:
-    """The result's rows, of candidates that are in order and chosen."""
-    rank = np.arange(len(row)) - np.searchsorted(row, row) + 1
-    for begin in range(0, len(row), _EMITTED_ROWS):
-        part = slice(begin, begin + _EMITTED_ROWS)
-        columns = [
-            queries.take(pa.array(row[part])),
-            keys.take(pa.array(index[part])),
-            pa.array(rank[part].astype(np.int32)),
-            pa.array(cosine[part]),
-        ]
-        yield pa.RecordBatch.from_arrays(columns, ["query", "neighbour", "rank", "cosine"])
 
 
 def _packed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

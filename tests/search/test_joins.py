@@ -202,11 +202,14 @@ def test_vectors_without_a_direction(spark: SparkSession, bad: float) -> None:
     assert groups_of(near_duplicates(features, 0.01)) == {}
 
 
-def test_null_vectors_alone(spark: SparkSession) -> None:
+@pytest.mark.parametrize("method", ["exact", "clustered"])
+def test_null_vectors_alone(spark: SparkSession, method: Any) -> None:
+    if method == "clustered":
+        pytest.importorskip("faiss")
     some, none = table(spark, vectors_of(5)), table(spark, [None] * 3)
     for queries, features in ((some, none), (none, some), (none, none)):
-        assert nearest(queries, features, 2).collect() == []
-    assert near_duplicates(none).collect() == []
+        assert nearest(queries, features, 2, method=method).collect() == []
+    assert near_duplicates(none, method=method).collect() == []
 
 
 def test_no_rows(spark: SparkSession) -> None:

@@ -34,9 +34,7 @@ def all_cosines(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
 
 
 def blocks_of(rows: int, columns: int, crowded: int = 64) -> AbstractContextManager[object]:
-    return mock.patch.multiple(
-        neighbours, _QUERY_ROWS=rows, _VECTOR_ROWS=columns, _CROWDED=crowded
-    )
+    return mock.patch.multiple(neighbours, _QUERY_ROWS=rows, _VECTOR_ROWS=columns, _CROWDED=crowded)
 
 
 ANY_VECTORS = npst.arrays(
