@@ -14,14 +14,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-images",
         type=int,
         default=2000,
-        help="show at most N images, sampled evenly by path (default: 2000)",
+        help="show at most N images, sampled by a hash of the path (default: 2000)",
+    )
+    parser.add_argument(
+        "--groups", help="a table of `imagevec duplicates`: show its groups, and these images first"
     )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from imagevec.search.gallery import write_gallery
 
-    count = write_gallery(options.features, options.out, max_images=options.max_images)
+    count = write_gallery(
+        options.features, options.out, max_images=options.max_images, groups=options.groups
+    )
     return {"images": count, "out": str(options.out)}
 
 

@@ -1,4 +1,4 @@
-"""Print the images nearest to one, by cosine."""
+"""Print the images nearest to one or more, by cosine."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("features", help="a table of `imagevec extract`")
-    parser.add_argument("--query", required=True, help="an image, of the table or not")
-    parser.add_argument("-k", type=int, default=10, help="how many (default: 10)")
+    parser.add_argument(
+        "--query",
+        dest="queries",
+        metavar="QUERY",
+        action="append",
+        required=True,
+        help="an image, in the table or not; repeat it for several",
+    )
+    parser.add_argument("-k", type=int, default=10, help="neighbours of each (default: 10)")
     parser.add_argument("--model", help="the table's, where that is a saved model or a .pt2 file")
     parser.add_argument("--weights", help="the table's, where they are not in the cache")
 
@@ -17,9 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from imagevec.search.similar import similar
 
-    found = similar(options.features, options.query, options.k, options.model, options.weights)
-    return {"query": options.query, "neighbours": found}
+    return {
+        "queries": similar(
+            options.features, options.queries, options.k, options.model, options.weights
+        )
+    }
 
 
 def show(result: dict[str, Any]) -> str:
-    return "\n".join(f"{row['cosine']:.4f}  {row['path']}" for row in result["neighbours"])
+    return "\n\n".join(_table(**query) for query in result["queries"])
+
+
+def _table(query: str, neighbours: list[dict[str, Any]]) -> str:
+    rows = [
+        f"{rank:>4}  {row['cosine']:>7.4f}  {row['path']}"
+        for rank, row in enumerate(neighbours, start=1)
+    ]
+    return "\n".join([query, "rank   cosine  path", *rows])

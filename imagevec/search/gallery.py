@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import importlib.resources
 import io
 import json
 import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from imagevec.errors import IMAGE_ERROR_CODES, ImageError
 from imagevec.images.decode import decode
 from imagevec.images.reading import read
 from imagevec.options import DEFAULTS, FORMATS, check_positive
-from imagevec.search.neighbours import map_2d, near_duplicates, nearest
-from imagevec.table.read import read_features
+from imagevec.search.neighbours import Vectors, map_2d, near_duplicates, nearest
+from imagevec.table.read import column_metadata, read_groups, read_vectors
 
 NEAR_DUPLICATE_COSINE = 0.95
 
@@ -35,6 +40,7 @@ def write_gallery(
     neighbours: int = 12,
     thumbnail_size: int = 96,
     max_images: int = 2000,
+    groups: str | Path | None = None,
 ) -> int:
     """Writes a page that needs nothing else: no server, no network, no other file.
 
@@ -44,13 +50,18 @@ def write_gallery(
         out: The HTML file.
         neighbours: How many are shown of each image.
         thumbnail_size: Pixels of a thumbnail's shorter side; the longer one has at most twice that.
-        max_images: Of more, that many are taken, evenly spread over the sorted paths.
+        max_images: Of more, a sample of that many is shown: those whose paths have the smallest
+            hashes. The same paths are in it whatever the order of the table, and most of them stay
+            when images are added. Memory is needed for the sample, not for the table.
+        groups: The folder that ``imagevec duplicates`` wrote. Its groups are shown instead of those
+            of the images on the page, and the sample begins with them: whole groups, in the order
+            of their hashes, except those that are larger than the space that is left.
 
     Returns:
         The number of images on the page.
 
     Raises:
-        OptionError: A number is below 1, or there is no such table.
+        OptionError: A number is below 1, or there is no such table, or none of groups.
     """
     numbers = {
         "neighbours": neighbours,
@@ -59,13 +70,11 @@ def write_gallery(
     }
     for option, value in numbers.items():
         check_positive(option, value)
-    all_paths, all_vectors = read_features(features)
-    total = len(all_paths)
-    order = sorted(range(total), key=all_paths.__getitem__)
-    count = min(total, max_images)
-    kept = [order[place * total // count] for place in range(count)]
-    paths, vectors = [all_paths[index] for index in kept], all_vectors[kept]
-
+    group_of: dict[str, str] = {}
+    groups_in_all = None
+    if groups is not None:
+        group_of, groups_in_all = _choose_groups(groups, max_images)
+    paths, vectors, total = _sample(features, max_images, group_of)
     indices, cosines = nearest(vectors, vectors, neighbours + 1)
     places = map_2d(vectors)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -84,18 +93,95 @@ def write_gallery(
         }
         for index, path in enumerate(paths)
     ]
+    if groups is not None:
+        shown = _groups_on_page(paths, group_of)
+        min_cosine = column_metadata(groups, "group").get("min_cosine")
+    else:
+        shown = near_duplicates(vectors, NEAR_DUPLICATE_COSINE)
+        min_cosine = NEAR_DUPLICATE_COSINE
     page = _page(
         {
             "folder": folder,
             "total": total,
             "thumbnailSize": thumbnail_size,
             "images": images,
-            "groups": near_duplicates(vectors, NEAR_DUPLICATE_COSINE),
-            "minCosine": NEAR_DUPLICATE_COSINE,
+            "groups": shown,
+            "groupsInAll": groups_in_all,
+            "minCosine": min_cosine,
         }
     )
     Path(out).write_text(page, encoding="utf-8")
     return len(images)
+
+
+def _sample(
+    features: str | Path, count: int, group_of: Mapping[str, str]
+) -> tuple[list[str], Vectors, int]:
+    """The images of ``group_of``, and of the others those with the smallest hashes.
+
+    Returns:
+        At most ``count`` paths, sorted, their vectors, float32 ``(N, D)``, and how many images the
+        table has.
+    """
+    kept: list[tuple[tuple[bool, bytes, str], Vectors]] = []
+    total = 0
+    for paths, vectors in read_vectors(features):
+        total += len(paths)
+        keys = [(path not in group_of, _hash(path), path) for path in paths]
+        new = [
+            (key, vectors[row].copy())  # a view would keep the block
+            for row, key in enumerate(keys)
+            if len(kept) < count or key < kept[-1][0]
+        ]
+        kept = sorted(kept + new, key=itemgetter(0))[:count]
+    kept.sort(key=lambda image: image[0][2])
+    return [path for (_, _, path), _ in kept], np.stack([vector for _, vector in kept]), total
+
+
+def _choose_groups(groups: str | Path, count: int) -> tuple[dict[str, str], int]:
+    """Whole groups of together at most ``count`` images.
+
+    Of the table, which is read twice, only the sizes of ``count`` groups are held at a time.
+
+    Returns:
+        Each image's group, and how many groups the table has.
+    """
+    sizes: Counter[tuple[bytes, str]] = Counter()
+    limit: tuple[bytes, str] | None = None  # what is above it has been dropped
+    in_all = 0
+    for paths, names in read_groups(groups):
+        in_all += sum(map(str.__eq__, paths, names))  # a group has its smallest path once
+        for name, count_here in Counter(names).items():
+            key = (_hash(name), name)
+            if limit is None or key <= limit:
+                sizes[key] += count_here
+        if len(sizes) > count:
+            sizes = Counter({key: sizes[key] for key in sorted(sizes)[:count]})
+            limit = max(sizes)
+    chosen = set()
+    left = count
+    for key in sorted(sizes):
+        if sizes[key] <= left:
+            left -= sizes[key]
+            chosen.add(key[1])
+    group_of: dict[str, str] = {}
+    for paths, names in read_groups(groups):
+        rows = zip(paths, names, strict=True)
+        group_of.update((path, name) for path, name in rows if name in chosen)
+    return group_of, in_all
+
+
+def _groups_on_page(paths: list[str], group_of: Mapping[str, str]) -> list[list[int]]:
+    """The indices of each group of two or more, ascending; groups by their first index."""
+    members = defaultdict(list)
+    for index, path in enumerate(paths):
+        if path in group_of:
+            members[group_of[path]].append(index)
+    return [indices for indices in members.values() if len(indices) > 1]
+
+
+def _hash(path: str) -> bytes:
+    return hashlib.blake2b(path.encode(), digest_size=8).digest()
 
 
 def _page(data: dict[str, Any]) -> str:

@@ -1,55 +1,152 @@
-"""The images of a table that are nearest to one."""
+"""The images of a table that are nearest to others. The table is streamed, never held."""
 
 from __future__ import annotations
 
-import json
+import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from imagevec.cache import find
 from imagevec.errors import FingerprintError, OptionError
-from imagevec.options import Options
-from imagevec.search.neighbours import nearest
-from imagevec.spark.vectorizer import ImageVectorizer
-from imagevec.table.provenance import Provenance, check_same
-from imagevec.table.read import read_features
+from imagevec.images.parallel import map_ahead
+from imagevec.options import Options, check_positive
+from imagevec.search.neighbours import Vectors, nearest
+from imagevec.table.read import RowGroup, column_metadata, read_paths, read_vectors
 
-_SPARK_SCHEMA = b"org.apache.spark.sql.parquet.row.metadata"
+if TYPE_CHECKING:
+    from imagevec.table.provenance import Provenance
 
 
 def similar(
-    features: str, query: str, k: int, model: str | None = None, weights: str | None = None
+    features: str,
+    queries: Sequence[str],
+    k: int,
+    model: str | None = None,
+    weights: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The ``k`` nearest images, each a path and its cosine to the query, the nearest first.
+    """The ``k`` nearest images to each query, by cosine.
 
-    A query that is not in the table is computed here, with the model that its features are of. Its
-    name is in the table, but a saved model or a ``.pt2`` file has to be given again.
+    A query that is not in the table, or has no features there, is computed here, with the model of
+    the table's features. The table names it, but a saved model or a ``.pt2`` file has to be given
+    again. A query that is in the table is not its own neighbour.
+
+    Args:
+        features: The folder that ``imagevec extract`` wrote, or its URI.
+        queries: Paths or URIs of images, at least one.
+        k: At least 1; all other images where it is larger.
+        model: A saved model or a ``.pt2`` file, if the features are of one.
+        weights: A weights file, if the cache does not have it.
+
+    Returns:
+        For each query ``{"query": ..., "neighbours": [{"path": ..., "cosine": ...}, ...]}``.
+        Neighbours are in order of descending cosine; those of equal cosines in order of their
+        paths.
 
     Raises:
-        OptionError: The table or the query cannot be read, or the model has to be given.
-        FingerprintError: The model that is at hand is not the one of the table.
+        OptionError: The table cannot be read or has no features, ``k`` is below 1, or the model has
+            to be given.
+        FingerprintError: The model at hand is not the one of the table, or the table does not say
+            which it is.
+        ImageError: A query that has to be computed cannot be read, or is not an image.
     """
-    paths, vectors = read_features(features)
-    wanted = [path for path in paths if _plain(path) == _plain(query)]
-    if wanted:
-        vector = vectors[paths.index(wanted[0])]
-    else:
-        vector = _vector(_provenance(features), query, model, weights)
-    others = [i for i, path in enumerate(paths) if path not in wanted]
-    indices, cosines = nearest(vector[None], vectors[others], min(k, len(others)))
+    check_positive("k", k)
+    names = [_plain(query) for query in queries]
+    own, row_groups = _rows_of(features, set(names))
+    vectors = _vectors_there(features, own, row_groups)
+    missing = {n: query for n, query in zip(names, queries, strict=True) if n not in vectors}
+    if missing:
+        vectors |= _vectors_computed(features, missing, model, weights)
+    query_vectors = np.stack([vectors[name] for name in names])  # (Q, D)
+    found = _nearest(features, query_vectors, k, [own[name] for name in names])
     return [
-        {"path": paths[others[index]], "cosine": round(float(cosine), 6)}
-        for index, cosine in zip(indices[0], cosines[0], strict=True)
+        {
+            "query": query,
+            "neighbours": [
+                {"path": path, "cosine": round(-negative, 6)} for negative, path in neighbours
+            ],
+        }
+        for query, neighbours in zip(queries, found, strict=True)
     ]
 
 
-def _vector(
-    made_of: Provenance, query: str, model: str | None, weights: str | None
-) -> npt.NDArray[np.float32]:
+def _nearest(
+    features: str, queries: Vectors, k: int, own: list[list[str]]
+) -> list[list[tuple[float, str]]]:
+    """For each query its ``k`` neighbours, each a cosine's negative and a path, in order.
+
+    Args:
+        features: The table.
+        queries: float32 ``(Q, D)``.
+        k: At least 1.
+        own: The paths of each query's own rows, which are left out.
+    """
+    best: list[list[tuple[float, str]]] = [[] for _ in queries]
+    compare = functools.partial(_nearest_of_block, queries=queries, k=k + max(map(len, own)))
+    # A thread compares while this one reads.
+    for found in map_ahead(compare, read_vectors(features), threads=1, ahead=1):
+        for row, new in enumerate(found):
+            others = [(negative, path) for negative, path in new if path not in own[row]]
+            best[row] = sorted(best[row] + others)[:k]
+    return best
+
+
+def _nearest_of_block(
+    block: tuple[list[str], Vectors], queries: Vectors, k: int
+) -> list[list[tuple[float, str]]]:
+    paths, vectors = block
+    order = sorted(range(len(paths)), key=paths.__getitem__)  # ties go to the lower index
+    indices, cosines = nearest(queries, vectors[order], k)
+    return [
+        [(negative, paths[order[index]]) for negative, index in zip(*row, strict=True)]
+        for row in zip((-cosines).tolist(), indices.tolist(), strict=True)
+    ]
+
+
+def _rows_of(features: str, names: set[str]) -> tuple[dict[str, list[str]], set[RowGroup]]:
+    """The rows of images, by their paths alone.
+
+    Returns:
+        For each name the paths that the table has for it, and the row groups that have any.
+    """
+    own: dict[str, list[str]] = {name: [] for name in names}
+    row_groups = set()
+    ends = {name.rpartition("/")[2] for name in names}
+    for row_group, paths in read_paths(features):
+        for path in paths:
+            if path.rpartition("/")[2] in ends and (name := _plain(path)) in own:
+                own[name].append(path)
+                row_groups.add(row_group)
+    return own, row_groups
+
+
+def _vectors_there(
+    features: str, own: dict[str, list[str]], row_groups: set[RowGroup]
+) -> dict[str, Vectors]:
+    """The vectors of the images that have one in the table, by name."""
+    found: dict[str, Vectors] = {}
+    if row_groups:
+        name_of = {path: name for name, paths in own.items() for path in paths}
+        for paths, block in read_vectors(features, row_groups):
+            for path, vector in zip(paths, block, strict=True):
+                if path in name_of:
+                    found.setdefault(name_of[path], vector.copy())
+    return found
+
+
+def _vectors_computed(
+    features: str, queries: dict[str, str], model: str | None, weights: str | None
+) -> dict[str, Vectors]:
+    """The vectors of other images, by name, as ``queries`` are."""
+    from imagevec.spark.vectorizer import ImageVectorizer
+    from imagevec.table.provenance import Provenance, check_same
+
+    metadata = column_metadata(features, "features")
+    if not metadata:
+        raise FingerprintError(f"{features} does not say what made its features")
+    made_of = Provenance.of_metadata(metadata)
     options: dict[str, Any] = {
         "layer": made_of.layer,
         "normalize": made_of.normalize,
@@ -66,7 +163,10 @@ def _vector(
         options |= {"model": model, "weights": weights} if weights else {"model": model}
     vectorizer = ImageVectorizer(**cast(Options, options))
     check_same(made_of, Provenance.of(vectorizer.spec))
-    return np.array(vectorizer.extract_features(query), np.float32)
+    return {
+        name: np.array(vectorizer.extract_features(query), np.float32)
+        for name, query in queries.items()
+    }
 
 
 def _weights_at_hand(made_of: Provenance) -> str:
@@ -76,19 +176,6 @@ def _weights_at_hand(made_of: Provenance) -> str:
         return kind
     path = find(digest)
     return str(path) if path else "DEFAULT"
-
-
-def _provenance(features: str) -> Provenance:
-    """Of the table's column, without Spark, from the schema that Spark wrote into its files."""
-    file = next(iter(sorted(Path(features.removeprefix("file:")).glob("*.parquet"))), None)
-    if file is None:
-        raise OptionError(f"{features} holds no Parquet file")
-    metadata = pq.read_schema(file).metadata or {}
-    fields = json.loads(metadata.get(_SPARK_SCHEMA, b'{"fields": []}'))["fields"]
-    for field in fields:
-        if field["name"] == "features" and field["metadata"]:
-            return Provenance.of_metadata(field["metadata"])
-    raise FingerprintError(f"{features} does not say what made its features")
 
 
 def _plain(path: str) -> str:

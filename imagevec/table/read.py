@@ -1,69 +1,196 @@
-"""The table that ``imagevec extract`` writes: image paths and feature vectors, as Parquet."""
+"""The tables that imagevec writes, as Parquet: read in blocks, so that any size fits in memory."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import dataset
+from pyarrow import fs, parquet
 
 from imagevec.errors import OptionError
 
-_HINT = "give the folder that `imagevec extract` wrote"
+_ROWS = 2048  # of a block
+_BUFFER_BYTES = 4 << 20  # of a file; else all of a row group is held, which Spark makes 128 MB
+_FEATURES = ["path", "features"]
+_GROUPS = ["path", "group"]
+_EXTRACT = "give the folder that `imagevec extract` wrote"
+_DUPLICATES = "give the folder that `imagevec duplicates` wrote"
+_SPARK_SCHEMA = b"org.apache.spark.sql.parquet.row.metadata"
 
 
-def read_features(folder: str | Path) -> tuple[list[str], npt.NDArray[np.float32]]:
-    """The paths of all images that have features, and these features.
+class RowGroup(NamedTuple):
+    """A part of a table that can be read without the rest.
+
+    Attributes:
+        file: The path of a Parquet file.
+        number: The row group's number in the file, from 0.
+    """
+
+    file: str
+    number: int
+
+
+def read_vectors(
+    folder: str | Path, row_groups: Collection[RowGroup] | None = None
+) -> Iterator[tuple[list[str], npt.NDArray[np.float32]]]:
+    """The images of a table that have features, in blocks.
 
     Args:
         folder: A Parquet folder, or its URI, with the columns ``path`` (string) and ``features``
             (``array<float>``). Files whose names start with ``_`` or ``.`` are not data.
+        row_groups: Where to read; everywhere by default.
 
-    Returns:
-        N paths or URIs as they stand in the table, and float32 ``(N, D)``. N is at least 1.
+    Yields:
+        N paths or URIs as they stand in the table, and float32 ``(N, D)``, which may be read-only.
+        N is at least 1.
 
     Raises:
         OptionError: There is no such table, no row has features, or their lengths differ.
     """
-    paths: list[str] = []
-    values: list[npt.NDArray[np.float32]] = []
     lengths: set[int] = set()
-    try:
-        for batch in _open(str(folder)).to_batches(columns=["path", "features"]):
-            rows = batch.filter(pc.is_valid(batch.column("features")))
-            features = rows.column("features")
-            paths += rows.column("path").to_pylist()
-            lengths.update(pc.unique(pc.list_value_length(features)).to_pylist())
-            values.append(_floats(features.flatten()))
-    except FileNotFoundError as error:
-        raise OptionError(f"{folder} is not there: {_HINT}") from error
-    except (OSError, pa.ArrowException) as error:
-        raise OptionError(f"{folder} cannot be read as Parquet: {_HINT} ({error})") from error
-    if not paths:
+    for _, batch in _batches(str(folder), _FEATURES, _FEATURES, _EXTRACT, row_groups):
+        rows = batch.drop_null()
+        if rows.num_rows == 0:
+            continue
+        features = rows.column("features")
+        lengths.update(pc.unique(pc.list_value_length(features)).to_pylist())
+        if len(lengths) > 1:
+            raise OptionError(
+                f"{folder} holds vectors of {sorted(lengths)} features: use one model"
+            )
+        values = _floats(features.flatten())
+        yield rows.column("path").to_pylist(), values.reshape(rows.num_rows, *lengths)
+    if not lengths and row_groups is None:
         raise OptionError(f"{folder} holds no features: no row has any")
-    if len(lengths) > 1:
-        raise OptionError(f"{folder} holds vectors of {sorted(lengths)} features: use one model")
-    return paths, np.concatenate(values).reshape(len(paths), lengths.pop())
 
 
-def _open(folder: str) -> Any:
-    table = dataset.dataset(folder, format="parquet", ignore_prefixes=[".", "_"])
-    if not table.files:
-        raise OptionError(f"{folder} holds no Parquet files: {_HINT}")
-    types = dict(zip(table.schema.names, table.schema.types, strict=True))
-    for column in ("path", "features"):
+def read_paths(folder: str | Path) -> Iterator[tuple[RowGroup, list[str]]]:
+    """The paths of a table's rows, whether or not they have features, in blocks.
+
+    Yields:
+        Where the block is, and its paths.
+
+    Raises:
+        OptionError: There is no such table.
+    """
+    for row_group, batch in _batches(str(folder), _FEATURES, ["path"], _EXTRACT):
+        yield row_group, batch.column("path").drop_null().to_pylist()
+
+
+def read_groups(folder: str | Path) -> Iterator[tuple[list[str], list[str]]]:
+    """The rows of a table of near-duplicates, in blocks.
+
+    Args:
+        folder: A Parquet folder, or its URI, with the columns ``path`` and ``group`` (strings).
+
+    Yields:
+        N paths, and for each the smallest path of its group.
+
+    Raises:
+        OptionError: There is no such table.
+    """
+    for _, batch in _batches(str(folder), _GROUPS, _GROUPS, _DUPLICATES):
+        rows = batch.drop_null()
+        yield rows.column("path").to_pylist(), rows.column("group").to_pylist()
+
+
+def column_metadata(folder: str | Path, column: str) -> dict[str, Any]:
+    """What Spark wrote into a table's files about a column; empty if it wrote nothing.
+
+    Raises:
+        OptionError: There is no such table.
+    """
+    filesystem, (first, *_) = _files(str(folder), _EXTRACT)
+    schema = parquet.read_schema(first, filesystem=filesystem)
+    fields = json.loads((schema.metadata or {}).get(_SPARK_SCHEMA, b'{"fields": []}'))["fields"]
+    found: list[dict[str, Any]] = [x["metadata"] for x in fields if x["name"] == column]
+    return found[0] if found else {}
+
+
+def _batches(
+    folder: str,
+    expected: list[str],
+    columns: list[str],
+    hint: str,
+    row_groups: Collection[RowGroup] | None = None,
+) -> Iterator[tuple[RowGroup, Any]]:
+    """Arrow batches of some of the columns that are expected, and where each is."""
+    with _errors_of(folder, hint):
+        filesystem, paths = _files(folder, hint)
+        for path in paths:
+            with parquet.ParquetFile(
+                path, filesystem=filesystem, pre_buffer=False, buffer_size=_BUFFER_BYTES
+            ) as file:
+                _check_columns(folder, expected, file.schema_arrow, hint)
+                for number in range(file.num_row_groups):
+                    row_group = RowGroup(path, number)
+                    if row_groups is None or row_group in row_groups:
+                        for batch in file.iter_batches(_ROWS, [number], columns, use_threads=False):
+                            yield row_group, batch
+
+
+@contextmanager
+def _errors_of(folder: str, hint: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise OptionError(f"{folder} is not there: {hint}") from error
+    except (OSError, pa.ArrowException) as error:
+        raise OptionError(f"{folder} cannot be read as Parquet: {hint} ({error})") from error
+
+
+def _files(folder: str, hint: str) -> tuple[Any, list[str]]:
+    """A folder's file system, and the paths of its data files there, at least one.
+
+    It is what ``pyarrow.dataset`` does, which imports pandas.
+    """
+    is_uri = "://" in folder or folder.startswith("file:")
+    filesystem, root = fs.FileSystem.from_uri(folder if is_uri else os.path.abspath(folder))
+    info = filesystem.get_file_info(root)
+    if info.type == fs.FileType.File:
+        return filesystem, [info.path]
+    paths = [
+        info.path
+        for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+        if info.type == fs.FileType.File and _is_data(info.path.removeprefix(root))
+    ]
+    if not paths:
+        raise OptionError(f"{folder} holds no Parquet files: {hint}")
+    return filesystem, sorted(paths)
+
+
+def _is_data(path: str) -> bool:
+    return not any(part.startswith((".", "_")) for part in path.split("/"))
+
+
+def _check_columns(folder: str, columns: list[str], schema: Any, hint: str) -> None:
+    types = dict(zip(schema.names, schema.types, strict=True))
+    for column in columns:
         if column not in types:
-            raise OptionError(f"{folder} has no column {column!r}, only {list(types)}: {_HINT}")
-    if not _is_list_of_floats(types["features"]):
-        raise OptionError(
-            f"the column 'features' of {folder} is of type {types['features']}, "
-            f"not list<float>: {_HINT}"
-        )
-    return table
+            raise OptionError(f"{folder} has no column {column!r}, only {list(types)}: {hint}")
+        is_wanted, wanted = _is_string, "string"
+        if column == "features":
+            is_wanted, wanted = _is_list_of_floats, "list<float>"
+        if not is_wanted(types[column]):
+            raise OptionError(
+                f"the column {column!r} of {folder} is of type {types[column]}, "
+                f"not {wanted}: {hint}"
+            )
+
+
+def _is_string(type: Any) -> bool:
+    if pa.types.is_dictionary(type):
+        type = type.value_type
+    return bool(pa.types.is_string(type) or pa.types.is_large_string(type))
 
 
 def _is_list_of_floats(type: Any) -> bool:
@@ -73,5 +200,6 @@ def _is_list_of_floats(type: Any) -> bool:
 
 def _floats(values: Any) -> npt.NDArray[np.float32]:
     """An Arrow array of numbers as NumPy's; a null among them is NaN."""
-    array: npt.NDArray[np.float32] = values.to_numpy(zero_copy_only=False)
-    return array.astype(np.float32, copy=False)
+    if values.null_count:
+        values = pc.fill_null(values, math.nan)
+    return np.from_dlpack(values).astype(np.float32, copy=False)  # to_numpy imports pandas

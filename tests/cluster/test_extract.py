@@ -300,10 +300,13 @@ def test_similar(capsys, photos, tmp_path):
     run(capsys, "extract", photos, table, *options, "--master", "local[2]")
     weights.unlink()
     query = photos / "2.png"
-    of_table = run(capsys, "similar", table, "--query", query, "-k", 3)["neighbours"]
     copy = tmp_path / "copy.png"
     copy.write_bytes(query.read_bytes())
-    of_copy = run(capsys, "similar", table, "--query", copy, "-k", 4)["neighbours"]
+    queries = ("--query", copy, "--query", query, "--query", photos / "3.png")
+    copied, own, other = run(capsys, "similar", table, *queries, "-k", 10)["queries"]
+    assert [copied["query"], own["query"]] == [str(copy), str(query)]
+    of_copy, of_table = copied["neighbours"], own["neighbours"]
+    assert len(other["neighbours"]) == len(of_table) == 9
     assert of_copy[0]["path"] == uri(query)
     assert of_copy[0]["cosine"] == pytest.approx(1, abs=1e-3)
     assert [row["path"] for row in of_copy[1:]] == [row["path"] for row in of_table]
@@ -337,4 +340,4 @@ def test_a_model_that_is_a_file(capsys, photos, tmp_path, make):
     assert main(["similar", str(table), "--query", str(copy)]) == 1
     assert "give it as --model" in capsys.readouterr().err
     found = run(capsys, "similar", table, "--query", copy, "--model", model, "-k", 1)
-    assert found["neighbours"][0]["path"] == uri(photos / "2.png")
+    assert found["queries"][0]["neighbours"][0]["path"] == uri(photos / "2.png")

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html.parser
+import itertools
 import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from imagevec import OptionError
 from imagevec.errors import IMAGE_ERROR_CODES
 from imagevec.search.gallery import write_gallery
 from imagevec.search.neighbours import nearest
+from imagevec.table import read
 from tests.helpers.images import opened
 from tests.helpers.pipeline import run_python
 from tests.helpers.tables import HOSTILE, write_images, write_table
@@ -47,6 +53,10 @@ class Elements(html.parser.HTMLParser):
 def data_of(page: Path) -> dict[str, Any]:
     """What the page's script finds."""
     return json.loads(Elements(page.read_text("utf-8")).scripts[0])
+
+
+def paths_of(data: dict[str, Any]) -> list[str]:
+    return [data["folder"] + image["name"] for image in data["images"]]
 
 
 @pytest.fixture
@@ -106,13 +116,116 @@ def test_one_image_alone(tmp_path):
     assert image["neighbours"] == []
 
 
-def test_of_too_many_an_even_part_is_taken(tmp_path):
+def test_of_too_many_those_with_the_smallest_hashes_are_taken(tmp_path):
     paths = [f"/nowhere/{number:03}.jpg" for number in range(100)]
+    by_hash = sorted(paths, key=lambda path: hashlib.blake2b(path.encode(), digest_size=8).digest())
     write_features(tmp_path / "t", paths)
     assert write_gallery(tmp_path / "t", tmp_path / "g.html", max_images=10) == 10
     data = data_of(tmp_path / "g.html")
-    assert [image["name"] for image in data["images"]] == [f"{n:03}.jpg" for n in range(0, 100, 10)]
+    assert paths_of(data) == sorted(by_hash[:10])
     assert data["total"] == 100
+
+
+def test_the_sample_does_not_depend_on_the_order_of_the_table(tmp_path):
+    rows = {f"/nowhere/{number:03}.jpg": [1.0, number] for number in range(60)}
+    write_table(tmp_path / "t", rows)
+    shuffled = list(rows.items())
+    np.random.default_rng(0).shuffle(shuffled)
+    for part in range(3):
+        write_table(tmp_path / "u", dict(shuffled[part::3]), part=part)
+    for name in ("t", "u"):
+        with mock.patch.object(read, "_ROWS", 7):
+            write_gallery(tmp_path / name, tmp_path / f"{name}.html", max_images=10)
+    assert (tmp_path / "t.html").read_bytes() == (tmp_path / "u.html").read_bytes()
+
+
+def write_groups(folder: Path, groups: list[list[str]], metadata: Any = None) -> Path:
+    """A table as ``imagevec duplicates`` writes it."""
+    table = pa.table(
+        {
+            "path": pa.array([path for group in groups for path in group], pa.string()),
+            "group": pa.array([min(group) for group in groups for _ in group], pa.string()),
+        }
+    )
+    if metadata is not None:
+        fields = [{"name": "group", "metadata": metadata}]
+        spark = {"org.apache.spark.sql.parquet.row.metadata": json.dumps({"fields": fields})}
+        table = table.replace_schema_metadata(spark)
+    folder.mkdir()
+    parquet.write_table(table, folder / "part-0.parquet", row_group_size=5)
+    return folder
+
+
+def groups_of(data: dict[str, Any]) -> list[list[str]]:
+    return [[paths_of(data)[index] for index in group] for group in data["groups"]]
+
+
+def test_groups_are_shown_and_come_first_in_the_sample(tmp_path):
+    paths = [f"/nowhere/{number:03}.jpg" for number in range(100)]
+    write_features(tmp_path / "t", paths)
+    groups = [["/nowhere/050.jpg", "/nowhere/003.jpg"], paths[90:93]]
+    write_groups(tmp_path / "d", groups, {"min_cosine": 0.9})
+    write_gallery(tmp_path / "t", tmp_path / "g.html", max_images=9, groups=tmp_path / "d")
+    data = data_of(tmp_path / "g.html")
+    assert groups_of(data) == [["/nowhere/003.jpg", "/nowhere/050.jpg"], paths[90:93]]
+    assert (data["groupsInAll"], data["minCosine"]) == (2, 0.9)
+    write_gallery(tmp_path / "t", tmp_path / "h.html", max_images=9)
+    alone = data_of(tmp_path / "h.html")
+    others = set(paths_of(data)) - {path for group in groups for path in group}
+    assert len(paths_of(data)) == 9
+    assert len(others) == 4
+    assert others <= set(paths_of(alone))
+    assert (alone["groupsInAll"], alone["minCosine"]) == (None, 0.95)
+
+
+@pytest.mark.parametrize("max_images", [1, 2, 5, 17, 60])
+def test_only_whole_groups_are_taken(tmp_path, max_images):
+    paths = [f"/nowhere/{number:03}.jpg" for number in range(60)]
+    write_features(tmp_path / "t", paths)
+    starts = [0, 30, 32, 35, 37, 41, 43, 45, 47, 49, 51, 53, 55]  # the first is too large for most
+    groups = [paths[a:b] for a, b in itertools.pairwise(starts)]
+    write_groups(tmp_path / "d", groups)
+    with mock.patch.object(read, "_ROWS", 3):
+        write_gallery(
+            tmp_path / "t", tmp_path / "g.html", max_images=max_images, groups=tmp_path / "d"
+        )
+    data = data_of(tmp_path / "g.html")
+    shown = groups_of(data)
+    assert len(paths_of(data)) == max_images
+    assert all(group in groups for group in shown)
+    assert data["groupsInAll"] == len(groups)
+    left = max_images - sum(map(len, shown))
+    assert left < 2 or len(shown) == len(groups) or left < min(map(len, groups[1:]))
+    if max_images == 60:
+        assert shown == groups
+
+
+def test_groups_whose_images_are_not_in_the_table(tmp_path):
+    write_features(tmp_path / "t", ["a.jpg", "b.jpg", "c.jpg", "d.jpg"])
+    groups = [["a.jpg", "b.jpg", "gone.jpg"], ["c.jpg", "gone too.jpg"], ["x.jpg", "y.jpg"]]
+    write_groups(tmp_path / "d", groups)
+    write_gallery(tmp_path / "t", tmp_path / "g.html", groups=tmp_path / "d")
+    data = data_of(tmp_path / "g.html")
+    assert paths_of(data) == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    assert groups_of(data) == [["a.jpg", "b.jpg"]]
+    assert (data["groupsInAll"], data["minCosine"]) == (3, None)
+
+
+def test_no_groups_at_all(tmp_path):
+    """Copies on the page are no groups where the table has none."""
+    write_table(tmp_path / "t", {"a.jpg": [1.0, 0.0], "b.jpg": [1.0, 0.0]})
+    write_groups(tmp_path / "d", [])
+    assert write_gallery(tmp_path / "t", tmp_path / "g.html", groups=tmp_path / "d") == 2
+    data = data_of(tmp_path / "g.html")
+    assert (data["groups"], data["groupsInAll"]) == ([], 0)
+
+
+def test_a_table_that_is_not_of_groups(table, tmp_path):
+    with pytest.raises(OptionError, match="no column 'group'.*`imagevec duplicates` wrote"):
+        write_gallery(table, tmp_path / "g.html", groups=table)
+    with pytest.raises(OptionError, match="is not there: .*`imagevec duplicates` wrote"):
+        write_gallery(table, tmp_path / "g.html", groups=tmp_path / "nowhere")
+    assert not (tmp_path / "g.html").exists()
 
 
 @pytest.mark.parametrize(

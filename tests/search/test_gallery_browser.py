@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from imagevec.errors import IMAGE_ERROR_CODES
 from imagevec.search.gallery import write_gallery
 from imagevec.search.neighbours import nearest
 from tests.helpers.tables import HOSTILE, write_images, write_table
+from tests.search.test_gallery import write_groups
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -152,6 +154,41 @@ def test_near_duplicates_are_a_group(page, vectors):
     assert shown_neighbours(page)[0] == 20
 
 
+def test_the_note_on_groups_of_the_page(page):
+    note = page.locator("#duplicates-note")
+    sync_api.expect(note).to_have_text("1 group, linked by cosines of 0.95 or more")
+
+
+@pytest.mark.parametrize(
+    ("groups", "metadata", "count", "note"),
+    [
+        (
+            [[3, 4, 5], [8, 9]],
+            {"min_cosine": 0.9},
+            2,
+            "2 groups of the whole table, linked by cosines of 0.9 or more",
+        ),
+        ([[3, 4]], None, 1, "1 group of the whole table"),
+        ([[3, 4], [COUNT, COUNT + 1]], None, 1, "1 of 2 groups of the whole table"),
+        ([], {"min_cosine": 0.9}, 0, "the whole table has no groups"),
+    ],
+)
+def test_groups_of_the_whole_table(open_page, gallery, tmp_path, groups, metadata, count, note):
+    names = [f"file:/x/{number:02}.png" for number in range(COUNT + 2)]
+    write_table(tmp_path / "features", {name: [1.0, 2.0] for name in names[:COUNT]})
+    named = [[names[index] for index in group] for group in groups]
+    write_groups(tmp_path / "groups", named, metadata)
+    write_gallery(tmp_path / "features", tmp_path / "gallery.html", groups=tmp_path / "groups")
+    page = open_page()
+    page.goto((tmp_path / "gallery.html").as_uri())
+    sync_api.expect(page.locator("#duplicates-note")).to_have_text(note)
+    found = [
+        [int(tile.get_attribute("data-index")) for tile in row.locator("button").all()]
+        for row in page.locator("#groups > li").all()
+    ]
+    assert found == groups[:count]
+
+
 def test_a_click_on_the_map_picks(page, vectors):
     x, y = page.evaluate("centre(13)")
     nearest_index = page.evaluate("([x, y]) => indexAt({offsetX: x, offsetY: y})", [x, y])
@@ -241,10 +278,10 @@ def test_a_missing_file_says_so(page):
     gone = page.locator("#all button").nth(GONE)
     name = gone.get_attribute("title")
     sync_api.expect(gone.locator(".gone")).to_have_attribute(
-        "aria-label", f"{name}: the path or URI cannot be read"
+        "aria-label", f"{name}: {IMAGE_ERROR_CODES['unreadable_path']}"
     )
     gone.click()
-    sync_api.expect(page.locator("#picked-size")).to_have_text("the path or URI cannot be read")
+    sync_api.expect(page.locator("#picked-size")).to_have_text(IMAGE_ERROR_CODES["unreadable_path"])
 
 
 def test_pictures_have_texts_and_the_page_has_headings(page):
