@@ -33,7 +33,7 @@ from imagevec.search.vectors import (
     count_keys,
     keyed,
 )
-from imagevec.spark.sessions import existing_column
+from imagevec.spark.sessions import existing_column, is_connect
 from imagevec.table.provenance import Provenance, check_same
 
 Method = Literal["exact", "clustered"]
@@ -41,7 +41,7 @@ Method = Literal["exact", "clustered"]
 METHODS = ("exact", "clustered")
 
 _ROWS = 8192  # of a block of vectors that streams by
-_QUERY_ROWS = 2048  # of queries that are compared with all vectors at once
+_QUERY_ROWS = 4096  # of queries that are compared with all vectors at once
 _CELL_QUERY_ROWS = 1 << 14  # with those of cells: each cell is read once for so many
 _EMITTED_ROWS = 1 << 16
 _DUPLICATE_ROWS = 1 << 14  # of a block of vectors that one task compares with another
@@ -110,18 +110,20 @@ def nearest(
         raise OptionError("there are no vectors to search")
     asked_count = count if queries is features else count_keys(asked)
     if method == "exact" and asked_count < count:
-        return _nearest_of_few(collect(asked), there, k, kind)
-    vectors, session = collect(there), features.sparkSession
+        return _nearest_of_few(collect(asked, asked_count), there, k, kind)
+    vectors, session = collect(there, count), features.sparkSession
     cosine, cells = F.col("cosine"), None
+    compared: Any = _nearest_of_many
     if method == "clustered" and vectors.rows:
         others = None if queries is features else (asked, asked_count)
         cells, reached = cells_for_queries(session, others, vectors, k, recall)
         cosine = cosine.alias("cosine", metadata={"recall": reached})
     if queries is features:  # the vectors are there: none is computed again
-        tasks = math.ceil(vectors.rows / _rows_at_once(cells))
-        rows, compared = _each(session, tasks), _nearest_of_each
+        shares = _shares(session, vectors.rows, _rows_at_once(cells))
+        rows = _each(session, len(shares))
+        compared = functools.partial(_nearest_of_each, shares=shares)
     else:
-        rows, compared = asked, _nearest_of_many
+        rows = asked
     found = rows.mapInArrow(
         functools.partial(compared, vectors=vectors, cells=cells, k=k), _result(kind)
     )
@@ -167,8 +169,7 @@ def near_duplicates(
     side = keyed(features, key, column)
     key = existing_column(features.columns, key)
     kind = side.schema["key"].dataType
-    count_keys(side)
-    vectors = collect(side)
+    vectors = collect(side, count_keys(side))
     session = features.sparkSession
     if method == "clustered":
         cells = cells_for_pairs(session, vectors, min_cosine)
@@ -233,15 +234,22 @@ def _nearest_of_many(
         yield from _found(queries, block, keys, units, cells, k)
 
 
+def _shares(session: SparkSession, rows: int, size: int) -> list[slice]:
+    """Equal ones, of at most ``size`` rows: as many as keep all cores busy to the end."""
+    cores = 1 if is_connect(session) else session.sparkContext.defaultParallelism
+    count = max(1, math.ceil(rows / size / cores)) * cores
+    ends = [rows * number // count for number in range(count + 1)]
+    return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
+
+
 def _nearest_of_each(
-    batches: _Batches, vectors: VectorFile, cells: Cells | None, k: int
+    batches: _Batches, vectors: VectorFile, cells: Cells | None, k: int, shares: list[slice]
 ) -> _Batches:
     """On a worker: each task's share of the vectors is compared with all of them."""
     keys, units = vectors.read_keys(), vectors.units()
     for batch in batches:
         for task in batch.column(0).to_pylist():
-            size = _rows_at_once(cells)
-            rows = slice(task * size, (task + 1) * size)
+            rows = shares[task]
             yield from _found(keys[rows], units[rows], keys, units, cells, k)
 
 

@@ -7,8 +7,10 @@ the smaller key.
 from __future__ import annotations
 
 import atexit
+import binascii
 import functools
 import hashlib
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,9 +21,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyspark import StorageLevel
 from pyspark.ml.functions import vector_to_array
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
     ArrayType,
@@ -36,10 +37,11 @@ from pyspark.sql.types import (
 from imagevec.errors import FingerprintError, OptionError
 from imagevec.files import PREFIX
 from imagevec.search.neighbours import Indices, Vectors, unit_vectors
-from imagevec.spark.sessions import existing_column, failures_in_words, quoted
+from imagevec.spark.sessions import existing_column, failures_in_words, is_connect, quoted
 from imagevec.spark.ship import ship_file, shipped
 
-_PACKED_BYTES = 8 << 20  # of a row that travels: the JVM holds some of them
+_PACKED_BYTES = 2 << 20  # of a row that travels
+_PIECE_ROWS = 4096  # that travel at a time: the JVM holds some copies of them
 _GATHERED_ROWS = 1 << 13
 
 
@@ -164,29 +166,30 @@ class VectorFile:
             return pa.ipc.open_file(file).read_all().column(0).combine_chunks()
 
 
-def collect(side: DataFrame) -> VectorFile:
+def collect(side: DataFrame, rows: int) -> VectorFile:
     """Brings the vectors of ``keyed`` to the driver's disk, and ships them from there.
 
     They are computed once, by all workers. Neither the JVM nor this process holds them in memory.
+
+    Args:
+        rows: How many ``count_keys`` found.
 
     Raises:
         FingerprintError: They differ in length.
     """
     kind = side.schema["key"].dataType
     packed = side.mapInArrow(_packed, f"keys array<{kind.simpleString()}>, vectors binary")
-    packed = packed.persist(StorageLevel.DISK_ONLY)
+    # Spark computes all before the first of these pieces arrives; then they come one by one.
+    pieces = packed.repartition(max(1, math.ceil(rows / _PIECE_ROWS)), "keys")
     part = folder() / "part"
     chunks: list[Any] = []
     lengths: set[int] = set()
-    try:
-        with failures_in_words(), part.open("wb") as file:
-            packed.agg(F.count("*")).first()  # by all workers: what follows goes one by one
-            for row in packed.toLocalIterator():
-                chunks.append(pa.array(row["keys"], arrow_type(kind)))
-                lengths.add(len(row["vectors"]) // 4 // max(1, len(row["keys"])))
-                file.write(row["vectors"])
-    finally:
-        packed.unpersist()
+    with failures_in_words(), part.open("wb") as file:
+        for some, text in _brought(pieces.select("keys", F.base64("vectors"))):
+            vectors = binascii.a2b_base64(text)
+            chunks.append(pa.array(some, arrow_type(kind)))
+            lengths.add(len(vectors) // 4 // max(1, len(some)))
+            file.write(vectors)
     if len(lengths) > 1:
         few, many = sorted(lengths)[:2]
         raise FingerprintError(
@@ -202,6 +205,18 @@ def collect(side: DataFrame) -> VectorFile:
     ship_file(side.sparkSession, folder() / made.name)
     ship_file(side.sparkSession, folder() / made.keys)
     return made
+
+
+def _brought(pieces: DataFrame) -> Iterator[Row]:
+    """The rows, a piece at a time.
+
+    Text comes through Spark's pickling twice as fast as bytes. A data frame's own iterator would
+    leave all results in the JVM's memory: Spark 4 keeps the jobs of a query that it thinks ended.
+    """
+    if is_connect(pieces.sparkSession):
+        yield from pieces.toLocalIterator()
+    else:
+        yield from pieces.rdd.toLocalIterator(prefetchPartitions=True)
 
 
 def arrow_type(kind: DataType) -> Any:
