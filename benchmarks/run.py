@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pyspark.sql import SparkSession
 
-from benchmarks import extract, memory, report
+from benchmarks import extract, memory, report, search
 from benchmarks.approaches import MEMORY, STAGES, Stage, find, model_of
 from benchmarks.ceiling import Ceiling, Engine
 from benchmarks.images import CACHE, ImageSet, from_folder, generated
@@ -58,6 +58,8 @@ def main() -> None:
     is_whole = not (arguments.quick or arguments.images)
     if is_whole and any(word in "extract" for word in words):
         extract.write(extract.measure(rounds=arguments.rounds or extract.ROUNDS))
+    if is_whole and any(word in "search" for word in words):
+        search.write(search.measure(list(search.CASES)))
 
 
 def measure_columns(stages: list[Stage], arguments: argparse.Namespace) -> None:

@@ -11,6 +11,8 @@ from pyspark.sql import functions as F
 from imagevec.errors import ImageVecError
 from imagevec.spark.sessions import failures_in_words
 
+_ROWS = 1 << 17  # of a partition of the result; a session's number of them is for larger ones
+
 logger = logging.getLogger(__name__)
 
 MAX_ROUNDS = 50  # as many as a chain of 2**50 could need, about: each round halves what is left
@@ -43,7 +45,8 @@ def components(edges: DataFrame) -> DataFrame:
                 logger.info("connected components: %d edges, %d rounds", state[0], round + 1)
                 stars = now.select(F.col("u").alias("node"), F.col("v").alias("component"))
                 centres = now.select(F.col("v").alias("node"), F.col("v").alias("component"))
-                return stars.union(centres.distinct())
+                partitions = max(1, 2 * state[0] // _ROWS)
+                return stars.union(centres.distinct()).coalesce(partitions)
             before = state
     raise ImageVecError(f"components were not connected after {MAX_ROUNDS} rounds")
 

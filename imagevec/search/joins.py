@@ -153,7 +153,7 @@ def near_duplicates(
         column: Of ``array<float>``, ``array<double>`` or vectors of ``pyspark.ml``.
         method: ``"exact"``, or ``"clustered"``: vectors are compared within the cells of a k-means
             clustering, and with the cells that are nearest to them (as SemDeDup does: Abbas et al.
-            2023). As many as find 99 of 100 pairs of that cosine, by a sample. It needs the extra
+            2023). As many as find 0.995 of a sample of pairs of that cosine. It needs the extra
             ``search``.
 
     Returns:
