@@ -61,9 +61,12 @@ def _state(edges: DataFrame) -> tuple[int, ...]:
     return int(found[0]), int(found[1])
 
 
+# A round reads the edges once: plans that name them twice would double with each round.
+
+
 def _large_star(edges: DataFrame) -> DataFrame:
     """Links each node's larger neighbours with the smallest one, or with itself."""
-    both = edges.union(edges.select("v", "u"))
+    both = _each_of(edges, ("u", "v"), ("v", "u"))
     smallest = F.least(F.min("v").over(Window.partitionBy("u")), "u")
     stars = both.withColumn("least", smallest).where("v > u")
     return stars.select(F.col("v").alias("u"), F.col("least").alias("v")).distinct()
@@ -72,6 +75,10 @@ def _large_star(edges: DataFrame) -> DataFrame:
 def _small_star(edges: DataFrame) -> DataFrame:
     """Links each node and its smaller neighbours with the smallest one. Edges lead downwards."""
     stars = edges.withColumn("least", F.min("v").over(Window.partitionBy("u")))
-    others = stars.where("v <> least").select(F.col("v").alias("u"), F.col("least").alias("v"))
-    own = stars.select("u", F.col("least").alias("v"))
-    return others.union(own).distinct()
+    return _each_of(stars, ("v", "least"), ("u", "least")).where("u <> v").distinct()
+
+
+def _each_of(edges: DataFrame, *pairs: tuple[str, str]) -> DataFrame:
+    """Several edges for each row: ``u`` and ``v`` from these pairs of columns."""
+    made = F.array(*(F.struct(F.col(u).alias("u"), F.col(v).alias("v")) for u, v in pairs))
+    return edges.select(F.explode(made).alias("edge")).select("edge.u", "edge.v")
