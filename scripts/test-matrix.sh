@@ -12,7 +12,7 @@ declare -A overlays=(
     [4-oldest]='pyspark[pandas_on_spark]==4.0.0 pandas==2.2.3 pyarrow==18.1.0 numpy==2.1.3'
     [4-newest]=''
 )
-of_tables=(tests/table/test_{provenance,sources,extract,dest,webdataset}.py tests/search/test_joins.py)
+of_tables=(tests/table/test_{provenance,sources,extract,dest,webdataset}.py tests/search/test_{joins,components}.py)
 names=("$@")
 if [ "${#names[@]}" = 0 ]; then
     names=(3.5-oldest 3.5-newest 4-oldest 4-newest)
