@@ -547,14 +547,23 @@ def _same_table(figures: dict[str, float]) -> str:
 
 
 def _clustered_table(figures: dict[str, Any]) -> str:
-    return _table(
-        "**10,000 queries in 1,000,000 x 512**:",
-        ["method", "seconds", "recall"],
-        [
-            [method, f"{row['seconds']:.0f}", f"{row['recall']:.4f}"]
-            for method, row in figures.items()
-        ],
+    return _methods_table("**10,000 queries in 1,000,000 x 512**:", "recall", figures)
+
+
+def _lsh_table(figures: dict[str, Any]) -> str:
+    return _methods_table(
+        "**Near-duplicates of 20,000 x 512**, 1,000 planted pairs, beside MLlib's "
+        "`BucketedRandomProjectionLSH`:",
+        "pairs found",
+        figures,
     )
+
+
+def _methods_table(title: str, found: str, figures: dict[str, Any]) -> str:
+    rows = [
+        [method, f"{row['seconds']:.0f}", f"{row['recall']:.4f}"] for method, row in figures.items()
+    ]
+    return _table(title, ["method", "seconds", found], rows)
 
 
 def _duplicates_table(figures: dict[str, Any]) -> str:
@@ -569,18 +578,6 @@ def _duplicates_table(figures: dict[str, Any]) -> str:
                 f"{figures['worker_rss_mb']:.0f} MB",
                 f"{figures['heap_mb']:.0f} MB",
             ]
-        ],
-    )
-
-
-def _lsh_table(figures: dict[str, Any]) -> str:
-    return _table(
-        "**Near-duplicates of 20,000 x 512**, 1,000 planted pairs, beside MLlib's "
-        "`BucketedRandomProjectionLSH`:",
-        ["method", "seconds", "pairs found"],
-        [
-            [method, f"{row['seconds']:.0f}", f"{row['recall']:.4f}"]
-            for method, row in figures.items()
         ],
     )
 

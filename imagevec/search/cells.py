@@ -89,9 +89,9 @@ def cells_for_queries(
     # Which place the cell of each true neighbour has among the query's cells.
     most = min(_MAX_PROBES, len(centroids))
     order, _ = nearest_units(units, centroids, most)  # (S, P)
-    place = (order[:, None, :] == home[:, 0][true][:, :, None]).argmax(2)
-    found = (order[:, None, :] == home[:, 0][true][:, :, None]).any(2)
-    probes, reached = _probes(np.where(found, place, most), most, recall)
+    is_home = order[:, None, :] == home[:, 0][true][:, :, None]  # (S, k, P)
+    place = np.where(is_home.any(2), is_home.argmax(2), most)
+    probes, reached = _probes(place, most, recall)
     logger.info("%d cells, %d of them for a query: recall %.3f", len(centroids), probes, reached)
     return _shipped(session, vectors, centroids, home, probes), reached
 
