@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from imagevec.spark.conf import recommended_conf as recommended_conf
     from imagevec.spark.featurizer import ImageFeaturizer as ImageFeaturizer
     from imagevec.spark.metrics import Metrics as Metrics
+    from imagevec.spark.text import text_features as text_features
+    from imagevec.spark.text import text_features_udf as text_features_udf
     from imagevec.spark.udf import features_udf as features_udf
     from imagevec.spark.udf import make_features_udf as make_features_udf
     from imagevec.spark.udf import register as register
@@ -62,6 +64,7 @@ _MODULE_OF = {
         "spark.conf": ("recommended_conf",),
         "spark.featurizer": ("ImageFeaturizer",),
         "spark.metrics": ("Metrics",),
+        "spark.text": ("text_features", "text_features_udf"),
         "spark.udf": ("features_udf", "make_features_udf", "register"),
         "spark.vectorizer": ("ImageVectorizer",),
         "spec": ("FeatureSpec", "Preprocessing"),

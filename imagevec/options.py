@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
@@ -32,12 +32,13 @@ class Options(TypedDict, total=False):
     """The keyword options of ``features_udf``, ``make_features_udf`` and ``ImageVectorizer``."""
 
     model: str | Path | Callable[[], nn.Module]
-    """A name of ``list_models()``, ``"timm/<name>"``, a zero-argument factory of an ``nn.Module``,
-    the path of a saved model, or of a ``.pt2`` file, whose loading can run code that is in it: see
-    ``imagevec.models.exported``. Default ``"resnet50"``."""
+    """A name of ``list_models()``, ``"timm/<name>"``, ``"open_clip/<name>"``, a zero-argument
+    factory of an ``nn.Module``, the path of a saved model, or of a ``.pt2`` file, whose loading can
+    run code that is in it: see ``imagevec.models.exported``. Default ``"resnet50"``."""
     weights: str | Path
-    """A torchvision weights name, a path to ``.pth``, ``.pt`` or ``.safetensors``, or
-    ``"random"`` (seeded: the same on every worker). Default ``"DEFAULT"``."""
+    """The name of torchvision's weights or of open_clip's (a pretrained tag), a path to ``.pth``,
+    ``.pt`` or ``.safetensors``, or ``"random"`` (seeded: the same on every worker). Default
+    ``"DEFAULT"``."""
     layer: str | Sequence[str]
     """``"pooled"`` (the input of the classifier's last linear layer), ``"logits"``, or a node of
     ``torchvision.models.feature_extraction.get_graph_node_names``. Several, all of one forward
@@ -82,6 +83,18 @@ class Options(TypedDict, total=False):
     height: int>``. With several layers, ``struct<<layer>: array<float>, ...>`` takes the place of
     ``array<float>``; it is never null itself, since no pandas UDF can return a null struct: where
     there is no image, each of its fields is. Default ``"array"``."""
+
+
+class TextOptions(TypedDict, total=False):
+    """The keyword options of ``text_features`` and ``text_features_udf``: see ``Options``."""
+
+    weights: str | Path
+    normalize: bool
+    precision: Literal["float32", "bfloat16", "float16", "auto"]
+    engine: Literal["auto", "torch", "openvino"]
+    device: str
+    batch_size: int | Literal["auto"]
+    """Texts in one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +239,8 @@ OPTIONS = (
         "resnet50",
         "model",
         _model,
-        "a model's name, timm/<name>, a factory, the folder of a saved model, or a .pt2 file",
+        "a model's name, timm/<name>, open_clip/<name>, a factory, the folder of a saved model, "
+        "or a .pt2 file",
     ),
     Option(
         "weights",
@@ -308,12 +322,16 @@ _BY_NAME = {option.name: option for option in OPTIONS}
 DEFAULTS = cast(Options, {option.name: option.default for option in OPTIONS})
 
 
-def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+def checked(options: Mapping[str, Any], known: Collection[str] = _BY_NAME.keys()) -> dict[str, Any]:
     """The given options as they are used, without those that are not given.
+
+    Args:
+        options: By name.
+        known: The names that are accepted.
 
     Raises:
         OptionError: A name is unknown or a value is wrong; the message has the nearest valid ones.
     """
-    for name in options.keys() - _BY_NAME.keys():
-        raise OptionError(f"the option {name!r} is not known: {did_you_mean(name, _BY_NAME)}")
+    for name in options.keys() - known:
+        raise OptionError(f"the option {name!r} is not known: {did_you_mean(name, known)}")
     return {name: _BY_NAME[name].check(_BY_NAME[name], value) for name, value in options.items()}

@@ -24,9 +24,9 @@ from imagevec.engines import backend, saved_model
 from imagevec.errors import ImageVecError, OptionError, WeightsError
 from imagevec.files import digest_of, verified
 from imagevec.models.entry import REGISTERED, ModelSource
-from imagevec.models.registry import find_source
+from imagevec.models.registry import find_source, find_text_source
 from imagevec.options import DEFAULTS, ENGINES, WEIGHTS_SUFFIXES, Options, checked
-from imagevec.spec import ExecutionOptions, FeatureSpec
+from imagevec.spec import ExecutionOptions, FeatureSpec, with_decode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,7 +48,7 @@ class Plan:
         spec: What to compute.
         execution: How; its ``device`` is ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         backend: What runs the forward pass, one of ``imagevec.options.ENGINES``.
-        files: The names of the content-addressed files that the backend prepared.
+        files: The names of the content-addressed files that workers need.
         source: What builds the model, for a backend whose workers do.
         content: What tells two modules apart whose spec is the same, of factories.
     """
@@ -61,17 +61,23 @@ class Plan:
     content: str = ""
 
     @property
+    def engine_files(self) -> tuple[str, ...]:
+        """Those of ``files`` that the backend prepared, in order."""
+        return tuple(name for name in self.files if name not in self.spec.preprocessing.files)
+
+    @property
     def key(self) -> str:
         """Equal for two plans if and only if one engine serves both."""
         return _digest(self.spec.to_json(), self.backend, self.files, self.content)
 
 
-def make_plan(*, gpus: bool | None = None, **options: Unpack[Options]) -> Plan:
+def make_plan(*, gpus: bool | None = None, texts: bool = False, **options: Unpack[Options]) -> Plan:
     """Checks all options and decides what ``"auto"`` and ``"DEFAULT"`` mean.
 
     Args:
         gpus: Whether the tasks have GPUs, which counts for ``device="auto"``; ``None`` if they run
             on this machine, where it can be seen.
+        texts: Whether the plan is of the text tower that belongs to the model.
         **options: See ``imagevec.options.Options``.
 
     Raises:
@@ -79,13 +85,15 @@ def make_plan(*, gpus: bool | None = None, **options: Unpack[Options]) -> Plan:
         WeightsError: The weights cannot be had, or do not fit the model.
     """
     given = checked(options)
-    key = _process_key(given, gpus)
+    key = _process_key(given, gpus, texts)
     if key in _plans and _has_files(_plans[key]):
         return _plans[key]
-    if saved_model.is_saved_model(given.get("model")):
+    if saved_model.is_saved_model(given.get("model")) and not texts:
         plan = _of_saved_model(Path(given["model"]), given, gpus)
     else:
-        plan = _of_source({**checked(DEFAULTS), **given}, gpus)
+        chosen = {**checked(DEFAULTS), **given}
+        source = (find_text_source if texts else find_source)(chosen["model"])
+        plan = _of_source(source, chosen, gpus)
     if key is not None:
         _plans[key] = plan
         while len(_plans) > _MAX_PLANS:
@@ -123,9 +131,8 @@ def _has_gpu_driver() -> bool:
     return False
 
 
-def _of_source(chosen: dict[str, Any], gpus: bool | None) -> Plan:
+def _of_source(source: ModelSource, chosen: dict[str, Any], gpus: bool | None) -> Plan:
     execution = ExecutionOptions.of(chosen)
-    source = find_source(chosen["model"])
     if chosen["precision"] == "int8":
         raise OptionError(
             "precision='int8' needs a saved model: imagevec.quantize(images, model=..., "
@@ -206,9 +213,10 @@ def _prepared(
     """
     parts = [chosen[option] for option in ("layer", "normalize")]
     parts += [name, backend(name).version(), __version__, *map(_version, source.libraries)]
+    parts += [type(source).__name__]  # of two towers of one model
     content = ""
     if source.identity == "name":
-        key = _digest(source.name, _weights_key(chosen["weights"]), *parts)
+        key = _digest(source.name, _weights_key(source, chosen["weights"]), *parts)
     else:
         model = get_model()
         content = model.content if source.identity == "content" else ""
@@ -217,7 +225,7 @@ def _prepared(
     record = cache.recall(key)
     if record is None:
         spec = get_model().spec
-        files = _prepared_files(name, get_model())
+        files = (*_prepared_files(name, get_model()), *spec.preprocessing.files)
         cache.remember(key, {"spec": json.loads(spec.to_json()), "files": files})
     else:
         spec = FeatureSpec.from_json(json.dumps(record["spec"]))
@@ -264,9 +272,11 @@ def _of_saved_model(folder: Path, given: dict[str, Any], gpus: bool | None) -> P
             f"{folder} runs with engine={saved.backend!r} and "
             f"device={' or '.join(map(repr, runs_on))} alone"
         )
-    decode = given.get("decode", saved.spec.preprocessing.decode)
+    spec = saved.spec
+    if "decode" in given:
+        spec = _with(spec, spec.precision, given["decode"])
     return Plan(
-        _with(saved.spec, saved.spec.precision, decode),
+        spec,
         dataclasses.replace(ExecutionOptions.of(chosen), device=usable[0]),
         saved.backend,
         tuple(path.name for path in saved_model.store(saved)),
@@ -274,19 +284,22 @@ def _of_saved_model(folder: Path, given: dict[str, Any], gpus: bool | None) -> P
 
 
 def _with(spec: FeatureSpec, precision: str, decode: Any) -> FeatureSpec:
-    preprocessing = dataclasses.replace(spec.preprocessing, decode=decode)
+    preprocessing = with_decode(spec.preprocessing, decode)
     return dataclasses.replace(spec, precision=precision, preprocessing=preprocessing)
 
 
-def _weights_key(weights: str) -> str:
-    """A name as it is, a file as its digest."""
+def _weights_key(source: ModelSource, weights: str) -> list[str]:
+    """A name as it is, a file as its digest and those of the files that go with it."""
     if not weights.endswith(WEIGHTS_SUFFIXES):
-        return weights
+        return [weights]
     path = Path(weights).expanduser()
-    return digest_of(path) if path.is_file() else weights
+    if not path.is_file():
+        return [weights]
+    files = [path, *map(path.with_name, source.beside_weights)]
+    return [digest_of(file) if file.is_file() else "" for file in files]
 
 
-def _process_key(given: dict[str, Any], gpus: bool | None) -> Any:
+def _process_key(given: dict[str, Any], gpus: bool | None, texts: bool) -> Any:
     """Equal if this process made the plan before; ``None`` if that cannot be said."""
     model = given.get("model", DEFAULTS["model"])
     files = [_version_of_file(path) for path in (model, given.get("weights"))]
@@ -298,7 +311,7 @@ def _process_key(given: dict[str, Any], gpus: bool | None) -> Any:
         hash(key)
     except TypeError:  # a factory that cannot be hashed
         return None
-    return (*key, available, gpus)
+    return (*key, available, gpus, texts)
 
 
 def _is_path(value: Any) -> bool:

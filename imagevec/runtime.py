@@ -18,13 +18,18 @@ from imagevec.engines import Engine, backend
 from imagevec.errors import OptionError
 from imagevec.files import verified
 from imagevec.plan import Plan
+from imagevec.spec import Preprocessing, Tokenization
 from imagevec.stream import Schedule
+from imagevec.texts.tokenize import Tokenizer
 
 _MAX_ENGINES = 3
 _engines: OrderedDict[tuple[str, str, int], Engine] = OrderedDict()
 _lock = threading.Lock()
 
+_tokenizers: dict[Tokenization, Tokenizer] = {}
+
 _AUTO_BATCH_PIXELS = {"cpu": 8 * 224 * 224, "cuda": 128 * 224 * 224}
+_AUTO_BATCH_TEXTS = {"cpu": 32, "cuda": 512}
 
 
 def get_engine(
@@ -49,7 +54,7 @@ def get_engine(
     key = (plan.key, device, threads)
     with _lock:
         if key not in _engines:
-            files = [verified(locate(name)) for name in plan.files]
+            files = [verified(locate(name)) for name in plan.engine_files]
             load = backend(plan.backend).load
             _engines[key] = load(plan.spec, plan.source, files, device, threads)
             if len(_engines) > _MAX_ENGINES:
@@ -101,6 +106,32 @@ def threads_here() -> int:
     return int(limit) if limit.isdigit() and int(limit) else cores or 1
 
 
+def _auto_batch_size(
+    preprocessing: Preprocessing | Tokenization, on_gpu: bool, task_cpus: int
+) -> int:
+    if isinstance(preprocessing, Tokenization):
+        return _AUTO_BATCH_TEXTS["cuda" if on_gpu else "cpu"]
+    pixels = _AUTO_BATCH_PIXELS["cuda"] if on_gpu else _AUTO_BATCH_PIXELS["cpu"] * task_cpus
+    return max(1, pixels // preprocessing.crop_size**2)
+
+
+def get_tokenizer(plan: Plan, locate: Callable[[str], Path]) -> Tokenizer:
+    """This process's tokenizer for a plan of texts; ``locate`` is the one of ``get_engine``.
+
+    Raises:
+        MissingExtraError: Without the extra ``clip``.
+        WeightsError: Its vocabulary is missing or was altered.
+    """
+    tokenization = plan.spec.preprocessing
+    assert isinstance(tokenization, Tokenization)
+    with _lock:
+        if tokenization not in _tokenizers:
+            _tokenizers.clear()  # a process rarely needs a second one
+            vocabulary = verified(locate(tokenization.vocabulary))
+            _tokenizers[tokenization] = Tokenizer(vocabulary, tokenization)
+        return _tokenizers[tokenization]
+
+
 def schedule(plan: Plan, device: str, task_cpus: int) -> Schedule:
     """Never more threads at work than ``task_cpus``, but for one that only feeds a GPU.
 
@@ -110,11 +141,11 @@ def schedule(plan: Plan, device: str, task_cpus: int) -> Schedule:
         task_cpus: ``spark.task.cpus``.
     """
     on_gpu = device != "cpu"
-    pixels = _AUTO_BATCH_PIXELS["cuda"] if on_gpu else _AUTO_BATCH_PIXELS["cpu"] * task_cpus
-    fitting = max(1, pixels // plan.spec.preprocessing.crop_size**2)
     wanted = plan.execution.batch_size
+    if isinstance(wanted, str):
+        wanted = _auto_batch_size(plan.spec.preprocessing, on_gpu, task_cpus)
     return Schedule(
-        batch_size=fitting if isinstance(wanted, str) else wanted,
+        batch_size=wanted,
         forward_threads=task_cpus,
         decode_threads=task_cpus,
         overlap=on_gpu,

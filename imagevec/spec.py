@@ -46,6 +46,16 @@ class Preprocessing:
     decode: Literal["exact", "scaled"] = "exact"
 
     @property
+    def input_size(self) -> int:
+        """Pixels of each side of the model's input."""
+        return self.crop_size
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the content-addressed files that it needs."""
+        return ()
+
+    @property
     def min_decoded_side(self) -> int | None:
         """Twice the resize target: the lowest cosines to the exact path that
         ``benchmarks/fidelity.py`` found are 0.9991 (SqueezeNet) and 0.9986 (EfficientNet-Lite0).
@@ -69,6 +79,50 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class Tokenization:
+    """A text to int32 tokens: clean, encode, cut at ``context_length``, pad.
+
+    Attributes:
+        vocabulary: The name of a content-addressed file, of Hugging Face's ``tokenizers``.
+        clean: What is done to a text first, as open_clip does it: ``"whitespace"`` repairs mojibake
+            and HTML entities and collapses white space, ``"lower"`` also makes it lower case,
+            ``"canonicalize"`` also removes punctuation.
+        words: A regular expression whose matches are encoded one by one; empty if the vocabulary
+            splits texts itself.
+        context_length: Tokens of a text, those that mark its start and end included.
+        zeroed: A token that is replaced by 0 after encoding.
+        reads_padding: Whether vectors depend on the padding. If not, a batch is as long as its
+            longest text.
+    """
+
+    vocabulary: str
+    clean: Literal["whitespace", "lower", "canonicalize"]
+    words: str
+    context_length: int
+    zeroed: int | None
+    reads_padding: bool
+
+    @property
+    def input_size(self) -> int:
+        """Tokens of the model's input."""
+        return self.context_length
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the content-addressed files that it needs."""
+        return (self.vocabulary,)
+
+
+def with_decode(
+    preprocessing: Preprocessing | Tokenization, decode: Literal["exact", "scaled"]
+) -> Preprocessing | Tokenization:
+    """The same with another ``decode``, which texts do not have."""
+    if isinstance(preprocessing, Tokenization):
+        return preprocessing
+    return dataclasses.replace(preprocessing, decode=decode)
+
+
+@dataclass(frozen=True)
 class FeatureSpec:
     """All that fixes the numbers of a feature vector.
 
@@ -78,7 +132,7 @@ class FeatureSpec:
         weights: ``sha256:<hex digest of the weights file>`` (the ``.pt2`` file), or ``random``.
         layer: ``"pooled"``, ``"logits"`` or a node name; several as a tuple.
         num_features: The length of a vector; of each layer's, in order, if there are several.
-        preprocessing: What happens to the pixels before the model.
+        preprocessing: What happens to the pixels before the model, or to the texts.
         precision: The arithmetic of the forward pass.
         normalize: Whether each vector has length 1.
     """
@@ -87,7 +141,7 @@ class FeatureSpec:
     weights: str
     layer: str | tuple[str, ...]
     num_features: int | tuple[int, ...]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | Tokenization
     precision: str
     normalize: bool
 
@@ -114,11 +168,12 @@ class FeatureSpec:
         """The inverse of ``to_json``."""
         fields: dict[str, Any] = json.loads(text)
         pre: dict[str, Any] = fields.pop("preprocessing")
-        pre["mean"], pre["std"] = tuple(pre["mean"]), tuple(pre["std"])
-        for name in ("layer", "num_features"):
-            if isinstance(fields[name], list):
-                fields[name] = tuple(fields[name])
-        return cls(preprocessing=Preprocessing(**pre), **fields)
+        for part, names in ((pre, ("mean", "std")), (fields, ("layer", "num_features"))):
+            for name in names:
+                if isinstance(part.get(name), list):
+                    part[name] = tuple(part[name])
+        kind = Tokenization if "vocabulary" in pre else Preprocessing
+        return cls(preprocessing=kind(**pre), **fields)
 
     @property
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""Arrow batches of images to Arrow batches of feature vectors, in order, one row for one row.
+"""Arrow batches of images, or of texts, to Arrow batches of feature vectors, in order, row by row.
 
 It forms its own batches for the forward pass across Arrow batches, so that neither many small ones
 nor one huge one matters. What it holds is bounded by its batch: rows are decoded as they are
@@ -13,25 +13,28 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from imagevec.engines import Engine
+from imagevec.engines import Engine, Inputs
 from imagevec.errors import ImageError
 from imagevec.images.isolation import isolated
 from imagevec.images.parallel import map_ahead, map_in_turns
 from imagevec.images.prepare import Row, prepare
 from imagevec.images.reading import read_ahead
 from imagevec.images.values import Value, values_of
-from imagevec.spec import ExecutionOptions, FeatureSpec
+from imagevec.spec import ExecutionOptions, FeatureSpec, Preprocessing
+from imagevec.texts.tokenize import Tokenizer
+from imagevec.texts.values import texts_of
 
 Counts = defaultdict[str, float]
 
-_MAX_ROWS_PER_IMAGE = (
-    16  # nulls and errors that may wait for a batch to fill, for each of its images
-)
+_T = TypeVar("_T")
+
+_MAX_ROWS_PER_INPUT = 16  # nulls and errors may wait for a batch to fill, for each of its inputs
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,52 @@ def feature_stream(
     if execution.on_error == "raise":
         rows = map(_raise_error, rows)
     for group in _grouped(rows, schedule.batch_size):
-        features = _features(group, engine, counts)
-        _count(group, counts)
+        features = _features(group, engine, np.stack, counts)
+        _count(group, "images", counts)
         yield _to_pandas(group, features, execution.output, spec.layer_sizes)
+
+
+def text_stream(
+    batches: Iterable[pd.Series],
+    engine: Engine,
+    tokenizer: Tokenizer,
+    schedule: Schedule,
+    counts: Counts | None = None,
+) -> Iterator[pd.Series]:
+    """The same for texts.
+
+    Args:
+        batches: Series of texts and nulls.
+        engine: The forward pass.
+        tokenizer: What comes before it.
+        schedule: How much is done at a time.
+        counts: Where what is done is added up: see ``imagevec.Metrics``.
+
+    Yields:
+        Series of float32 ``(D,)`` arrays and nulls.
+
+    Raises:
+        OptionError: The input is of a type that is not text.
+    """
+    counts = defaultdict(float) if counts is None else counts
+    texts = _timed((text for batch in batches for text in texts_of(batch)), counts)
+    for group in _grouped(map(functools.partial(_tokens, tokenizer), texts), schedule.batch_size):
+        features = _features(group, engine, tokenizer.stack, counts)
+        _count(group, "texts", counts)
+        yield pd.Series(features, dtype=object)
+
+
+def _tokens(tokenizer: Tokenizer, text: str | None) -> Row:
+    if text is None:
+        return Row()
+    start = time.perf_counter()
+    tokens = tokenizer(text)
+    return Row(tokens, preprocess_seconds=time.perf_counter() - start)
 
 
 def _prepare_function(spec: FeatureSpec, execution: ExecutionOptions) -> Callable[[Value], Row]:
     here: Callable[[Value], Row] = functools.partial(
-        prepare, preprocessing=spec.preprocessing, options=execution
+        prepare, preprocessing=cast(Preprocessing, spec.preprocessing), options=execution
     )
     decoding = isolated(here) if execution.isolate else here
 
@@ -140,24 +181,24 @@ def _split(
 
 
 def _features(
-    group: list[Row], engine: Engine, counts: Counts
+    group: list[Row], engine: Engine, stack: Callable[[Any], Inputs], counts: Counts
 ) -> list[npt.NDArray[np.float32] | None]:
-    """The vector ``(D,)`` of each row that has an image."""
-    images = [row.image for row in group if row.image is not None]
-    if not images:
+    """The vector ``(D,)`` of each row that has an input."""
+    inputs = [row.input for row in group if row.input is not None]
+    if not inputs:
         return [None] * len(group)
     start = time.perf_counter()
-    vectors = iter(engine(np.stack(images)))  # (N, S, S, 3) -> (N, D)
+    vectors = iter(engine(stack(inputs)))  # (N, S, S, 3) or (N, L) -> (N, D)
     counts["seconds.forward"] += time.perf_counter() - start
     counts["batches"] += 1
-    return [None if row.image is None else next(vectors) for row in group]
+    return [None if row.input is None else next(vectors) for row in group]
 
 
-def _count(group: list[Row], counts: Counts) -> None:
+def _count(group: list[Row], kind: str, counts: Counts) -> None:
     for row in group:
         counts["rows"] += 1
-        if row.image is not None:
-            counts["images"] += 1
+        if row.input is not None:
+            counts[kind] += 1
         elif row.error is None:
             counts["nulls"] += 1
         else:
@@ -166,7 +207,7 @@ def _count(group: list[Row], counts: Counts) -> None:
         counts["seconds.preprocess"] += row.preprocess_seconds
 
 
-def _timed(values: Iterator[Value], counts: Counts) -> Iterator[Value]:
+def _timed(values: Iterator[_T], counts: Counts) -> Iterator[_T]:
     """The values; the seconds of waiting for them, for Spark or for files, are added up."""
     while True:
         start = time.perf_counter()
@@ -181,13 +222,13 @@ def _timed(values: Iterator[Value], counts: Counts) -> Iterator[Value]:
 
 def _grouped(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
     group: list[Row] = []
-    images = 0
+    inputs = 0
     for row in rows:
         group.append(row)
-        images += row.image is not None
-        if images == batch_size or len(group) == batch_size * _MAX_ROWS_PER_IMAGE:
+        inputs += row.input is not None
+        if inputs == batch_size or len(group) == batch_size * _MAX_ROWS_PER_INPUT:
             yield group
-            group, images = [], 0
+            group, inputs = [], 0
     if group:
         yield group
 

@@ -54,5 +54,5 @@ echo "setup: installing, which takes some minutes the first time"
 # pip 25.1 is the first with --group; before 23.3 it does not know the extra pandas_on_spark.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 .venv/bin/python -m pip install --quiet ${constraints[@]+"${constraints[@]}"} \
-    --group dev --editable '.[timm,openvino,quantize,connect,fsspec,search,demo,bench,docs]'
+    --group dev --editable '.[timm,clip,openvino,quantize,connect,fsspec,search,demo,bench,docs]'
 echo "$fingerprint" >"$stamp"

@@ -65,19 +65,22 @@ def show(result: dict[str, Any]) -> str:
 def _described(name: str) -> dict[str, Any] | None:
     """A row of the list; ``None`` for a model of a library that imagevec does not support."""
     from imagevec.errors import OptionError
+    from imagevec.models.features import example_input
     from imagevec.models.layers import infer_num_features, to_feature_model
     from imagevec.models.registry import find_source
 
     source = find_source(name)
     try:
-        input_size = source.preprocessing(None).crop_size
+        preprocessing = source.preprocessing(None)
     except OptionError:
         return None
+    input_size = preprocessing.input_size
     model = _built(source, input_size).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     feature_model = to_feature_model(model, "pooled", normalize=False)
     device = "meta" if source.infers_shapes else "cpu"
-    (num_features,) = infer_num_features(feature_model, input_size, device)
+    example = example_input(preprocessing, 1).to(device)
+    (num_features,) = infer_num_features(feature_model, example)
     return {
         "model": name,
         "num_features": num_features,

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from imagevec.models.features import FeatureModel
 
 
+Inputs = npt.NDArray[np.uint8] | npt.NDArray[np.int32]
+"""Pixels of images, uint8 ``(N, S, S, 3)``, or tokens of texts, int32 ``(N, L)``; contiguous."""
+
+
 class Engine(Protocol):
     """A model, loaded and ready."""
 
-    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """uint8 ``(N, S, S, 3)``, contiguous, to float32 ``(N, D)``, for any N >= 1."""
+    def __call__(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        """Inputs, for any N >= 1, to float32 ``(N, D)``."""
 
 
 class Backend(Protocol):

@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from imagevec import cache
+from imagevec.engines import Inputs
 from imagevec.errors import MissingExtraError
-from imagevec.spec import FeatureSpec
+from imagevec.spec import FeatureSpec, Tokenization
 
 if TYPE_CHECKING:
     from imagevec.models.entry import ModelSource
@@ -87,26 +88,31 @@ def load(
 
 
 def convert(model: FeatureModel) -> Any:
-    """A model as an ``openvino.Model``: uint8 ``(?, S, S, 3)`` to float32 ``(?, D)``."""
+    """A model as an ``openvino.Model``: ``Inputs`` to float32 ``(?, D)``."""
     import torch
 
     from imagevec.engines.torch_engine import PixelModel
 
     openvino = _openvino()
-    size = model.preprocessing.crop_size
-    pixel_model = PixelModel(model.module, model.preprocessing).eval()
+    how, module = model.preprocessing, model.module
+    if isinstance(how, Tokenization):
+        example = torch.zeros(2, how.context_length, dtype=torch.int32)
+        shape = [-1, how.context_length if how.reads_padding else -1]
+    else:
+        example = torch.zeros(2, how.crop_size, how.crop_size, 3, dtype=torch.uint8)
+        shape = [-1, *example.shape[1:]]
+        module = PixelModel(module, how).eval()
     with without_telemetry(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing warns of each shape that it takes as constant
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
         decoder = TorchScriptPythonDecoder(
-            pixel_model,
-            example_input=torch.zeros(2, size, size, 3, dtype=torch.uint8),
+            module,
+            example_input=example,
             # To trace a second time and compare takes longer than all the rest.
             trace_kwargs={"check_trace": False},
         )
-        shape = openvino.PartialShape([-1, size, size, 3])
-        return openvino.convert_model(decoder, input=[shape])
+        return openvino.convert_model(decoder, input=[openvino.PartialShape(shape)])
 
 
 def save(model: Any, folder: Path) -> tuple[Path, ...]:
@@ -120,7 +126,7 @@ class OpenVINOEngine:
     """A converted model, compiled for this CPU.
 
     Args:
-        model: An ``openvino.Model``: uint8 ``(?, S, S, 3)`` to float32 ``(?, D)``.
+        model: An ``openvino.Model``: ``Inputs`` to float32 ``(?, D)``.
         precision: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
         threads: Of one forward pass.
     """
@@ -142,9 +148,9 @@ class OpenVINOEngine:
         self._request = compiled.create_infer_request()
         self._lock = threading.Lock()  # a request runs one inference at a time
 
-    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def __call__(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         with self._lock:
-            self._request.infer({0: images})
+            self._request.infer({0: inputs})
             features: npt.NDArray[np.float32] = self._request.get_output_tensor(0).data
             return features.copy()  # the request reuses its memory
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +95,7 @@ def quantize(
     if "openvino" not in source.backends:
         raise OptionError(f"model={source.name!r} is not valid: OpenVINO does not run it")
     exact = FeatureModel(source, **chosen)
-    pixels, bad_images = _pixels(values, exact.preprocessing)
+    pixels, bad_images = _pixels(values, cast(Preprocessing, exact.preprocessing))
     held_out = pixels[::_HELD_OUT_EVERY]
     calibration = [image for i, image in enumerate(pixels) if i % _HELD_OUT_EVERY]
     spec = exact.spec
@@ -159,7 +159,7 @@ def _pixels(values: list[Value], preprocessing: Preprocessing) -> tuple[list[Pix
     """The crops, uint8 ``(S, S, 3)``, of the images that can be decoded, and how many cannot."""
     execution = ExecutionOptions.of(DEFAULTS)
     rows = [prepare(value, preprocessing, execution) for value in read_ahead(values)]
-    pixels = [row.image for row in rows if row.image is not None]
+    pixels = [row.input for row in rows if row.input is not None]
     if len(pixels) < _MIN_IMAGES:
         raise OptionError(
             f"{len(pixels)} of {len(rows)} images can be decoded: quantization needs "

@@ -11,7 +11,8 @@ from torch import nn
 from torch.fx.experimental import optimization
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from imagevec.spec import Preprocessing
+from imagevec.engines import Inputs
+from imagevec.spec import Preprocessing, Tokenization
 
 logger = logging.getLogger(__name__)
 
@@ -23,48 +24,54 @@ class TorchEngine:
     halved until it does, and later batches are cut to what did.
 
     Args:
-        model: float32 ``(N, 3, S, S)`` to ``(N, D)``, in evaluation mode.
-        preprocessing: Its mean and std normalise the pixels.
+        model: float32 ``(N, 3, S, S)``, or int32 ``(N, L)``, to ``(N, D)``, in evaluation mode.
+        preprocessing: Its mean and std normalise pixels.
         device: Where it runs.
         precision: ``"float32"``, or the dtype of autocast.
     """
 
     def __init__(
-        self, model: nn.Module, preprocessing: Preprocessing, device: str, precision: str
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing | Tokenization,
+        device: str,
+        precision: str,
     ) -> None:
-        self._model = PixelModel(_fold_batch_norms(model), preprocessing).eval().to(device)
+        if isinstance(preprocessing, Preprocessing):
+            model = PixelModel(_fold_batch_norms(model), preprocessing)
+        self._model = model.eval().to(device)
         # Convolutions alone: Module.to(memory_format=) fails on a buffer of five dimensions.
         convert_conv2d_weight_memory_format(self._model, torch.channels_last)
         self._device = torch.device(device)
         self._dtype = getattr(torch, precision)
         self._max_batch: int | None = None
 
-    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def __call__(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         with torch.inference_mode():
-            return self._in_chunks(torch.from_numpy(images))  # not copied
+            return self._in_chunks(torch.from_numpy(inputs))  # not copied
 
-    def _in_chunks(self, images: torch.Tensor) -> npt.NDArray[np.float32]:
-        chunks = torch.split(images, self._max_batch or len(images))
+    def _in_chunks(self, inputs: torch.Tensor) -> npt.NDArray[np.float32]:
+        chunks = torch.split(inputs, self._max_batch or len(inputs))
         return np.concatenate([self._forward_or_halve(chunk) for chunk in chunks])
 
-    def _forward_or_halve(self, images: torch.Tensor) -> npt.NDArray[np.float32]:
+    def _forward_or_halve(self, inputs: torch.Tensor) -> npt.NDArray[np.float32]:
         try:
-            return self._forward(images)
+            return self._forward(inputs)
         except torch.OutOfMemoryError:
-            if len(images) == 1:
+            if len(inputs) == 1:
                 raise
         # Outside the handler: the exception's traceback held the tensors that did not fit.
         torch.cuda.empty_cache()
-        self._max_batch = len(images) // 2
-        logger.warning("%d images do not fit into %s: halving", len(images), self._device)
-        return self._in_chunks(images)
+        self._max_batch = len(inputs) // 2
+        logger.warning("%d inputs do not fit into %s: halving", len(inputs), self._device)
+        return self._in_chunks(inputs)
 
-    def _forward(self, images: torch.Tensor) -> npt.NDArray[np.float32]:
+    def _forward(self, inputs: torch.Tensor) -> npt.NDArray[np.float32]:
         if self._device.type == "cuda":
-            images = images.pin_memory()
-        images = images.to(self._device, non_blocking=True)
+            inputs = inputs.pin_memory()
+        inputs = inputs.to(self._device, non_blocking=True)
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            features = self._model(images)  # (N, S, S, 3) -> (N, D)
+            features = self._model(inputs)  # (N, S, S, 3) or (N, L) -> (N, D)
         array: npt.NDArray[np.float32] = features.float().cpu().numpy()
         return array
 

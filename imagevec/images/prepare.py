@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from imagevec.errors import ImageError, OptionError
-from imagevec.images.decode import DecodedImage, Pixels, check_size, decode
+from imagevec.images.decode import DecodedImage, check_size, decode
 from imagevec.images.preprocess import resize_and_crop
 from imagevec.images.values import ACCEPTED, ImageStruct, Value
 from imagevec.spec import ExecutionOptions, Preprocessing
@@ -21,16 +22,17 @@ class Row(NamedTuple):
     """What became of one input row before the forward pass.
 
     Attributes:
-        image: uint8 ``(S, S, 3)``; ``None`` for a null or a bad image.
+        input: What the forward pass takes: pixels, uint8 ``(S, S, 3)``, or the tokens of a text,
+            int32 ``(L,)``; ``None`` for a null or a bad image.
         width: Of the image as displayed, in pixels.
         height: Of the image as displayed, in pixels.
-        error: Why there is no image; ``None`` for a null.
+        error: Why there is no input; ``None`` for a null.
         path: Where a bad image is from, if the input says so.
         decode_seconds: Spent on its pixels.
         preprocess_seconds: Spent on its resize and crop.
     """
 
-    image: Pixels | None = None
+    input: npt.NDArray[Any] | None = None
     width: int | None = None
     height: int | None = None
     error: ImageError | None = None

@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from imagevec.spec import Preprocessing
+from imagevec.options import RANDOM
+from imagevec.spec import Preprocessing, Tokenization
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +47,10 @@ class ModelSource(Protocol):
     def infers_shapes(self) -> bool:
         """Whether its shapes are known from PyTorch's ``meta`` device, without computing."""
 
+    @property
+    def beside_weights(self) -> tuple[str, ...]:
+        """The names of files in the folder of a weights file that say how to use it."""
+
     def why_not_saved(self) -> str | None:
         """Why a pipeline with it cannot be saved, for a person; ``None`` if it can."""
 
@@ -65,11 +70,21 @@ class ModelSource(Protocol):
     def has_weights(self) -> bool:
         """Whether its default weights are on this machine."""
 
-    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
-        """What the weights were trained for; they are known by their SHA-256."""
+    def preprocessing(
+        self, weights_digest: str | None, weights: str = RANDOM
+    ) -> Preprocessing | Tokenization:
+        """What the weights were trained for.
+
+        Args:
+            weights_digest: The SHA-256 of their file.
+            weights: The option.
+        """
 
     def build(self, crop_size: int) -> nn.Module:
-        """A new model for ``(N, 3, crop_size, crop_size)``, in no particular mode."""
+        """A new model for ``(N, 3, crop_size, crop_size)``, in no particular mode.
+
+        One of texts takes tokens instead.
+        """
 
     def module(self, crop_size: int, weights: Path | None) -> nn.Module:
         """The model with its weights, random ones if there is no file.

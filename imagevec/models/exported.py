@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imagevec.errors import OptionError, WeightsError
 from imagevec.models.entry import IMAGENET
+from imagevec.options import RANDOM
 from imagevec.spec import Preprocessing
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class ExportedSource:
     identity: ClassVar[Literal["file"]] = "file"
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
     infers_shapes: ClassVar[bool] = False
+    beside_weights: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -87,7 +89,7 @@ class ExportedSource:
     def has_weights(self) -> bool:
         return True
 
-    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+    def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         """What was registered, else torchvision's preset for the program's input size."""
         size = input_size(self.path)
         if self.preset is None:

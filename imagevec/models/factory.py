@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imagevec.errors import OptionError
 from imagevec.models.entry import IMAGENET, REGISTERED, ModelSource
-from imagevec.options import ENGINES
+from imagevec.options import ENGINES, RANDOM
 from imagevec.pickling import check_pickle, forbidden_kind
 from imagevec.spec import Preprocessing
 
@@ -66,6 +66,7 @@ class FactorySource:
     identity: ClassVar[Literal["content"]] = "content"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision")
     infers_shapes: ClassVar[bool] = False  # its own code may look at the pixels
+    beside_weights: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -96,7 +97,7 @@ class FactorySource:
     def has_weights(self) -> bool:
         return True
 
-    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+    def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         return self.preset
 
     def build(self, crop_size: int) -> nn.Module:

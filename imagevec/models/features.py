@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import nn
 
 from imagevec.files import digest_of
@@ -14,7 +15,7 @@ from imagevec.models.entry import ModelSource
 from imagevec.models.layers import infer_num_features, to_feature_model
 from imagevec.models.state_dict import save_state_dict
 from imagevec.options import RANDOM
-from imagevec.spec import FeatureSpec
+from imagevec.spec import FeatureSpec, Preprocessing, Tokenization, with_decode
 
 
 class FeatureModel:
@@ -44,7 +45,7 @@ class FeatureModel:
         weights: str,
         layer: str | tuple[str, ...],
         normalize: bool,
-        decode: str,
+        decode: Literal["exact", "scaled"],
     ) -> None:
         source.check(layer)
         self.source = source
@@ -58,10 +59,7 @@ class FeatureModel:
             self._built = None
             self.weights_file = found
         self._digest = digest_of(self.weights_file) if self.weights_file else None
-        self.preprocessing = dataclasses.replace(
-            source.preprocessing(self._digest),
-            decode=decode,  # type: ignore[arg-type]
-        )
+        self.preprocessing = with_decode(source.preprocessing(self._digest, weights), decode)
 
     @property
     def weights_name(self) -> str:
@@ -72,13 +70,12 @@ class FeatureModel:
     def content(self) -> str:
         """A digest of what the model computes, before its layers are chosen."""
         if self._built is None:
-            crop_size = self.preprocessing.crop_size
-            self._built = self.source.module(crop_size, self.weights_file)
+            self._built = self._with_weights()
         return content_digest(self._built)
 
     @functools.cached_property
     def module(self) -> nn.Module:
-        """float32 ``(N, 3, S, S)`` to ``(N, D)``, in evaluation mode.
+        """``example_input`` to ``(N, D)``, in evaluation mode.
 
         Raises:
             OptionError: The model has no such layer; the message holds the nearest ones.
@@ -86,8 +83,11 @@ class FeatureModel:
         """
         model, self._built = self._built, None
         if model is None:
-            model = self.source.module(self.preprocessing.crop_size, self.weights_file)
+            model = self._with_weights()
         return to_feature_model(model, self._layer, self._normalize)
+
+    def _with_weights(self) -> nn.Module:
+        return self.source.module(self.preprocessing.input_size, self.weights_file)
 
     @functools.cached_property
     def spec(self) -> FeatureSpec:
@@ -97,7 +97,8 @@ class FeatureModel:
             OptionError: The model's output is not a tensor of two dimensions.
         """
         device = "meta" if self.source.infers_shapes else "cpu"
-        sizes = infer_num_features(self.module, self.preprocessing.crop_size, device)
+        example = example_input(self.preprocessing, 1).to(device)
+        sizes = infer_num_features(self.module, example)
         return FeatureSpec(
             model=self.source.name,
             weights=self.weights_name,
@@ -110,6 +111,13 @@ class FeatureModel:
 
 
 def feature_module(source: ModelSource, spec: FeatureSpec, weights_file: Path | None) -> nn.Module:
-    """On a worker: the module of a spec, float32 ``(N, 3, S, S)`` to ``(N, D)``."""
-    model = source.module(spec.preprocessing.crop_size, weights_file)
+    """On a worker: the module of a spec, ``example_input`` to ``(N, D)``."""
+    model = source.module(spec.preprocessing.input_size, weights_file)
     return to_feature_model(model, spec.layer, spec.normalize)
+
+
+def example_input(preprocessing: Preprocessing | Tokenization, count: int) -> torch.Tensor:
+    """Zeros in the form of a model's input: float32 ``(N, 3, S, S)``, or int32 ``(N, L)``."""
+    if isinstance(preprocessing, Tokenization):
+        return torch.zeros(count, preprocessing.context_length, dtype=torch.int32)
+    return torch.zeros(count, 3, preprocessing.crop_size, preprocessing.crop_size)

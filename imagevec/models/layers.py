@@ -34,26 +34,27 @@ def to_feature_model(model: nn.Module, layer: str | tuple[str, ...], normalize: 
     return nn.Sequential(model, _VectorNorm()).eval() if normalize else model
 
 
-def infer_num_features(
-    feature_model: nn.Module, crop_size: int, device: str = "meta"
-) -> tuple[int, ...]:
+def infer_num_features(feature_model: nn.Module, example: torch.Tensor) -> tuple[int, ...]:
     """The length of the feature vector, or of each of several layers' vectors.
 
     On PyTorch's ``meta`` device only shapes are computed, of stand-ins for the model's tensors.
+
+    Args:
+        feature_model: What returns features.
+        example: An input of it, on the CPU or on ``meta``.
 
     Raises:
         OptionError: The model's output is not a tensor of two dimensions.
     """
     names = feature_model.names if isinstance(feature_model, _Layers) else None
     model = feature_model.extractor if isinstance(feature_model, _Layers) else feature_model
-    with torch.device(device), torch.inference_mode():
-        image = torch.zeros(1, 3, crop_size, crop_size)
-        if device == "meta":
+    with torch.device(example.device), torch.inference_mode():
+        if example.is_meta:
             tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-            stand_ins = {name: tensor.to(device) for name, tensor in tensors}
-            found = torch.func.functional_call(model, stand_ins, (image,))
+            stand_ins = {name: tensor.to("meta") for name, tensor in tensors}
+            found = torch.func.functional_call(model, stand_ins, (example,))
         else:
-            found = model(image)
+            found = model(example)
     outputs = [found] if names is None else [found[name] for name in names]
     for output in outputs:
         if not isinstance(output, torch.Tensor) or output.ndim != 2:
@@ -136,6 +137,8 @@ def _first_token(model: nn.Module) -> int | None:
 
 def _without_classifier(model: nn.Module) -> nn.Module:
     """The model up to the input of its classifier's last linear layer."""
+    if getattr(model, "returns_features", False):
+        return model
     if hasattr(model, "reset_classifier"):  # timm
         model.reset_classifier(0)  # type: ignore[operator]
     elif isinstance(model, torchvision.models.SqueezeNet):  # its classifier is a convolution

@@ -1,8 +1,9 @@
 """A ``model`` option to its source.
 
 torchvision's classification models are known by their torchvision names, timm's as
-``timm/<name>``, your own through ``register_model``. Preprocessing travels with the weights:
-torchvision's preset of the weights entry, timm's data config, or what was registered.
+``timm/<name>``, open_clip's as ``open_clip/<name>``, your own through ``register_model``.
+Preprocessing travels with the weights: torchvision's preset of the weights entry, timm's data
+config, open_clip's of the tag, or what was registered.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from imagevec.errors import OptionError
-from imagevec.models import exported, factory, timm, torchvision
+from imagevec.models import exported, factory, open_clip, timm, torchvision
 from imagevec.models.entry import IMAGENET, REGISTERED, ModelSource
 from imagevec.models.factory import ModelFactory
 from imagevec.spec import Preprocessing
 
 # In the order in which they are asked; torchvision takes whatever name is left.
-SOURCES = (factory, exported, timm, torchvision)
+SOURCES = (factory, exported, timm, open_clip, torchvision)
 
 
 def list_models() -> list[str]:
-    """The names that ``model`` accepts, sorted; any ``"timm/<name>"`` is accepted too."""
+    """The names that ``model`` accepts, sorted; those of timm and open_clip are accepted too."""
     return sorted([*REGISTERED, *torchvision.names()])
 
 
@@ -85,3 +86,18 @@ def find_source(model: str | Path | ModelFactory) -> ModelSource:
     if path.exists():
         raise OptionError(f"model={str(model)!r} is not a saved model: it has no spec.json")
     raise OptionError(f"model={str(model)!r}: there is no such folder")
+
+
+def find_text_source(model: Any) -> ModelSource:
+    """The source of the text tower that belongs to a ``model`` option.
+
+    Raises:
+        OptionError: It has none.
+    """
+    source = open_clip.find(model)
+    if source is None:
+        raise OptionError(
+            f"model={model!r} cannot encode text: use a model of open_clip, "
+            "'open_clip/ViT-B-32' for example"
+        )
+    return source.text_source()

@@ -7,6 +7,8 @@ Nothing is unpickled but tensors: ``.pth`` and ``.pt`` files are loaded with ``w
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,7 @@ def with_weights(source: ModelSource, crop_size: int, weights: Path | None) -> n
         WeightsError: The weights are of another model.
     """
     if weights is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded():
             return source.build(crop_size)
     state_dict = load_state_dict(weights)
     with no_random_init():
@@ -76,6 +77,14 @@ def with_weights(source: ModelSource, crop_size: int, weights: Path | None) -> n
         first = " ".join(" ".join(str(error).splitlines()[1:4]).split())[:500]
         raise WeightsError(f"the weights do not fit {source.name!r}: {first}") from error
     return model
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Random numbers of PyTorch drawn within are the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def save_state_dict(model: nn.Module) -> Path:

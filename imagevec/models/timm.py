@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
 from imagevec.models.entry import ModelSource
-from imagevec.options import ENGINES
+from imagevec.options import ENGINES, RANDOM
 from imagevec.spec import Preprocessing
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class TimmSource:
     identity: ClassVar[Literal["name"]] = "name"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "timm")
     infers_shapes: ClassVar[bool] = True
+    beside_weights: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -77,7 +78,7 @@ class TimmSource:
     def has_weights(self) -> bool:
         return False  # they are in the cache of the Hugging Face hub, or of torch.hub, or nowhere
 
-    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+    def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         """timm's data config (``timm/data/config.py``, ``timm/data/transforms_factory.py``)."""
         pretrained_cfg = _timm().get_pretrained_cfg(self.timm_name).to_dict()
         config = _timm().data.resolve_data_config(pretrained_cfg=pretrained_cfg)

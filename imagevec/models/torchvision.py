@@ -45,6 +45,7 @@ class TorchvisionSource:
     identity: ClassVar[Literal["name"]] = "name"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision")
     infers_shapes: ClassVar[bool] = True
+    beside_weights: ClassVar[tuple[str, ...]] = ()
 
     @property
     def weights_enum(self) -> Any:
@@ -79,19 +80,19 @@ class TorchvisionSource:
     def has_weights(self) -> bool:
         return _hub_path(self.weights_enum.DEFAULT).exists()
 
-    def preprocessing(self, weights_digest: str | None) -> Preprocessing:
+    def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         """The preset of the weights entry (``torchvision/transforms/_presets.py``).
 
         Weights that are not torchvision's, and random ones, take the preset of the default entry.
         """
-        weights = self.weights_enum.DEFAULT
+        entry = self.weights_enum.DEFAULT
         for candidate in self.weights_enum:
             # The name of a file of torch.hub ends in the first digits of its SHA-256.
             if weights_digest and weights_digest.startswith(
                 Path(candidate.url).stem.split("-")[-1]
             ):
-                weights = candidate
-        preset = weights.transforms()
+                entry = candidate
+        preset = entry.transforms()
         return Preprocessing(
             resize_size=preset.resize_size[0],
             crop_size=preset.crop_size[0],

@@ -31,12 +31,12 @@ from pyspark.sql.types import (
 )
 
 from imagevec.plan import Plan, make_plan
-from imagevec.runtime import device_here, freeze_heap, get_engine, schedule
+from imagevec.runtime import device_here, freeze_heap, get_engine, get_tokenizer, schedule
 from imagevec.spark.metrics import Metrics
 from imagevec.spark.sessions import active_session, gpus_of_tasks, is_local
 from imagevec.spark.ship import ship, shipped
-from imagevec.spec import FeatureSpec
-from imagevec.stream import Counts, feature_stream
+from imagevec.spec import FeatureSpec, Tokenization
+from imagevec.stream import Counts, feature_stream, text_stream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -165,7 +165,10 @@ def extract_in_worker(
     how = schedule(plan, device, context.cpus() if context else 1)
     engine = get_engine(plan, shipped, device, how.forward_threads, when_built=freeze_heap)
     counts: Counts = defaultdict(float, {"tasks": 1, "seconds.start": time.perf_counter() - start})
-    yield from feature_stream(batches, engine, plan.spec, plan.execution, how, counts)
+    if isinstance(plan.spec.preprocessing, Tokenization):
+        yield from text_stream(batches, engine, get_tokenizer(plan, shipped), how, counts)
+    else:
+        yield from feature_stream(batches, engine, plan.spec, plan.execution, how, counts)
     counts["seconds.total"] = time.perf_counter() - start
     logger.debug("a task did %s", dict(counts))
     if metrics is not None:

@@ -48,7 +48,7 @@ def test_a_crash_and_a_hang_cost_one_row_each() -> None:
     values = [Value(data) for data in (b"a", b"kill", b"bb", b"hang", b"ccc", None)]
     rows = [(impatient if value.data == b"hang" else patient)(value) for value in values]
     assert [code(row) for row in rows] == [None, "crashed", None, "timed_out", None, None]
-    levels = [None if row.image is None else int(row.image[0, 0, 0]) for row in rows]
+    levels = [None if row.input is None else int(row.input[0, 0, 0]) for row in rows]
     assert levels == [1, None, 2, None, 3, None]
     assert os.getpid() not in {row.width for row in rows}
 
@@ -69,7 +69,7 @@ def test_an_error_does_not_end_the_child() -> None:
 def test_rows_are_as_without_isolation() -> None:
     for data in (encode(photo()), encode(photo(seed=1), "JPEG"), b"", b"garbage", None):
         ours, theirs = isolated(PREPARE)(Value(data)), PREPARE(Value(data))
-        assert np.array_equal(ours.image, theirs.image)
+        assert np.array_equal(ours.input, theirs.input)
         assert (ours.width, ours.height, str(ours.error)) == (
             theirs.width,
             theirs.height,
@@ -81,7 +81,7 @@ def test_an_image_whose_child_dies_once_is_tried_again_in_a_fresh_one(tmp_path: 
     log = tmp_path / "log"
     row = isolated(functools.partial(decoders.dies_at_first, log=log, deaths=1))(Value(b"abc"))
     assert row.error is None
-    assert row.image is not None and (row.image == 3).all()
+    assert row.input is not None and (row.input == 3).all()
     first, second = decoders.logged(log)
     assert first != second == row.width
 
@@ -89,7 +89,7 @@ def test_an_image_whose_child_dies_once_is_tried_again_in_a_fresh_one(tmp_path: 
 def test_an_image_that_kills_each_child_is_blamed_after_two(tmp_path: Path) -> None:
     log = tmp_path / "log"
     row = isolated(functools.partial(decoders.dies_at_first, log=log, deaths=99))(Value(b"abc"))
-    assert row.image is None
+    assert row.input is None
     assert code(row) == "crashed"
     assert len(set(decoders.logged(log))) == len(decoders.logged(log)) == 2
     after = isolated(fragile)(Value(b"abc"))
@@ -102,7 +102,7 @@ def test_a_child_that_was_killed_while_it_waited_costs_nothing() -> None:
     assert killed is not None
     os.kill(killed, signal.SIGKILL)
     row = isolated(fragile)(Value(b"bb"))
-    assert row.image is not None and (row.image == 2).all()
+    assert row.input is not None and (row.input == 2).all()
     assert row.width != killed
 
 
@@ -115,7 +115,7 @@ def test_a_child_that_dies_at_its_start_is_started_again(
     start = functools.partial(decoders.start_that_dies, log, deaths)
     monkeypatch.setattr(isolation, "_exit_with_parent", start)
     row = isolated(fragile)(Value(b"abc"))
-    assert row.image is not None and (row.image == 3).all()
+    assert row.input is not None and (row.input == 3).all()
     assert len(decoders.logged(log)) == deaths + 1
     assert decoders.logged(log)[-1] == row.width
 

@@ -81,9 +81,9 @@ def test_a_null_is_an_empty_row():
 
 def test_an_image_is_its_crop_and_its_size():
     row = prepare(Value(PNG), Preprocessing(), execution_options())
-    assert row.image is not None
-    assert row.image.shape == (224, 224, 3)
-    assert np.array_equal(row.image, resize_and_crop(pixels_of(photo()), Preprocessing()))
+    assert row.input is not None
+    assert row.input.shape == (224, 224, 3)
+    assert np.array_equal(row.input, resize_and_crop(pixels_of(photo()), Preprocessing()))
     assert (row.width, row.height, row.error) == (80, 60, None)
     assert row.decode_seconds > 0
     assert row.preprocess_seconds > 0
@@ -91,7 +91,7 @@ def test_an_image_is_its_crop_and_its_size():
 
 def test_a_bad_image_is_a_row_with_its_error():
     row = prepare(Value(b"garbage"), Preprocessing(), execution_options(on_error="raise"))
-    assert row.image is None
+    assert row.input is None
     assert row.error is not None
     assert row.error.code == "unsupported_format"
 
@@ -102,6 +102,6 @@ def test_a_scaled_decode_keeps_the_size_that_is_shown():
     row = prepare(Value(data), scaled, execution_options())
     half = decoded(data, min_side=512).pixels
     assert half.shape == (600, 800, 3)
-    assert row.image is not None
-    assert np.array_equal(row.image, resize_and_crop(half, scaled))
+    assert row.input is not None
+    assert np.array_equal(row.input, resize_and_crop(half, scaled))
     assert (row.width, row.height) == (1600, 1200)

@@ -31,6 +31,7 @@ from imagevec import ImageVectorizer, cli, errors, explain_pickle, plan
 from imagevec.engines import Backend, quantization
 from imagevec.models.entry import REGISTERED, ModelSource
 from imagevec.models.factory import FactorySource
+from imagevec.models.features import example_input
 from imagevec.models.layers import infer_num_features, to_feature_model
 from imagevec.models.registry import find_source
 from imagevec.models.torchvision import TorchvisionSource
@@ -380,11 +381,13 @@ def test_the_models_are_as_told() -> None:
     assert len(rows) > 10
     for quoted, features, size in rows:
         source = find_source(quoted.strip("`"))
-        input_size = source.preprocessing(None).crop_size
+        preprocessing = source.preprocessing(None)
+        input_size = preprocessing.input_size
         with torch.device("meta"):
             model = to_feature_model(source.build(input_size), "pooled", normalize=False)
         num_features = int(features.replace(",", ""))
-        assert infer_num_features(model, input_size, "meta") == (num_features,), quoted
+        example = example_input(preprocessing, 1).to("meta")
+        assert infer_num_features(model, example) == (num_features,), quoted
         assert input_size == int(size), quoted
 
 

@@ -1,0 +1,324 @@
+"""Models of open_clip, as ``open_clip/<name>``: images and texts in one space.
+
+Both towers come from one file of weights. An image's features are what ``encode_image`` returns, a
+text's what ``encode_text`` does: the vectors after the projection, not normalised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from imagevec import cache
+from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
+from imagevec.options import ENGINES, RANDOM, WEIGHTS_SUFFIXES
+from imagevec.spec import Preprocessing, Tokenization
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PREFIX = "open_clip/"
+
+# What a model's repository on the Hugging Face hub has beside its weights. A file of weights that
+# lies with such files is preprocessed, and its texts are tokenized, as they say.
+_CONFIG = "open_clip_config.json"
+_TOKENIZER = "tokenizer.json"
+
+_DEFAULTS = {  # of open_clip.transform.PreprocessCfg
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+_IMAGE_SIZE = 224  # of open_clip.model.CLIPVisionCfg
+_CONTEXT_LENGTH = 77  # of open_clip.model.CLIPTextCfg
+
+
+def find(model: Any) -> OpenClipSource | None:
+    """The source of a name with the prefix; whether open_clip has it is asked later."""
+    if not isinstance(model, str) or not model.startswith(PREFIX):
+        return None
+    return OpenClipSource(model.removeprefix(PREFIX))
+
+
+def names(part: str = "") -> list[str]:
+    """The names that contain ``part``; none without open_clip."""
+    try:
+        listed = _open_clip().list_models()
+    except MissingExtraError:
+        return []
+    return [PREFIX + name for name in listed if part.casefold() in name.casefold()]
+
+
+@dataclass(frozen=True)
+class OpenClipSource:
+    """The image tower of a model of open_clip; ``clip_name`` has no prefix."""
+
+    clip_name: str
+
+    backends: ClassVar[tuple[str, ...]] = ENGINES
+    identity: ClassVar[Literal["name"]] = "name"
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "timm", "open_clip_torch")
+    infers_shapes: ClassVar[bool] = True
+    beside_weights: ClassVar[tuple[str, ...]] = (_CONFIG, _TOKENIZER)
+
+    @property
+    def name(self) -> str:
+        return PREFIX + self.clip_name
+
+    def text_source(self) -> OpenClipTextSource:
+        """The other tower."""
+        return OpenClipTextSource(self.clip_name)
+
+    def why_not_saved(self) -> str | None:
+        return None
+
+    def check(self, layer: str | tuple[str, ...]) -> None:
+        known = _open_clip().list_models()
+        if self.clip_name not in known:
+            near = did_you_mean(self.name, (PREFIX + name for name in known))
+            raise OptionError(f"model={self.name!r} is not known: {near}")
+        if layer != "pooled":
+            raise OptionError(
+                f"layer={layer!r} is not valid: a model of open_clip has its projection, 'pooled'"
+            )
+
+    def weights(self, option: str) -> Path | nn.Module | None:
+        from imagevec.models.state_dict import local_file
+
+        if option == RANDOM or option.endswith(WEIGHTS_SUFFIXES):
+            return local_file(self.name, option)
+        return _downloaded(self.name, self._tag(option))
+
+    def has_weights(self) -> bool:
+        return False  # they are in the cache of the Hugging Face hub, or nowhere
+
+    def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
+        """What the tag's weights were trained for, or a file's by the configuration beside it.
+
+        Random weights, and files without a configuration, take that of the model's first tag.
+        """
+        wanted = {**_DEFAULTS, **self._preprocess_cfg(weights)}
+        size = self._config["vision_cfg"].get("image_size", _IMAGE_SIZE)
+        if wanted["resize_mode"] not in ("shortest", "squash") or not isinstance(size, int):
+            raise OptionError(
+                f"the preprocessing of {self.name!r} is not supported (image_size={size}, "
+                f"resize_mode={wanted['resize_mode']!r}): only models with a square input and a "
+                "resize_mode of 'shortest' or 'squash' are"
+            )
+        return Preprocessing(
+            resize_size=size,
+            crop_size=size,
+            mean=tuple(wanted["mean"]),
+            std=tuple(wanted["std"]),
+            interpolation=wanted["interpolation"],
+            squash=wanted["resize_mode"] == "squash",
+        )
+
+    def build(self, crop_size: int) -> nn.Module:
+        from imagevec.models.towers import build, image_tower
+
+        return image_tower(build(self.name, self._config))
+
+    def module(self, crop_size: int, weights: Path | None) -> nn.Module:
+        from imagevec.models.towers import image_tower, with_weights
+
+        return image_tower(with_weights(self.name, self._config, weights))
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = _open_clip().get_model_config(self.clip_name)
+        return config
+
+    def _preprocess_cfg(self, weights: str) -> Mapping[str, Any]:
+        config = _beside(weights, _CONFIG)
+        if config is not None:
+            found: dict[str, Any] = json.loads(config.read_text()).get("preprocess_cfg", {})
+            return found
+        tags = self._tags()
+        return tags.get(weights) or next(iter(tags.values()), {})
+
+    def _tags(self) -> dict[str, dict[str, Any]]:
+        """The pretrained weights, and what open_clip says of each."""
+        pretrained = _open_clip().pretrained
+        tags = _open_clip().list_pretrained_tags_by_model(self.clip_name)
+        return {tag: pretrained.get_pretrained_cfg(self.clip_name, tag) for tag in tags}
+
+    def _tag(self, option: str) -> dict[str, Any]:
+        """What open_clip says of a tag; ``"DEFAULT"`` is the only one there is.
+
+        Raises:
+            OptionError: There is no such tag, or its weights belong to another model.
+        """
+        tags = self._tags()
+        fitting = [tag for tag in tags if self._fits(tags[tag])]
+        if option == "DEFAULT" and len(fitting) == 1:
+            option = fitting[0]
+        if option not in tags:
+            near = f"choose one of {', '.join(fitting)}"
+            if option != "DEFAULT" and fitting:
+                near = did_you_mean(option, [*fitting, RANDOM])
+            elif not fitting:
+                near = "open_clip has none"
+            raise OptionError(
+                f"weights={option!r} is not known for {self.name!r}: {near}; "
+                f"or give a path that ends in {', '.join(WEIGHTS_SUFFIXES)}"
+            )
+        if option not in fitting:
+            raise OptionError(
+                f"weights={option!r} were trained with QuickGELU: use model='{self.name}-quickgelu'"
+            )
+        return tags[option]
+
+    def _fits(self, tag: Mapping[str, Any]) -> bool:
+        """Whether the weights are not of the model of the same name with the suffix."""
+        has_twin = f"{self.clip_name}-quickgelu" in _open_clip().list_models()
+        return not (tag.get("quick_gelu") and has_twin)
+
+
+@dataclass(frozen=True)
+class OpenClipTextSource(OpenClipSource):
+    """The text tower of a model of open_clip."""
+
+    def preprocessing(  # type: ignore[override]
+        self, weights_digest: str | None, weights: str = RANDOM
+    ) -> Tokenization:
+        """How open_clip's tokenizer of the model works; its vocabulary is put into the cache.
+
+        Raises:
+            OptionError: open_clip has no tokenizer for it, or one that is not supported.
+            WeightsError: The vocabulary cannot be had.
+        """
+        text_cfg = self._config["text_cfg"]
+        options = dict(text_cfg.get("tokenizer_kwargs") or {})
+        context_length = text_cfg.get("context_length", _CONTEXT_LENGTH)
+        if options.keys() - {"clean", "strip_sep_token"} or text_cfg.get("tokenizer_mode"):
+            raise OptionError(f"the tokenizer of {self.name!r} is not supported: {text_cfg}")
+        zeroed = None
+        if text_cfg.get("hf_tokenizer_name"):
+            vocabulary = _beside(weights, _TOKENIZER)
+            where = str(vocabulary.parent) if vocabulary else text_cfg["hf_tokenizer_name"]
+            tokenizer = _of_transformers(self.name, where)
+            encoder = _padded_by(tokenizer, context_length)
+            words, clean = "", "whitespace"
+            if options.get("strip_sep_token"):
+                zeroed = tokenizer.sep_token_id
+        else:
+            simple = _open_clip().SimpleTokenizer(context_length=context_length)
+            encoder = _of_byte_pairs(simple)
+            words, clean = simple.pat.pattern, "lower"
+        with cache.temporary_folder() as folder:
+            encoder.save(str(folder / "tokenizer.json"))
+            stored = cache.store(folder / "tokenizer.json", move=True)
+        return Tokenization(
+            vocabulary=stored.name,
+            clean=options.get("clean", clean),
+            words=words,
+            context_length=context_length,
+            zeroed=zeroed,
+            reads_padding=self._reads_padding,
+        )
+
+    def build(self, crop_size: int) -> nn.Module:
+        from imagevec.models.towers import build, text_tower
+
+        return text_tower(build(self.name, self._config), self._reads_padding)
+
+    def module(self, crop_size: int, weights: Path | None) -> nn.Module:
+        from imagevec.models.towers import text_tower, with_weights
+
+        return text_tower(with_weights(self.name, self._config, weights), self._reads_padding)
+
+    @property
+    def _reads_padding(self) -> bool:
+        """Whether a text's vector depends on the tokens after its end.
+
+        It does not where attention is causal and the end's own token is taken.
+        """
+        text_cfg = self._config["text_cfg"]
+        is_causal = not (text_cfg.get("no_causal_mask") or text_cfg.get("hf_model_name"))
+        takes_end = text_cfg.get("pool_type", "argmax") == "argmax" and "embed_cls" not in text_cfg
+        return not (is_causal and takes_end)
+
+
+def _beside(weights: str, name: str) -> Path | None:
+    """The file of that name in the folder of a file of weights, if there is one."""
+    path = Path(weights).expanduser().with_name(name)
+    return path if weights.endswith(WEIGHTS_SUFFIXES) and path.is_file() else None
+
+
+def _downloaded(name: str, tag: Mapping[str, Any]) -> Path:
+    """A tag's weights, in the cache of the Hugging Face hub or in ``~/.cache/clip``."""
+    try:
+        return Path(_open_clip().download_pretrained(tag))
+    except (OSError, RuntimeError) as error:  # what open_clip raises without a network
+        repository = tag["hf_hub"].rpartition("/")[0] or tag["url"]
+        raise WeightsError(
+            f"cannot download the weights of {name} ({error}). Without a network, fetch "
+            f"{repository} elsewhere, with the {_CONFIG} and {_TOKENIZER} that may be beside it, "
+            "and give weights='<folder>/<file>'; or weights='random' to test"
+        ) from error
+
+
+def _of_byte_pairs(simple: Any) -> Any:
+    """An ``open_clip.SimpleTokenizer`` as one of the library tokenizers, of words."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+    start, end = (simple.decoder[token] for token in (simple.sot_token_id, simple.eot_token_id))
+    pairs = list(simple.bpe_ranks)
+    encoder = Tokenizer(models.BPE(simple.encoder, pairs, end_of_word_suffix="</w>"))
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    encoder.add_special_tokens([AddedToken(token, normalized=False) for token in (start, end)])
+    encoder.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}",
+        special_tokens=[(start, simple.sot_token_id), (end, simple.eot_token_id)],
+    )
+    encoder.enable_truncation(simple.context_length)
+    encoder.enable_padding(length=simple.context_length, pad_id=0, pad_token=simple.decoder[0])
+    return encoder
+
+
+def _of_transformers(name: str, where: str) -> Any:
+    """A tokenizer of the Hugging Face hub, or of a folder.
+
+    Raises:
+        WeightsError: It cannot be had.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingExtraError("transformers", "clip") from error
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:  # what transformers raises without a network
+        first = str(error).partition("\n")[0]
+        raise WeightsError(
+            f"cannot get the tokenizer of {name}, {where} ({first}). Without a network, put its "
+            f"{_TOKENIZER} and tokenizer_config.json beside the weights, and give weights='<path>'"
+        ) from error
+
+
+def _padded_by(tokenizer: Any, context_length: int) -> Any:
+    """A tokenizer of transformers as one of the library tokenizers, of texts."""
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.enable_truncation(context_length, direction=tokenizer.truncation_side)
+    encoder.enable_padding(
+        length=context_length,
+        direction=tokenizer.padding_side,
+        pad_id=tokenizer.pad_token_id,
+        pad_token=tokenizer.pad_token,
+    )
+    return encoder
+
+
+def _open_clip() -> Any:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise MissingExtraError("open_clip", "clip") from error
+    return open_clip

@@ -1,0 +1,100 @@
+"""The two towers of a model of open_clip, as modules whose output is the features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import open_clip
+import torch
+from torch import nn
+
+from imagevec.errors import OptionError, WeightsError
+from imagevec.models.state_dict import no_random_init, seeded
+
+
+class Tower(nn.Module):
+    """A part of a model that returns features, ``(N, D)``: there is no classifier to take off."""
+
+    returns_features = True
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        output = self.tower(inputs)
+        features: torch.Tensor = output[0] if isinstance(output, tuple) else output  # CoCa: tokens
+        return features
+
+
+class CausalTextTower(Tower):
+    """A text transformer with a causal mask, for tokens ``(N, L)`` of any L up to its context.
+
+    Its own ``forward`` takes the whole context alone. A token does not depend on those after it,
+    so what is cut off behind the last end of a text changes nothing.
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        text: Any = self.tower
+        length = inputs.shape[1]
+        x = text.token_embedding(inputs) + text.positional_embedding[:length]  # (N, L, width)
+        x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
+        ends = inputs.argmax(dim=-1)  # the end's token is the highest number: (N,)
+        x = text.ln_final(x)[torch.arange(x.shape[0], device=x.device), ends]  # (N, width)
+        if isinstance(text.text_projection, nn.Linear):
+            x = text.text_projection(x)
+        elif text.text_projection is not None:
+            x = x @ text.text_projection
+        return cast(torch.Tensor, x)  # (N, D)
+
+
+def image_tower(model: nn.Module) -> Tower:
+    """float32 ``(N, 3, S, S)`` to ``(N, D)``, as ``encode_image``."""
+    return Tower(model.visual)  # type: ignore[arg-type]
+
+
+def text_tower(model: nn.Module, reads_padding: bool) -> Tower:
+    """int32 ``(N, L)`` to ``(N, D)``, as ``encode_text``."""
+    return (Tower if reads_padding else CausalTextTower)(model.text)  # type: ignore[arg-type]
+
+
+def build(name: str, config: Mapping[str, Any]) -> nn.Module:
+    """A new model with both towers, as ``open_clip.create_model`` builds it, weights apart.
+
+    Args:
+        name: The model's, for messages.
+        config: open_clip's, of the model.
+
+    Raises:
+        OptionError: It cannot be built, without the package transformers for example.
+    """
+    parts = {key: value for key, value in config.items() if key != "custom_text"}
+    parts["vision_cfg"] = {**parts["vision_cfg"], "timm_model_pretrained": False}
+    parts["text_cfg"] = {**parts["text_cfg"], "hf_model_pretrained": False}
+    kind: Any = open_clip.CoCa if "multimodal_cfg" in parts else open_clip.CustomTextCLIP
+    try:
+        model: nn.Module = kind(**parts)
+    except (OSError, RuntimeError) as error:  # a text tower of transformers, and no network
+        raise OptionError(f"open_clip cannot build {name!r}: {error}") from error
+    return model
+
+
+def with_weights(name: str, config: Mapping[str, Any], weights: Path | None) -> nn.Module:
+    """A model with its weights; random ones, the same wherever they are drawn, if there is no file.
+
+    Raises:
+        WeightsError: The file does not hold tensors alone, or they are of another model.
+    """
+    if weights is None:
+        with seeded():
+            return build(name, config)
+    with no_random_init():
+        model = build(name, config)
+    try:
+        open_clip.load_checkpoint(model, str(weights), weights_only=True)
+    except Exception as error:  # unpickling damaged bytes raises whatever comes up
+        first = " ".join(" ".join(str(error).splitlines()[:4]).split())[:500]
+        raise WeightsError(f"the weights do not fit {name!r}: {first}") from error
+    return model

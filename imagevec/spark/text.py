@@ -1,0 +1,105 @@
+"""Texts to feature vectors, in the space of a model's images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from imagevec import cache
+from imagevec.errors import OptionError
+from imagevec.options import TextOptions, checked
+from imagevec.plan import Plan, make_plan
+from imagevec.runtime import device_here, get_engine, get_tokenizer, schedule, threads_here
+from imagevec.stream import text_stream
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column
+    from typing_extensions import Unpack
+
+    from imagevec.spark.metrics import Metrics
+
+
+def text_features(
+    texts: Iterable[str], *, model: str, **options: Unpack[TextOptions]
+) -> npt.NDArray[np.float32]:
+    """The feature vectors of texts, computed in this process.
+
+        text_features(["a red shoe"], model="open_clip/ViT-B-32", weights="laion2b_s34b_b79k")
+
+    They are comparable with the features of images of the same model and weights. A text that is
+    longer than the model's context (77 tokens for CLIP, 64 for SigLIP) is cut there, as open_clip's
+    tokenizer cuts it.
+
+    Args:
+        texts: Any number of strings.
+        model: ``"open_clip/<name>"``.
+        **options: See ``imagevec.options.TextOptions``.
+
+    Returns:
+        float32 ``(N, num_features)``, in the order of ``texts``.
+
+    Raises:
+        OptionError: An option is wrong, the model cannot encode text, or ``texts`` is a single
+            string or contains anything but strings.
+        WeightsError: The weights cannot be had, or do not fit the model.
+    """
+    if isinstance(texts, str):
+        raise OptionError(f"texts={texts[:80]!r} is not valid: give a list of strings")
+    given: list[Any] = list(texts)
+    if None in given:
+        raise OptionError(f"texts[{given.index(None)}] is None: give strings")
+    plan = _plan(None, model, options)
+    device = device_here(plan.execution.device)
+    how = schedule(plan, device, threads_here())
+    engine = get_engine(plan, cache.stored, device, how.forward_threads)
+    tokenizer = get_tokenizer(plan, cache.stored)
+    vectors = [
+        v for batch in text_stream([pd.Series(given)], engine, tokenizer, how) for v in batch
+    ]
+    return np.array(vectors, np.float32).reshape(len(given), cast(int, plan.spec.num_features))
+
+
+def text_features_udf(
+    column: Column | str,
+    *,
+    model: str,
+    metrics: Metrics | None = None,
+    **options: Unpack[TextOptions],
+) -> Column:
+    """A column of feature vectors of a column of texts.
+
+        clip = {"model": "open_clip/ViT-B-32", "weights": "laion2b_s34b_b79k"}
+        captions.withColumn("features", text_features_udf("caption", **clip))
+
+    See ``text_features``, and ``features_udf`` for images.
+
+    Args:
+        column: Of type string.
+        model: ``"open_clip/<name>"``.
+        metrics: Where queries add up what they did.
+        **options: See ``imagevec.options.TextOptions``.
+
+    Returns:
+        ``array<float>`` of ``num_features`` values, null for a null. The column is called
+        ``features``, its metadata say what made it, and it counts as not deterministic.
+
+    Raises:
+        OptionError: An option is wrong, or the model cannot encode text. The query fails with it
+            where the column is of another type.
+        WeightsError: The weights cannot be had, or do not fit the model.
+    """
+    from imagevec.spark.sessions import active_session, gpus_of_tasks
+    from imagevec.spark.udf import feature_column
+
+    session = active_session()
+    plan = _plan(gpus_of_tasks(session), model, options)
+    return feature_column("features", column, session, plan, metrics)
+
+
+def _plan(gpus: bool | None, model: str, options: TextOptions) -> Plan:
+    given: Any = checked(options, TextOptions.__annotations__)
+    return make_plan(gpus=gpus, texts=True, model=model, **given)
