@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.helpers.shared import ROOT
 
-pytest_plugins = ["tests.helpers.spark"]
+pytest_plugins = ["tests.helpers.spark", "tests.helpers.clip"]
 
 _cache = tempfile.mkdtemp(prefix="imagevec-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)

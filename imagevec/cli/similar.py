@@ -13,8 +13,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="queries",
         metavar="QUERY",
         action="append",
-        required=True,
+        default=[],
         help="an image, in the table or not; repeat it for several",
+    )
+    parser.add_argument(
+        "--text",
+        dest="texts",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="a description, where the features are of a model of open_clip; repeatable",
     )
     parser.add_argument("-k", type=int, default=10, help="neighbours of each (default: 10)")
     parser.add_argument("--model", help="the table's, where that is a saved model or a .pt2 file")
@@ -22,11 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    from imagevec.errors import OptionError
     from imagevec.search.similar import similar
 
+    if not options.queries and not options.texts:
+        raise OptionError("there is nothing to search for: give --query IMAGE or --text TEXT")
     return {
         "queries": similar(
-            options.features, options.queries, options.k, options.model, options.weights
+            options.features,
+            options.queries,
+            options.k,
+            options.model,
+            options.weights,
+            options.texts,
         )
     }
 

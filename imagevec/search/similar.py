@@ -14,6 +14,7 @@ from imagevec.errors import FingerprintError, OptionError
 from imagevec.images.parallel import map_ahead
 from imagevec.options import Options, check_positive
 from imagevec.search.neighbours import Vectors, nearest
+from imagevec.spec import Preprocessing
 from imagevec.table.read import RowGroup, column_metadata, read_paths, read_vectors
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def similar(
     k: int,
     model: str | None = None,
     weights: str | None = None,
+    texts: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """The ``k`` nearest images to each query, by cosine.
 
@@ -35,15 +37,16 @@ def similar(
 
     Args:
         features: The folder that ``imagevec extract`` wrote, or its URI.
-        queries: Paths or URIs of images, at least one.
+        queries: Paths or URIs of images.
         k: At least 1; all other images where it is larger.
         model: A saved model or a ``.pt2`` file, if the features are of one.
-        weights: A weights file, if the cache does not have it.
+        weights: The weights, if the cache does not have them.
+        texts: Descriptions of images. The features must be of a model of open_clip.
 
     Returns:
-        For each query ``{"query": ..., "neighbours": [{"path": ..., "cosine": ...}, ...]}``.
-        Neighbours are in order of descending cosine; those of equal cosines in order of their
-        paths.
+        For each query, and then for each text,
+        ``{"query": ..., "neighbours": [{"path": ..., "cosine": ...}, ...]}``. Neighbours are in
+        order of descending cosine; those of equal cosines in order of their paths.
 
     Raises:
         OptionError: The table cannot be read or has no features, ``k`` is below 1, or the model has
@@ -54,13 +57,15 @@ def similar(
     """
     check_positive("k", k)
     names = [_plain(query) for query in queries]
-    own, row_groups = _rows_of(features, set(names))
+    own, row_groups = _rows_of(features, set(names)) if names else ({}, set())
     vectors = _vectors_there(features, own, row_groups)
     missing = {n: query for n, query in zip(names, queries, strict=True) if n not in vectors}
     if missing:
         vectors |= _vectors_computed(features, missing, model, weights)
-    query_vectors = np.stack([vectors[name] for name in names])  # (Q, D)
-    found = _nearest(features, query_vectors, k, [own[name] for name in names])
+    query_vectors = [vectors[name] for name in names]  # (D,) each
+    query_vectors += _vectors_of_texts(features, texts, weights) if texts else []
+    paths_to_skip = [own[name] for name in names] + [[] for _ in texts]
+    found = _nearest(features, np.stack(query_vectors), k, paths_to_skip)
     return [
         {
             "query": query,
@@ -68,7 +73,7 @@ def similar(
                 {"path": path, "cosine": round(-negative, 6)} for negative, path in neighbours
             ],
         }
-        for query, neighbours in zip(queries, found, strict=True)
+        for query, neighbours in zip([*queries, *texts], found, strict=True)
     ]
 
 
@@ -143,17 +148,15 @@ def _vectors_computed(
     from imagevec.spark.vectorizer import ImageVectorizer
     from imagevec.table.provenance import Provenance, check_same
 
-    metadata = column_metadata(features, "features")
-    if not metadata:
-        raise FingerprintError(f"{features} does not say what made its features")
-    made_of = Provenance.of_metadata(metadata)
+    made_of = _provenance_of(features)
     options: dict[str, Any] = {
         "layer": made_of.layer,
         "normalize": made_of.normalize,
         "precision": made_of.precision,
-        "decode": made_of.preprocessing.decode,
         "on_error": "raise",
     }
+    if isinstance(made_of.preprocessing, Preprocessing):
+        options["decode"] = made_of.preprocessing.decode
     if model is None:
         name = made_of.model
         if made_of.precision == "int8" or name.startswith("pt2:"):
@@ -167,6 +170,26 @@ def _vectors_computed(
         name: np.array(vectorizer.extract_features(query), np.float32)
         for name, query in queries.items()
     }
+
+
+def _vectors_of_texts(features: str, texts: Sequence[str], weights: str | None) -> list[Vectors]:
+    """The vectors of texts, in order, by the text tower of the model of the table's features."""
+    from imagevec.spark.text import text_features, text_plan
+    from imagevec.table.provenance import Provenance, check_same
+
+    made_of = _provenance_of(features)
+    options: Any = {"model": made_of.model, "weights": weights or _weights_at_hand(made_of)}
+    check_same(made_of, Provenance.of(text_plan(**options).spec))
+    return list(text_features(texts, **options))
+
+
+def _provenance_of(features: str) -> Provenance:
+    from imagevec.table.provenance import Provenance
+
+    metadata = column_metadata(features, "features")
+    if not metadata:
+        raise FingerprintError(f"{features} does not say what made its features")
+    return Provenance.of_metadata(metadata)
 
 
 def _weights_at_hand(made_of: Provenance) -> str:

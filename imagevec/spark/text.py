@@ -52,7 +52,7 @@ def text_features(
     given: list[Any] = list(texts)
     if None in given:
         raise OptionError(f"texts[{given.index(None)}] is None: give strings")
-    plan = _plan(None, model, options)
+    plan = text_plan(model, **options)
     device = device_here(plan.execution.device)
     how = schedule(plan, device, threads_here())
     engine = get_engine(plan, cache.stored, device, how.forward_threads)
@@ -96,10 +96,11 @@ def text_features_udf(
     from imagevec.spark.udf import feature_column
 
     session = active_session()
-    plan = _plan(gpus_of_tasks(session), model, options)
+    plan = text_plan(model, gpus_of_tasks(session), **options)
     return feature_column("features", column, session, plan, metrics)
 
 
-def _plan(gpus: bool | None, model: str, options: TextOptions) -> Plan:
+def text_plan(model: str, gpus: bool | None = None, **options: Unpack[TextOptions]) -> Plan:
+    """The plan of the text tower of a model; ``gpus`` is the one of ``make_plan``."""
     given: Any = checked(options, TextOptions.__annotations__)
     return make_plan(gpus=gpus, texts=True, model=model, **given)

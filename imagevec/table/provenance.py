@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagevec.errors import FingerprintError
 from imagevec.spark.sessions import existing_column
-from imagevec.spec import METADATA_KEY, FeatureSpec, Preprocessing
+from imagevec.spec import METADATA_KEY, FeatureSpec, Preprocessing, Tokenization
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -24,13 +24,13 @@ class Provenance:
     """What made a column of features.
 
     Attributes:
-        fingerprint: 16 hex digits: equal for two columns if and only if their vectors are
-            comparable.
+        fingerprint: 16 hex digits: equal for two columns of images, or of texts, if and only if
+            their vectors are comparable.
         model: The model's name.
         weights: ``sha256:<hex digest of the weights file>``, or ``random``.
         layer: ``"pooled"``, ``"logits"`` or a node name; several as a tuple.
         num_features: The length of a vector; of each layer's, in order, if there are several.
-        preprocessing: What happened to the pixels before the model.
+        preprocessing: What happened to the pixels before the model, or to the texts.
         precision: The arithmetic of the forward pass.
         normalize: Whether each vector has length 1.
         imagevec: The version that computed it.
@@ -41,7 +41,7 @@ class Provenance:
     weights: str
     layer: str | tuple[str, ...]
     num_features: int | tuple[int, ...]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | Tokenization
     precision: str
     normalize: bool
     imagevec: str
@@ -85,7 +85,9 @@ def provenance(df: DataFrame, column: str = "features") -> Provenance:
 
 
 def check_comparable(first: DataFrame, second: DataFrame, column: str = "features") -> None:
-    """Before features are compared or put together: nothing, if they are of the same fingerprint.
+    """Checks features before they are compared: they must have the same fingerprint.
+
+    Features of texts and of images are comparable if they have the same model and weights.
 
     Raises:
         FingerprintError: They are not; the message says what differs.
@@ -97,10 +99,13 @@ def check_same(first: Provenance, second: Provenance) -> None:
     """``check_comparable`` of two provenances."""
     if first.fingerprint == second.fingerprint:
         return
-    names = [field.name for field in dataclasses.fields(Provenance)]
+    names = {field.name for field in dataclasses.fields(Provenance)} - {"fingerprint", "imagevec"}
+    if type(first.preprocessing) is not type(second.preprocessing):  # a text's and an image's
+        names = {"model", "weights", "layer"}
     differing = [
         f"{name} {getattr(first, name)!r} and {getattr(second, name)!r}"
-        for name in sorted(set(names) - {"fingerprint", "imagevec"})
+        for name in sorted(names)
         if getattr(first, name) != getattr(second, name)
     ]
-    raise FingerprintError(f"the features are not comparable: {'; '.join(differing)}")
+    if differing:
+        raise FingerprintError(f"the features are not comparable: {'; '.join(differing)}")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
+
+import pandas as pd
 
 from imagevec.errors import OptionError
 
 
-def texts_of(batch: Iterable[Any]) -> Iterator[str | None]:
-    """The texts and nulls of one batch: a Series, for a column of strings.
+def texts_of(batch: pd.Series | pd.DataFrame) -> Iterator[str | None]:
+    """The texts and nulls of one batch, as Spark hands it to a pandas UDF.
 
     Raises:
-        OptionError: The column's type is another.
+        OptionError: The column's type is not string.
     """
-    for text in batch:
+    for text in [batch] if isinstance(batch, pd.DataFrame) else batch:  # of a struct's fields
         if text is not None and not isinstance(text, str):
-            kind = type(text).__name__
             raise OptionError(
-                f"the text column contains {kind} values: use a column of type string"
+                f"the text column contains values of type {type(text).__name__}: "
+                "use a column of type string"
             )
         yield text

@@ -1,0 +1,284 @@
+"""Models of open_clip against open_clip itself: small ones of each kind, and four real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from imagevec import (
+    ImageVectorizer,
+    MissingExtraError,
+    OptionError,
+    WeightsError,
+    list_models,
+    quantize,
+    register_model,
+    text_features,
+)
+from imagevec.engines.torch_engine import normalize
+from imagevec.images.decode import decode
+from imagevec.images.preprocess import resize_and_crop
+from imagevec.models import open_clip as module
+from imagevec.models.registry import find_source, find_text_source
+from imagevec.options import DEFAULTS
+from tests.helpers.clip import TINY, built, encoded, write_tokenizer
+from tests.helpers.images import cosine, encode, photo
+
+TEXTS = ["a red shoe", "", "Grüße 🐱 of a small dog!", "word " * 100, "dress"]
+IMAGE = photo(120, 90)
+PNG = encode(IMAGE)
+REAL = ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "MobileCLIP-S1"]
+
+all_models = pytest.mark.skipif(
+    os.environ.get("IMAGEVEC_TEST_ALL_MODELS") != "1",
+    reason="make test-models sets IMAGEVEC_TEST_ALL_MODELS=1",
+)
+
+
+def lowest_cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return min(cosine(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def image_vector(open_clip, name: str) -> np.ndarray:
+    """What open_clip's ``encode_image`` returns for ``IMAGE``, with its own transform."""
+    model = built(open_clip, name)
+    transform = open_clip.image_transform(model.visual.image_size, is_train=False)
+    with torch.inference_mode():
+        return model.encode_image(transform(IMAGE)[None]).numpy()[0]
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize("name", TINY)
+def test_both_towers_compute_what_open_clip_does(clip, name, engine):
+    options = {"model": name, "weights": "random", "engine": engine}
+    ours = text_features(TEXTS, **options, batch_size=2)
+    assert ours.dtype == np.float32
+    assert lowest_cosine(ours, encoded(clip, name, TEXTS)) >= 0.9999
+    image = ImageVectorizer(**options).extract_features(PNG)
+    assert cosine(image, image_vector(clip, name)) >= 0.9999
+    assert len(image) == ours.shape[1]
+
+
+@all_models
+@pytest.mark.models
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_compute_what_open_clip_does(clip, name, tmp_path, monkeypatch):
+    config = clip.get_model_config(name)
+    if config["text_cfg"].get("hf_tokenizer_name"):  # its vocabulary is not in the package
+        write_tokenizer(tmp_path / "tokenizer")
+        config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "tokenizer")
+        monkeypatch.setitem(clip.factory._MODEL_CONFIGS, name, config)
+    texts = encoded(clip, name, TEXTS)
+    model = built(clip, name)
+    preprocessing = find_source(f"open_clip/{name}").preprocessing(None)
+    limits = {option: DEFAULTS[option] for option in ("max_pixels", "formats")}
+    pixels = resize_and_crop(decode(PNG, **limits).pixels, preprocessing)
+    with torch.inference_mode():
+        pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+        image = model.encode_image(normalize(pixels, preprocessing)).numpy()[0]
+    for engine in ("torch", "openvino"):
+        options = {"model": f"open_clip/{name}", "weights": "random", "engine": engine}
+        assert lowest_cosine(text_features(TEXTS, **options), texts) >= 0.9999
+        assert cosine(ImageVectorizer(**options).extract_features(PNG), image) >= 0.9999
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "auto"])
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_lower_precisions_are_near(clip, engine, precision):
+    options = {"model": "open_clip/tiny-vit", "weights": "random", "engine": engine}
+    exact = text_features(TEXTS, **options)
+    assert lowest_cosine(text_features(TEXTS, **options, precision=precision), exact) >= 0.999
+
+
+def test_normalized_vectors_have_length_1(clip):
+    vectors = text_features(
+        TEXTS, model="open_clip/tiny-vit", weights="random", normalize=True, engine="torch"
+    )
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [("ViT-B-32", "laion2b_s34b_b79k"), ("ViT-L-14", "laion2b_s32b_b82k"), ("RN50", "cc12m")]
+    + [
+        ("ViT-B-16-SigLIP", "webli"),
+        ("MobileCLIP-S1", "datacompdr"),
+        ("ViT-H-14-378-quickgelu", "dfn5b"),
+    ],
+    ids=str,
+)
+def test_the_preprocessing_of_a_tag_is_its_transform(clip, name, tag):
+    config = clip.pretrained.get_pretrained_cfg(name, tag)
+    source = find_source(f"open_clip/{name}")
+    preprocessing = source.preprocessing(None, tag)
+    wanted = clip.transform.merge_preprocess_dict(clip.transform.PreprocessCfg(), config)
+    wanted["size"] = preprocessing.crop_size
+    transform = clip.transform.image_transform_v2(clip.transform.PreprocessCfg(**wanted), False)
+    for size in [(500, 375), (90, 200)]:
+        image = photo(*size)
+        pixels = resize_and_crop(np.array(image), preprocessing)
+        pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+        ours = normalize(pixels, preprocessing)
+        assert cosine(ours.flatten(), transform(image).flatten()) >= 0.9999
+
+
+def test_every_tag_has_a_preprocessing(clip):
+    for name, tag in clip.list_pretrained():
+        source = find_source(f"open_clip/{name}")
+        assert source.preprocessing(None, tag).crop_size >= 224
+
+
+def test_a_side_is_not_square(clip, monkeypatch):
+    config = clip.get_model_config("tiny-vit")
+    config["vision_cfg"]["image_size"] = [64, 32]
+    monkeypatch.setitem(clip.factory._MODEL_CONFIGS, "tiny-vit", config)
+    with pytest.raises(OptionError, match=r"not supported \(image_size=\[64, 32\]"):
+        find_source("open_clip/tiny-vit").preprocessing(None)
+
+
+def save_weights(open_clip, name: str, path, seed: int = 1):
+    torch.manual_seed(seed)
+    model = open_clip.create_model(name.removeprefix("open_clip/"), pretrained_text=False).eval()
+    state_dict = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(state_dict, path)
+    else:
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state_dict.items()}}, path)
+    return model
+
+
+@pytest.mark.parametrize("name", ["open_clip/tiny-vit", "open_clip/tiny-siglip"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_of_weights(clip, name, suffix, tmp_path):
+    model = save_weights(clip, name, tmp_path / f"weights{suffix}")
+    tokens = clip.get_tokenizer(name.removeprefix("open_clip/"))(TEXTS)
+    with torch.inference_mode():
+        expected = model.encode_text(tokens).numpy()
+    path = tmp_path / f"weights{suffix}"
+    ours = text_features(TEXTS, model=name, weights=path, engine="torch")
+    assert lowest_cosine(ours, expected) >= 0.9999
+
+
+def test_files_beside_the_weights_say_how_to_use_them(clip, tmp_path):
+    name = "open_clip/tiny-siglip"
+    save_weights(clip, name, tmp_path / "weights.safetensors")
+    options = {"model": name, "weights": tmp_path / "weights.safetensors", "engine": "torch"}
+    before = ImageVectorizer(**options).spec.preprocessing
+    assert (before.squash, before.mean[0]) == (False, 0.48145466)
+    own = {
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "resize_mode": "squash",
+        "interpolation": "bilinear",
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": own}))
+    after = ImageVectorizer(**{**options, "batch_size": 3}).spec.preprocessing
+    assert (after.squash, after.mean, after.interpolation) == (True, (0.5, 0.5, 0.5), "bilinear")
+    theirs = find_text_source(name).preprocessing(None, str(options["weights"]))
+    write_tokenizer(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text().replace('"single": [', '"single":  [')
+    (tmp_path / "tokenizer.json").write_text(text)
+    beside = find_text_source(name).preprocessing(None, str(options["weights"]))
+    assert beside == theirs  # the same tokenizer, read from another place
+
+
+def test_weights_of_another_model(clip, tmp_path):
+    save_weights(clip, "open_clip/tiny-resnet", tmp_path / "weights.pt")
+    with pytest.raises(WeightsError, match=r"do not fit 'open_clip/tiny-vit': .*visual"):
+        text_features(["a"], model="open_clip/tiny-vit", weights=tmp_path / "weights.pt")
+
+
+def test_weights_that_are_no_tensors_are_not_unpickled(clip, tmp_path):
+    torch.save({"state_dict": shutil.rmtree}, tmp_path / "weights.pt")  # by its name, as code
+    with pytest.raises(WeightsError, match="open_clip/tiny-vit.*[Uu]nsupported"):
+        text_features(["a"], model="open_clip/tiny-vit", weights=tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "open_clip/ViT-B32"}, "is not known: did you mean 'open_clip/ViT-B-32'"),
+        ({"model": "resnet50"}, "model='resnet50' cannot encode text: use a model of open_clip"),
+        ({"model": "timm/vit_tiny_patch16_224"}, "cannot encode text: use a model of open_clip"),
+        ({"weights": "laion2b_s34b_b79"}, "did you mean 'laion2b_s34b_b79k'"),
+        ({"weights": "DEFAULT"}, "choose one of laion2b_e16, laion2b_s34b_b79k, datacomp_xl"),
+        ({"weights": "openai"}, "trained with QuickGELU: use model='open_clip/ViT-B-32-quickgelu'"),
+        ({"model": "open_clip/ViT-e-14", "weights": "laion"}, "open_clip has none; or give a path"),
+        ({"weights": "missing.pt"}, "there is no such file"),
+        ({"precision": "int8"}, "precision='int8' needs a saved model"),
+        ({"max_pixels": 3}, "the option 'max_pixels' is not known"),
+        ({"layer": "logits"}, "the option 'layer' is not known"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(clip, options, message):
+    with pytest.raises((OptionError, WeightsError), match=message):
+        text_features(["a"], **{"model": "open_clip/ViT-B-32", "weights": "random", **options})
+
+
+def test_a_layer_of_the_image_tower(clip):
+    with pytest.raises(OptionError, match="has its projection, 'pooled'"):
+        ImageVectorizer(model="open_clip/tiny-vit", weights="random", layer="logits")
+
+
+def test_without_a_network_it_says_what_to_fetch(clip, monkeypatch):
+    with pytest.raises(WeightsError, match=r"fetch timm/ViT-B-16-SigLIP elsewhere, .*weights='<fo"):
+        ImageVectorizer(model="open_clip/ViT-B-16-SigLIP")
+    with pytest.raises(WeightsError, match="put its tokenizer.json and tokenizer_config.json"):
+        find_text_source("open_clip/ViT-B-16-SigLIP").preprocessing(None)
+
+
+def test_without_open_clip(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(MissingExtraError, match=r"open_clip is not installed: .*imagevec\[clip\]"):
+        ImageVectorizer(model="open_clip/ViT-B-32")
+    assert module.names("vit") == []
+
+
+def test_names(clip):
+    assert "open_clip/ViT-B-32" in module.names("vit-b")
+    assert not any(name.startswith("open_clip/") for name in list_models())
+    with pytest.raises(OptionError, match="is taken"):
+        register_model("open_clip/mine", lambda: None)
+
+
+def test_texts_must_be_strings(clip):
+    options = {"model": "open_clip/tiny-vit", "weights": "random"}
+    with pytest.raises(OptionError, match="give a list of strings"):
+        text_features("a", **options)
+    with pytest.raises(OptionError, match=r"texts\[1\] is None"):
+        text_features(["a", None], **options)
+    with pytest.raises(OptionError, match="values of type int"):
+        text_features([1], **options)
+    assert text_features([], **options).shape == (0, 32)
+
+
+def test_it_is_quantized_and_exported_like_others(clip, tmp_path):
+    name = "open_clip/tiny-vit"
+    images = [encode(photo(64, 64, seed=seed)) for seed in range(20)]
+    report = quantize(
+        images, model=name, weights="random", output=tmp_path / "int8", min_median_cosine=0.9
+    )
+    assert report.held_out_images == 4
+    exact = ImageVectorizer(model=name, weights="random")
+    int8 = ImageVectorizer(model=tmp_path / "int8")
+    assert int8.spec.model == name
+    assert cosine(int8.extract_features(PNG), exact.extract_features(PNG)) >= 0.9
+    tower = find_source(name).module(64, None).eval()
+    example = (torch.zeros(2, 3, 64, 64),)
+    program = torch.export.export(tower, example, dynamic_shapes=({0: torch.export.Dim("n")},))
+    torch.export.save(program, tmp_path / "tower.pt2")
+    register_model(
+        "tower", tmp_path / "tower.pt2", preprocessing=find_source(name).preprocessing(None)
+    )
+    assert (
+        cosine(ImageVectorizer(model="tower").extract_features(PNG), exact.extract_features(PNG))
+        >= 0.9999
+    )
