@@ -15,6 +15,7 @@ PACKAGES = (
     "pyspark",
     "torch",
     "torchvision",
+    "open_clip_torch",
     "openvino",
     "nncf",
     "numpy",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pyspark.sql import SparkSession
 
-from benchmarks import extract, memory, report, search
+from benchmarks import extract, memory, report, search, text
 from benchmarks.approaches import MEMORY, STAGES, Stage, find, model_of
 from benchmarks.ceiling import Ceiling, Engine
 from benchmarks.images import CACHE, ImageSet, from_folder, generated
@@ -60,6 +60,8 @@ def main() -> None:
         extract.write(extract.measure(rounds=arguments.rounds or extract.ROUNDS))
     if is_whole and any(word in "search" for word in words):
         search.write(search.measure(list(search.CASES)))
+    if is_whole and any(word in "text" for word in words):
+        text.write(text.measure())
 
 
 def measure_columns(stages: list[Stage], arguments: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ class FakePlan:
     """Counts how often its engine is built, by a backend that is itself."""
 
     spec = source = None
-    files = ()
+    engine_files = ()
 
     def __init__(self, key: str) -> None:
         self.key = key

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from imagevec import ImageError, OptionError, Preprocessing
 from imagevec.images.decode import Pixels
-from imagevec.stream import Schedule, feature_stream
+from imagevec.stream import Schedule, feature_stream, text_stream
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import (
     engine_of,
@@ -276,14 +279,47 @@ def test_a_bad_image_leaves_its_neighbours_as_they_were():
     np.testing.assert_array_equal(np.stack(clean), np.stack(mixed))
 
 
-def test_the_stream_and_the_images_import_neither_pytorch_nor_spark():
+def test_the_stream_images_and_texts_import_neither_pytorch_nor_spark():
     imported = run_python("""
 import importlib, pkgutil, sys
-import imagevec.images
-for module in pkgutil.iter_modules(imagevec.images.__path__, "imagevec.images."):
-    importlib.import_module(module.name)
+import imagevec.images, imagevec.texts
+for wing in (imagevec.images, imagevec.texts):
+    for module in pkgutil.iter_modules(wing.__path__, f"{wing.__name__}."):
+        importlib.import_module(module.name)
 import imagevec.stream
 print(*sys.modules)
 """).split()
     assert {"imagevec.images.decode", "imagevec.images.isolation", "imagevec.stream"} <= {*imported}
     assert {"torch", "torchvision", "timm", "pyspark", "openvino"}.isdisjoint(imported)
+
+
+class LengthTokenizer:
+    """A text's length as its only token."""
+
+    def __call__(self, text: str) -> np.ndarray:
+        return np.array([len(text)], np.int32)
+
+    def stack(self, rows: list[np.ndarray]) -> np.ndarray:
+        return np.stack(rows)
+
+
+@given(
+    batches=st.lists(st.lists(st.none() | st.text(max_size=5), max_size=6), max_size=6),
+    batch_size=st.integers(1, 9),
+)
+def test_any_split_of_texts_gives_a_row_for_a_row(batches, batch_size):
+    sizes = []
+
+    def engine(tokens: np.ndarray) -> np.ndarray:
+        sizes.append(len(tokens))
+        return tokens.astype(np.float32)
+
+    counts: Any = defaultdict(float)
+    split = [pd.Series(batch, dtype=object) for batch in batches]
+    found = rows(text_stream(iter(split), engine, LengthTokenizer(), Schedule(batch_size), counts))
+    texts = [text for batch in batches for text in batch]
+    expected = [None if text is None else float(len(text)) for text in texts]
+    assert [None if vector is None else vector.item() for vector in found] == expected
+    assert all(size <= batch_size for size in sizes)
+    assert counts["rows"] == len(texts)
+    assert counts["texts"] == sum(sizes) == len(texts) - texts.count(None)

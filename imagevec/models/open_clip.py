@@ -77,10 +77,7 @@ class OpenClipSource:
         return None
 
     def check(self, layer: str | tuple[str, ...]) -> None:
-        known = _open_clip().list_models()
-        if self.clip_name not in known:
-            near = did_you_mean(self.name, (PREFIX + name for name in known))
-            raise OptionError(f"model={self.name!r} is not known: {near}")
+        _ = self._config
         if layer != "pooled":
             raise OptionError(
                 f"layer={layer!r} is not valid: a model of open_clip has its projection, 'pooled'"
@@ -130,7 +127,15 @@ class OpenClipSource:
 
     @property
     def _config(self) -> dict[str, Any]:
-        config: dict[str, Any] = _open_clip().get_model_config(self.clip_name)
+        """What open_clip knows of the model, on this machine.
+
+        Raises:
+            OptionError: Nothing.
+        """
+        config: dict[str, Any] | None = _open_clip().get_model_config(self.clip_name)
+        if config is None:
+            known = (PREFIX + name for name in _open_clip().list_models())
+            raise OptionError(f"model={self.name!r} is not known: {did_you_mean(self.name, known)}")
         return config
 
     def _preprocess_cfg(self, weights: str) -> Mapping[str, Any]:

@@ -94,7 +94,10 @@ def with_weights(name: str, config: Mapping[str, Any], weights: Path | None) -> 
         model = build(name, config)
     try:
         open_clip.load_checkpoint(model, str(weights), weights_only=True)
-    except Exception as error:  # unpickling damaged bytes raises whatever comes up
-        first = " ".join(" ".join(str(error).splitlines()[:4]).split())[:500]
+    except RuntimeError as error:
+        first = " ".join(" ".join(str(error).splitlines()[1:4]).split())[:500]
         raise WeightsError(f"the weights do not fit {name!r}: {first}") from error
+    except Exception as error:  # unpickling damaged bytes raises whatever comes up
+        first = str(error).partition(". ")[0]
+        raise WeightsError(f"{weights.name} is not a file of weights: {first}") from error
     return model

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
+from examples.photos import write_photos
+from imagevec import FeatureSpec, ImageVectorizer, Preprocessing, extract, text_features
 from imagevec.cli import main
-from tests.helpers.tables import write_table
+from tests.helpers.tables import write_made_of, write_table
 
 
 @pytest.fixture
@@ -38,10 +41,44 @@ def test_json(table, capsys):
 
 
 def test_a_query_is_required(table, capsys):
-    with pytest.raises(SystemExit) as raised:
-        main(["similar", table])
-    assert raised.value.code == 2
-    assert "--query" in capsys.readouterr().err
+    assert main(["similar", table]) == 1
+    assert "give --query IMAGE or --text TEXT" in capsys.readouterr().err
+
+
+def test_a_table_of_a_model_without_texts(tmp_path, capsys):
+    spec = FeatureSpec("resnet18", "random", "pooled", 2, Preprocessing(), "float32", False)
+    table = write_made_of(tmp_path, {"/p/a.jpg": [1.0, 0.0]}, spec.metadata)
+    assert main(["similar", table, "--text", "a red shoe"]) == 1
+    assert "model='resnet18' cannot encode text: use a model of" in capsys.readouterr().err
+
+
+def test_texts_find_the_photos_of_the_demo(clip, spark, tmp_path, capsys):
+    """With seeded weights, so what is found makes no sense, but is what the vectors say."""
+    write_photos(tmp_path / "photos")
+    options = {"model": "open_clip/tiny-vit", "weights": "random"}
+    photos, features = str(tmp_path / "photos"), str(tmp_path / "features")
+    assert extract(photos, features, spark=spark, **options).features == 80
+    texts = ["a cup of coffee", "a rocket"]
+    command = ["similar", features, "-k", "3", "--json"]
+    for text in texts:
+        command += ["--text", text]
+    assert main([*command, "--query", f"{photos}/coffee.png"]) == 0
+    of_photo, *found = json.loads(capsys.readouterr().out)["queries"]
+    assert of_photo["query"] == f"{photos}/coffee.png"
+    assert [query["query"] for query in found] == texts
+
+    vectorizer = ImageVectorizer(**options)
+    files = [f for f in (tmp_path / "photos").iterdir() if f.name != "broken.jpg"]
+    vectors = np.array([vectorizer.extract_features(str(file)) for file in files])
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for query, vector in zip(found, text_features(texts, **options), strict=True):
+        cosines = units @ vector / np.linalg.norm(vector)
+        nearest = np.sort(cosines)[::-1][:3]
+        told = [neighbour["cosine"] for neighbour in query["neighbours"]]
+        np.testing.assert_allclose(told, nearest, atol=1e-5)
+        by_name = dict(zip((file.name for file in files), cosines, strict=True))
+        names = [neighbour["path"].rpartition("/")[2] for neighbour in query["neighbours"]]
+        np.testing.assert_allclose([by_name[name] for name in names], nearest, atol=1e-5)
 
 
 def test_k_below_1(table, capsys):

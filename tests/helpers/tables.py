@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,13 @@ def write_images(folder: Path, names: list[str], size: tuple[int, int] = (80, 60
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(encode(photo(*size, seed=number)))
     return [f"file:{folder / name}" for name in names]
+
+
+def write_made_of(folder: Path, rows: dict[str, Any], metadata: dict[str, Any]) -> str:
+    """A table that says what made its features."""
+    write_table(folder, rows)
+    (file,) = folder.iterdir()
+    fields = [{"name": "features", "metadata": metadata}]
+    spark = {"org.apache.spark.sql.parquet.row.metadata": json.dumps({"fields": fields})}
+    parquet.write_table(parquet.read_table(file).replace_schema_metadata(spark), file)
+    return str(folder)

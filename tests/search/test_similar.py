@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from imagevec.search.similar import similar
 from imagevec.spec import FeatureSpec
 from imagevec.table import read
 from tests.helpers.pipeline import run_python
-from tests.helpers.tables import FLOATS, write_table
+from tests.helpers.tables import FLOATS, write_made_of, write_table
 
 ROWS = {
     "file:/p/a.jpg": [1.0, 0.0],
@@ -168,16 +167,6 @@ def test_vectors_of_two_lengths(tmp_path):
         similar(str(tmp_path), ["/p/a.jpg"], 1)
 
 
-def write_made_of(folder: Path, metadata: dict[str, Any]) -> str:
-    """A table with a row without features, ``/p/d.jpg``, that says what made its features."""
-    write_table(folder, ROWS)
-    (file,) = folder.iterdir()
-    fields = [{"name": "features", "metadata": metadata}]
-    spark = {"org.apache.spark.sql.parquet.row.metadata": json.dumps({"fields": fields})}
-    parquet.write_table(parquet.read_table(file).replace_schema_metadata(spark), file)
-    return str(folder)
-
-
 @pytest.mark.parametrize("query", ["/p/d.jpg", "/elsewhere/a.jpg"])
 def test_a_query_without_a_vector_needs_the_model(tmp_path, query):
     with pytest.raises(FingerprintError, match="does not say what made its features"):
@@ -191,12 +180,12 @@ def test_a_query_without_a_vector_needs_the_model(tmp_path, query):
         precision="int8",
         normalize=False,
     )
-    folder = write_made_of(tmp_path, spec.metadata)
+    folder = write_made_of(tmp_path, ROWS, spec.metadata)
     with pytest.raises(OptionError, match="of 'some', a folder or file: give it as --model"):
         similar(folder, [query], 1)
     exported = dataclasses.replace(spec, model="pt2:some", precision="float32")
     with pytest.raises(OptionError, match="of 'pt2:some', a folder or file: give it as --model"):
-        similar(write_made_of(tmp_path, exported.metadata), [query], 1)
+        similar(write_made_of(tmp_path, ROWS, exported.metadata), [query], 1)
 
 
 def test_it_is_light_if_the_query_is_in_the_table(tmp_path):

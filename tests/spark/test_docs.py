@@ -33,6 +33,7 @@ from imagevec.models.entry import REGISTERED, ModelSource
 from imagevec.models.factory import FactorySource
 from imagevec.models.features import example_input
 from imagevec.models.layers import infer_num_features, to_feature_model
+from imagevec.models.open_clip import OpenClipSource, OpenClipTextSource
 from imagevec.models.registry import find_source
 from imagevec.models.torchvision import TorchvisionSource
 from imagevec.options import OPTIONS, RANDOM
@@ -125,7 +126,9 @@ def name_of(page: Path) -> str:
 
 
 @pytest.fixture
-def reader(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def reader(
+    spark: SparkSession, clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """Someone who reads: a folder of photos, the weights of all models, and the session there is.
 
     Known names mean a tiny model, but for ``REAL``, which get random weights.
@@ -138,6 +141,8 @@ def reader(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     save_file(tiny().state_dict(), tmp_path / "lite0.safetensors")
     for module in (plan, featurizer, quantization):
         monkeypatch.setattr(module, "find_source", find_small_source)
+    find_text = lambda model: find_small_source(model).text_source()  # noqa: E731
+    monkeypatch.setattr(plan, "find_text_source", find_text)
     monkeypatch.setattr(plan, "_plans", {})
     monkeypatch.setattr(SparkSession.Builder, "getOrCreate", lambda builder: spark)
     monkeypatch.chdir(tmp_path)
@@ -179,11 +184,28 @@ class Untrained(TorchvisionSource):
         return super().weights(RANDOM if option == "DEFAULT" else option)
 
 
+@dataclass(frozen=True)
+class UntrainedClip(OpenClipSource):
+    """The image tower of a small model, whose weights are random ones."""
+
+    def weights(self, option: str) -> Path | torch.nn.Module | None:
+        return super().weights(RANDOM)
+
+    def text_source(self) -> OpenClipTextSource:
+        return UntrainedClipText(self.clip_name)
+
+
+class UntrainedClipText(UntrainedClip, OpenClipTextSource):
+    """Its text tower."""
+
+
 def find_small_source(model: Any) -> ModelSource:
     source = find_source(model)
     source.check("pooled")  # the real one must have it
     if isinstance(source, FactorySource):
         return source
+    if isinstance(source, OpenClipSource):
+        return UntrainedClip("tiny-vit")
     if source.name in REAL:
         return Untrained(source.name)
     return FactorySource(tiny, registered_name=source.name)
@@ -300,6 +322,17 @@ def check_errors(scope: dict[str, Any], folder: Path) -> None:
     assert codes == {None, "unsupported_format"}
 
 
+def check_text(scope: dict[str, Any], folder: Path) -> None:
+    assert scope["vectors"].shape == (2, 32)
+    assert scope["found"].count() == 2 * 5
+    assert {row.label for row in scope["labelled"].collect()} <= {"shoe", "dress", "hat"}
+    for name, tag, features in map(cells, table(section("text", "Which model"))):
+        source = find_source(name.strip("`"))
+        assert isinstance(source, OpenClipSource)
+        assert source._tag(tag.strip("`"))
+        assert source._config["embed_dim"] == int(features)
+
+
 def check_contributing(scope: dict[str, Any], folder: Path) -> None:
     """The backend that the page writes has what the protocol asks for."""
     for name, member in inspect.getmembers(Backend, inspect.isfunction):
@@ -317,6 +350,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "pipelines": check_pipelines,
     "errors": check_errors,
     "extract": check_extract,
+    "text": check_text,
     "contributing": check_contributing,
 }
 
