@@ -33,7 +33,7 @@ test-unit: setup ## Run those that need no Java and build no large models (under
 	@$(PYTHON) -m pytest -m 'not java and not models'
 
 test-models: setup ## Build all models of torchvision
-	@IMAGEVEC_TEST_ALL_MODELS=1 $(PYTHON) -m pytest tests/models/test_torchvision.py
+	@IMAGEVEC_TEST_ALL_MODELS=1 $(PYTHON) -m pytest tests/models/test_{torchvision,open_clip}.py
 
 test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the command line
 	@$(WITH_JAVA) $(PYTHON) -m pytest $(IN_TWO) tests/cluster

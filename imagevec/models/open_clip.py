@@ -116,14 +116,12 @@ class OpenClipSource:
         )
 
     def build(self, crop_size: int) -> nn.Module:
-        from imagevec.models.towers import build, image_tower
-
-        return image_tower(build(self.name, self._config))
+        return self.module(crop_size, None)
 
     def module(self, crop_size: int, weights: Path | None) -> nn.Module:
-        from imagevec.models.towers import image_tower, with_weights
+        from imagevec.models.towers import image_tower
 
-        return image_tower(with_weights(self.name, self._config, weights))
+        return image_tower(self.name, self._config, weights)
 
     @property
     def _config(self) -> dict[str, Any]:
@@ -227,15 +225,10 @@ class OpenClipTextSource(OpenClipSource):
             reads_padding=self._reads_padding,
         )
 
-    def build(self, crop_size: int) -> nn.Module:
-        from imagevec.models.towers import build, text_tower
-
-        return text_tower(build(self.name, self._config), self._reads_padding)
-
     def module(self, crop_size: int, weights: Path | None) -> nn.Module:
-        from imagevec.models.towers import text_tower, with_weights
+        from imagevec.models.towers import text_tower
 
-        return text_tower(with_weights(self.name, self._config, weights), self._reads_padding)
+        return text_tower(self.name, self._config, weights, self._reads_padding)
 
     @property
     def _reads_padding(self) -> bool:

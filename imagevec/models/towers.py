@@ -13,6 +13,8 @@ from torch import nn
 from imagevec.errors import OptionError, WeightsError
 from imagevec.models.state_dict import no_random_init, seeded
 
+_SMALL_TEXT = {"width": 8, "heads": 1, "layers": 1}
+
 
 class Tower(nn.Module):
     """A part of a model that returns features, ``(N, D)``: there is no classifier to take off."""
@@ -50,54 +52,58 @@ class CausalTextTower(Tower):
         return cast(torch.Tensor, x)  # (N, D)
 
 
-def image_tower(model: nn.Module) -> Tower:
-    """float32 ``(N, 3, S, S)`` to ``(N, D)``, as ``encode_image``."""
-    return Tower(model.visual)  # type: ignore[arg-type]
+def image_tower(name: str, config: Mapping[str, Any], weights: Path | None) -> Tower:
+    """float32 ``(N, 3, S, S)`` to ``(N, D)``, as ``encode_image``; arguments as in ``model``."""
+    if weights is None:  # the other parts do not matter
+        config = {key: value for key, value in config.items() if key != "multimodal_cfg"}
+        config["text_cfg"] = _SMALL_TEXT
+    return Tower(model(name, config, weights).visual)  # type: ignore[arg-type]
 
 
-def text_tower(model: nn.Module, reads_padding: bool) -> Tower:
-    """int32 ``(N, L)`` to ``(N, D)``, as ``encode_text``."""
-    return (Tower if reads_padding else CausalTextTower)(model.text)  # type: ignore[arg-type]
+def text_tower(
+    name: str, config: Mapping[str, Any], weights: Path | None, reads_padding: bool
+) -> Tower:
+    """int32 ``(N, L)`` to ``(N, D)``, as ``encode_text``; arguments as in ``model``."""
+    text = model(name, config, weights).text
+    return (Tower if reads_padding else CausalTextTower)(text)  # type: ignore[arg-type]
 
 
-def build(name: str, config: Mapping[str, Any]) -> nn.Module:
-    """A new model with both towers, as ``open_clip.create_model`` builds it, weights apart.
+def model(name: str, config: Mapping[str, Any], weights: Path | None) -> nn.Module:
+    """A model with both towers, as ``open_clip.create_model`` builds it.
 
     Args:
         name: The model's, for messages.
         config: open_clip's, of the model.
+        weights: Their file; ``None`` for random ones, as they are after ``torch.manual_seed(0)``.
 
     Raises:
         OptionError: It cannot be built, without the package transformers for example.
-    """
-    parts = {key: value for key, value in config.items() if key != "custom_text"}
-    parts["vision_cfg"] = {**parts["vision_cfg"], "timm_model_pretrained": False}
-    parts["text_cfg"] = {**parts["text_cfg"], "hf_model_pretrained": False}
-    kind: Any = open_clip.CoCa if "multimodal_cfg" in parts else open_clip.CustomTextCLIP
-    try:
-        model: nn.Module = kind(**parts)
-    except (OSError, RuntimeError) as error:  # a text tower of transformers, and no network
-        raise OptionError(f"open_clip cannot build {name!r}: {error}") from error
-    return model
-
-
-def with_weights(name: str, config: Mapping[str, Any], weights: Path | None) -> nn.Module:
-    """A model with its weights; random ones, the same wherever they are drawn, if there is no file.
-
-    Raises:
-        WeightsError: The file does not hold tensors alone, or they are of another model.
+        WeightsError: The file does not contain only tensors, or they are of another model.
     """
     if weights is None:
         with seeded():
-            return build(name, config)
+            return _built(name, config)
     with no_random_init():
-        model = build(name, config)
+        built = _built(name, config)
     try:
-        open_clip.load_checkpoint(model, str(weights), weights_only=True)
+        open_clip.load_checkpoint(built, str(weights), weights_only=True)
     except RuntimeError as error:
         first = " ".join(" ".join(str(error).splitlines()[1:4]).split())[:500]
         raise WeightsError(f"the weights do not fit {name!r}: {first}") from error
     except Exception as error:  # unpickling damaged bytes raises whatever comes up
         first = str(error).partition(". ")[0]
         raise WeightsError(f"{weights.name} is not a file of weights: {first}") from error
-    return model
+    return built
+
+
+def _built(name: str, config: Mapping[str, Any]) -> nn.Module:
+    parts = {key: value for key, value in config.items() if key != "custom_text"}
+    parts["vision_cfg"] = {**parts["vision_cfg"], "timm_model_pretrained": False}
+    parts["text_cfg"] = {**parts["text_cfg"], "hf_model_pretrained": False}
+    kind: Any = open_clip.CoCa if "multimodal_cfg" in parts else open_clip.CustomTextCLIP
+    try:
+        built: nn.Module = kind(**parts)
+    except (OSError, RuntimeError) as error:  # a text tower of transformers, and no network
+        first = str(error).partition("\n")[0]
+        raise OptionError(f"open_clip cannot build {name!r}: {first}") from error
+    return built
