@@ -39,7 +39,7 @@ _FIXES = {
     "lock": "create it where it is used, on the worker",
     "open file": "pass its path, and open it on the worker",
     "socket": "connect on the worker",
-    "nn.Module": "return it from a function, which runs once a worker: a live model would be "
+    "nn.Module": "return it from a function, which runs once per worker: a live model would be "
     "pickled into every task",
 }
 
