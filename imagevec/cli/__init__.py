@@ -41,10 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb: Verb = options.verb
     try:
         result = verb.run(options)
-        if options.json:
-            print(json.dumps(result, indent=1), flush=True)
-        elif not options.quiet:
-            print(verb.show(result), flush=True)
+        print(json.dumps(result, indent=1) if options.json else verb.show(result), flush=True)
     except KeyboardInterrupt:
         print("imagevec: interrupted", file=sys.stderr)
         return 130
@@ -67,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
         help = (verb.__doc__ or "").partition("\n")[0]
         arguments = verbs.add_parser(name, help=help, description=help)
         arguments.set_defaults(verb=verb)
-        arguments.add_argument("--json", action="store_true", help="print the result as JSON")
-        arguments.add_argument("--quiet", action="store_true", help="print nothing but errors")
+        arguments.add_argument(
+            "--json", action="store_true", help="print the result as JSON, without a progress bar"
+        )
+        arguments.add_argument("--quiet", action="store_true", help="show no progress bar")
         verb.add_arguments(arguments)
     return parser
