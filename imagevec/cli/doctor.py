@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import io
 import os
 import platform
@@ -193,6 +191,9 @@ def _java() -> str | None:
 
 
 def _versions() -> dict[str, str]:
+    import importlib.metadata
+    import importlib.util
+
     found = {}
     for package in _PACKAGES:
         if importlib.util.find_spec("PIL" if package == "pillow" else package):

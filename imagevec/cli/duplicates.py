@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from imagevec.errors import OptionError
+from imagevec.search import METHODS
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("exact", "clustered"),
+        choices=METHODS,
         default="exact",
         help="clustered compares within clusters, which suits more than some 200,000 images "
         "(default: exact)",

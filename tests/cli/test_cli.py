@@ -52,7 +52,7 @@ def test_the_module_runs():
 def test_help_is_quick_to_come():
     printed = run_python(
         "import sys; from imagevec.cli import parser; parser().format_help(); "
-        "print({'torch', 'pyspark', 'rich'} & sys.modules.keys())"
+        "print({'torch', 'pyspark', 'rich', 'numpy'} & sys.modules.keys())"
     )
     assert printed.strip() == "set()"
 
