@@ -1,7 +1,7 @@
-"""The command line: one module a verb, each with ``add_arguments``, ``run`` and ``show``.
+"""The command line: one module for each verb, with ``add_arguments``, ``run`` and ``show``.
 
-Exit codes: 0 done, 1 it could not be done (the last line says why), 2 wrong usage, 130 interrupted.
-Images that cannot be read are no failure: they are counted, and listed in a table.
+Exit codes: 0 success, 1 failure (the last line says why), 2 wrong usage, 130 interrupted.
+Images that cannot be read are not a failure: they are counted and listed in a table.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All verbs, with their arguments."""
-    parser = argparse.ArgumentParser(prog="imagevec", description="Images to feature vectors.")
+    parser = argparse.ArgumentParser(
+        prog="imagevec", description="Turn images into feature vectors, and search them."
+    )
     parser.add_argument("--version", action="version", version=f"imagevec {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in VERBS:

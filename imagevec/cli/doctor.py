@@ -39,7 +39,7 @@ _SPARK_DEFAULTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--master", help="Spark's master URL (default: spark-submit's, else local[*])"
+        "--master", help="Spark master URL (default: the one given to spark-submit, or local[*])"
     )
 
 
@@ -61,13 +61,15 @@ def examine(master: str | None) -> dict[str, Any]:
     }
     advice = []
     if "openvino" not in facts["versions"] and not facts["gpus"]:
-        advice.append("pip install 'imagevec[openvino]': the faster engine on CPUs")
+        advice.append("run pip install 'imagevec[openvino]': OpenVINO is faster on CPUs")
     try:
         facts["spark"], more = _examine_spark(master)
         advice += more
     except ImageVecError as error:
         facts["spark"] = None
-        advice.append(f"{error}; PySpark 4 needs Java 17 or newer, and JAVA_HOME or java on PATH")
+        advice.append(
+            f"{error}; PySpark 4 needs Java 17 or newer: set JAVA_HOME, or put java on PATH"
+        )
     return {**facts, "advice": advice}
 
 
@@ -96,9 +98,9 @@ def _examine_spark(master: str | None) -> tuple[dict[str, Any], list[str]]:
         facts = {
             "spark.master": spark.sparkContext.master,
             **_settings(spark),
-            "cores of Spark": spark.sparkContext.defaultParallelism,
+            "Spark cores": spark.sparkContext.defaultParallelism,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "not set",
-            "first vectors after, seconds": round(start_seconds, 1),
+            "seconds to the first vectors": round(start_seconds, 1),
             f"resnet18 on {_IMAGES} images of 500x375, images/s": round(rate, 1),
         }
     return facts, _advice(facts)
@@ -139,7 +141,7 @@ def _advice(facts: dict[str, Any]) -> list[str]:
         advice.append(
             f"OMP_NUM_THREADS={threads} is more than spark.task.cpus={task_cpus}: unset it"
         )
-    cores, available = facts["cores of Spark"], os.cpu_count() or 1
+    cores, available = facts["Spark cores"], os.cpu_count() or 1
     if str(facts["spark.master"]).startswith("local") and cores > available:
         advice.append(
             f"Spark uses {cores} cores, and this machine has {available}: use local[{available}]"

@@ -1,4 +1,4 @@
-"""Find groups of near-duplicates in a table, with Spark, and write them to a Parquet table."""
+"""Find groups of near-duplicate images, and write them to a Parquet table."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ _LOOK_EVERY_SECONDS = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("features", help="a table of `imagevec extract`")
-    parser.add_argument("--out", required=True, help="a folder or URI that does not exist yet")
+    parser.add_argument("features", help="table written by `imagevec extract`")
+    parser.add_argument("--out", required=True, help="output folder or URI, which must not exist")
     parser.add_argument(
-        "--min-cosine", type=float, default=0.95, help="of two that are linked (default: 0.95)"
+        "--min-cosine",
+        type=float,
+        default=0.95,
+        help="link two images whose cosine is at least this (default: 0.95)",
     )
     parser.add_argument(
         "--method",
         choices=METHODS,
         default="exact",
-        help="clustered compares within clusters, which suits more than some 200,000 images "
-        "(default: exact)",
+        help="exact compares all pairs; clustered compares within clusters, and suits more than "
+        "about 200,000 images (default: exact)",
     )
     parser.add_argument(
-        "--master", help="Spark's master URL (default: spark-submit's, else local[*])"
+        "--master", help="Spark master URL (default: the one given to spark-submit, or local[*])"
     )
 
 
@@ -71,10 +74,10 @@ def show(result: dict[str, Any]) -> str:
     if not result["groups"]:
         return f"no two images have a cosine of {result['min_cosine']} or more"
     size = result["extra_bytes"]
-    bytes = "" if size is None else f", {_size(size)}"
+    bytes = "" if size is None else f" ({_size(size)})"
     return (
-        f"{result['images']:,} images in {result['groups']:,} groups, in {result['out']}\n"
-        f"{result['extra']:,} could go{bytes}, if one of each group stays"
+        f"{result['images']:,} images in {result['groups']:,} groups written to {result['out']}\n"
+        f"{result['extra']:,} extra{bytes}: all but one image of each group"
     )
 
 

@@ -47,7 +47,7 @@ def spark_session(master: str | None, recommended: bool = True) -> Iterator[Spar
         with failures_in_words(), _interrupted_in_silence(spark):
             yield spark
     except ConnectionError as error:
-        raise ImageVecError("Spark's JVM has ended: run it again to continue") from error
+        raise ImageVecError("the Spark JVM exited: run the command again to continue") from error
     finally:
         with contextlib.suppress(ConnectionError, Py4JError):
             spark.stop()

@@ -17,7 +17,7 @@ SPARK: dict[str, Any] = {  # 4.3, where nothing is set
     "spark.python.worker.reuse": "true",
     "spark.python.daemon.module": "pyspark.daemon",
     "spark.python.unix.domain.socket.enabled": "false",
-    "cores of Spark": 2,
+    "Spark cores": 2,
     "OMP_NUM_THREADS": "not set",
 }
 
@@ -81,7 +81,7 @@ def test_before_spark_4_rows_are_counted():
         ("spark.python.worker.reuse", "false", "sets true"),
         ("spark.task.cpus", "2", "sets 1"),
         ("OMP_NUM_THREADS", "2", "unset it"),
-        ("cores of Spark", 4, "use local[2]"),
+        ("Spark cores", 4, "use local[2]"),
     ],
 )
 def test_what_to_change(name, value, part):

@@ -28,7 +28,7 @@ def test_models_as_a_table(capsys):
     line = capsys.readouterr().out.splitlines()[1]
     assert line.split() == ["squeezenet1_1", "512", "224", "1.2", "M", "to", "download"]
     assert main(["models", "--search", "no such model"]) == 0
-    assert capsys.readouterr().out == "no model has such a name\n"
+    assert capsys.readouterr().out == "no models found\n"
 
 
 @pytest.mark.parametrize("name", ["regnet_y_400mf", "regnet_x_400mf"])
