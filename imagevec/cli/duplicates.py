@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import threading
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -90,29 +92,36 @@ def _size(bytes: int) -> str:
 
 @contextlib.contextmanager
 def _bar(spark: SparkSession, quiet: bool) -> Iterator[None]:
-    """A progress bar on the terminal, of the tasks of what runs just now."""
+    """A progress bar on the terminal, of the tasks of the stages that run."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
     columns = (
+        SpinnerColumn(),  # the bar stands still between stages
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} tasks"),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[tasks]}"),
+        # Rich's own column stops at the end of the first stage.
+        TextColumn("{task.fields[elapsed]}", style="progress.elapsed"),
     )
     tracker = spark.sparkContext.statusTracker()
     is_done = threading.Event()
+    start = time.perf_counter()
     with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
-        row = bar.add_task("near-duplicates", total=1)
+        row = bar.add_task("near-duplicates", total=1, tasks="", elapsed="0:00:00")
 
         def look() -> None:
             while not is_done.wait(_LOOK_EVERY_SECONDS):
                 stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
                 running = [stage for stage in stages if stage is not None]
+                fields: dict[str, Any] = {}
                 if running:
                     total = sum(stage.numTasks for stage in running)
                     completed = sum(stage.numCompletedTasks for stage in running)
-                    bar.update(row, total=total, completed=completed)
+                    tasks = f"{completed:,} of {total:,} tasks"
+                    fields = {"total": total, "completed": completed, "tasks": tasks}
+                elapsed = datetime.timedelta(seconds=round(time.perf_counter() - start))
+                bar.update(row, elapsed=str(elapsed), **fields)
 
         thread = threading.Thread(target=look, daemon=True)
         thread.start()
