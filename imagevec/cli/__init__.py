@@ -1,7 +1,7 @@
-"""The command line: one module a verb, each with ``add_arguments``, ``run`` and ``show``.
+"""The command line: one module for each verb, with ``add_arguments``, ``run`` and ``show``.
 
-Exit codes: 0 done, 1 it could not be done (the last line says why), 2 wrong usage, 130 interrupted.
-Images that cannot be read are no failure: they are counted, and listed in a table.
+Exit codes: 0 success, 1 failure (the last line says why), 2 wrong usage, 130 interrupted.
+Images that cannot be read are not a failure: they are counted and listed in a table.
 """
 
 from __future__ import annotations
@@ -41,10 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb: Verb = options.verb
     try:
         result = verb.run(options)
-        if options.json:
-            print(json.dumps(result, indent=1), flush=True)
-        elif not options.quiet:
-            print(verb.show(result), flush=True)
+        print(json.dumps(result, indent=1) if options.json else verb.show(result), flush=True)
     except KeyboardInterrupt:
         print("imagevec: interrupted", file=sys.stderr)
         return 130
@@ -59,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All verbs, with their arguments."""
-    parser = argparse.ArgumentParser(prog="imagevec", description="Images to feature vectors.")
+    parser = argparse.ArgumentParser(
+        prog="imagevec", description="Turn images into feature vectors, and search them."
+    )
     parser.add_argument("--version", action="version", version=f"imagevec {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in VERBS:
@@ -67,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
         help = (verb.__doc__ or "").partition("\n")[0]
         arguments = verbs.add_parser(name, help=help, description=help)
         arguments.set_defaults(verb=verb)
-        arguments.add_argument("--json", action="store_true", help="print the result as JSON")
-        arguments.add_argument("--quiet", action="store_true", help="print nothing but errors")
+        arguments.add_argument(
+            "--json", action="store_true", help="print the result as JSON, without a progress bar"
+        )
+        arguments.add_argument("--quiet", action="store_true", help="show no progress bar")
         verb.add_arguments(arguments)
     return parser

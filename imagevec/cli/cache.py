@@ -1,4 +1,4 @@
-"""List what the cache holds, or empty it."""
+"""List the files in the cache, or delete them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clear", action="store_true", help="delete all of it")
+    parser.add_argument("--clear", action="store_true", help="delete all files in the cache")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

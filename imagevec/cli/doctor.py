@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import io
 import os
 import platform
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from imagevec.errors import ImageVecError
-from imagevec.spark.conf import ARROW_BYTES, ARROW_RECORDS
+from imagevec.spark.conf import ARROW_BYTES, ARROW_RECORDS, recommended_conf
 
 _PACKAGES = (
     "imagevec",
@@ -28,13 +26,20 @@ _PACKAGES = (
 )
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 _IMAGES = 16
-_LARGE_ARROW_RECORDS = 1000
-_LARGE_ARROW_BYTES = 64 << 20
+_GPU_OF_TASK = "spark.task.resource.gpu.amount"
+_UNIX_SOCKET = "spark.python.unix.domain.socket.enabled"
+# What Spark does where a setting is absent; of SQL's settings it says so itself.
+_SPARK_DEFAULTS = {
+    "spark.task.cpus": "1",
+    "spark.python.worker.reuse": "true",
+    "spark.python.daemon.module": "pyspark.daemon",
+    _UNIX_SOCKET: "false",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--master", help="Spark's master URL (default: spark-submit's, else local[*])"
+        "--master", help="Spark master URL (default: the one given to spark-submit, or local[*])"
     )
 
 
@@ -56,13 +61,15 @@ def examine(master: str | None) -> dict[str, Any]:
     }
     advice = []
     if "openvino" not in facts["versions"] and not facts["gpus"]:
-        advice.append("pip install 'imagevec[openvino]': the faster engine on CPUs")
+        advice.append("run pip install 'imagevec[openvino]': OpenVINO is faster on CPUs")
     try:
         facts["spark"], more = _examine_spark(master)
         advice += more
     except ImageVecError as error:
         facts["spark"] = None
-        advice.append(f"{error}; PySpark 4 needs Java 17 or newer, and JAVA_HOME or java on PATH")
+        advice.append(
+            f"{error}; PySpark 4 needs Java 17 or newer: set JAVA_HOME, or put java on PATH"
+        )
     return {**facts, "advice": advice}
 
 
@@ -87,52 +94,67 @@ def _examine_spark(master: str | None) -> tuple[dict[str, Any], list[str]]:
     from imagevec.cli.session import spark_session
 
     with spark_session(master, recommended=False) as spark:
-        conf = spark.sparkContext.getConf()
         rate, start_seconds = _timing(spark)
         facts = {
             "spark.master": spark.sparkContext.master,
-            ARROW_RECORDS: int(spark.conf.get(ARROW_RECORDS) or 0),
-            ARROW_BYTES: _arrow_bytes(spark),
-            "spark.python.worker.reuse": conf.get("spark.python.worker.reuse", "true") == "true",
-            "spark.task.cpus": int(conf.get("spark.task.cpus", "1") or 1),
-            "cores of Spark": spark.sparkContext.defaultParallelism,
+            **_settings(spark),
+            "Spark cores": spark.sparkContext.defaultParallelism,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "not set",
-            "first vectors after, seconds": round(start_seconds, 1),
+            "seconds to the first vectors": round(start_seconds, 1),
             f"resnet18 on {_IMAGES} images of 500x375, images/s": round(rate, 1),
         }
     return facts, _advice(facts)
 
 
+def _settings(spark: Any) -> dict[str, Any]:
+    """The settings of ``recommended_conf`` that this Spark has, except the size of executors."""
+    conf = spark.sparkContext.getConf()
+    settings = {ARROW_RECORDS: int(spark.conf.get(ARROW_RECORDS))}
+    if _release(spark) >= (4, 0):
+        text = spark.conf.get(ARROW_BYTES)  # "64m", for example
+        to_bytes = spark._jvm.org.apache.spark.network.util.JavaUtils.byteStringAsBytes
+        settings[ARROW_BYTES] = int(to_bytes(text))
+    settings |= {name: conf.get(name, default) for name, default in _SPARK_DEFAULTS.items()}
+    if _release(spark) < (4, 1):
+        del settings[_UNIX_SOCKET]
+    if conf.contains(_GPU_OF_TASK):
+        settings[_GPU_OF_TASK] = conf.get(_GPU_OF_TASK)
+    return settings
+
+
+def _release(spark: Any) -> tuple[int, ...]:
+    return tuple(int(number) for number in spark.version.split(".")[:2])
+
+
 def _advice(facts: dict[str, Any]) -> list[str]:
     """What to change in Spark's settings."""
-    advice = []
-    records, task_cpus, cores = (
-        facts[name] for name in (ARROW_RECORDS, "spark.task.cpus", "cores of Spark")
-    )
-    any_bytes = isinstance(facts[ARROW_BYTES], str) or facts[ARROW_BYTES] > _LARGE_ARROW_BYTES
-    if any_bytes and (records > _LARGE_ARROW_RECORDS or records <= 0):
-        advice.append(
-            f"{ARROW_RECORDS}={records}, {ARROW_BYTES}={facts[ARROW_BYTES]}: Arrow batches of "
-            "images should be some 16 MB; see imagevec.recommended_conf"
-        )
-    if not facts["spark.python.worker.reuse"]:
-        advice.append("spark.python.worker.reuse=false: each task loads the model anew; set true")
+    task_cpus = max(1, int(float(facts["spark.task.cpus"])))
+    gpus = int(_GPU_OF_TASK in facts)
+    recommended = recommended_conf(executor_cores=task_cpus if gpus else 1, executor_gpus=gpus)
+    advice = [
+        f"{name} is {facts[name]}: imagevec.recommended_conf() sets {value}"
+        for name, value in recommended.items()
+        if name in facts and not _is_fine(name, facts, recommended)
+    ]
     threads = facts["OMP_NUM_THREADS"]
     if threads.isdigit() and int(threads) > task_cpus:
         advice.append(
             f"OMP_NUM_THREADS={threads} is more than spark.task.cpus={task_cpus}: unset it"
         )
-    available = os.cpu_count() or 1
-    if str(facts["spark.master"]).startswith("local") and cores * task_cpus > available:
-        advice.append(f"Spark runs {cores} tasks on {available} cores: use local[{available}]")
+    cores, available = facts["Spark cores"], os.cpu_count() or 1
+    if str(facts["spark.master"]).startswith("local") and cores > available:
+        advice.append(
+            f"Spark uses {cores} cores, and this machine has {available}: use local[{available}]"
+        )
     return advice
 
 
-def _arrow_bytes(spark: Any) -> int | str:
-    if int(spark.version.partition(".")[0]) < 4:
-        return "no limit before Spark 4"
-    text = spark.conf.get(ARROW_BYTES)  # "64m", for example
-    return int(spark._jvm.org.apache.spark.network.util.JavaUtils.byteStringAsBytes(text))
+def _is_fine(name: str, facts: dict[str, Any], recommended: dict[str, str]) -> bool:
+    if name in (ARROW_RECORDS, ARROW_BYTES) and 0 < facts[name] <= int(recommended[name]):
+        return True
+    if name == ARROW_RECORDS and ARROW_BYTES in facts:  # any number of rows, where bytes count
+        return _is_fine(ARROW_BYTES, facts, recommended)
+    return bool(facts[name] == recommended[name])
 
 
 def _timing(spark: Any) -> tuple[float, float]:
@@ -171,6 +193,9 @@ def _java() -> str | None:
 
 
 def _versions() -> dict[str, str]:
+    import importlib.metadata
+    import importlib.util
+
     found = {}
     for package in _PACKAGES:
         if importlib.util.find_spec("PIL" if package == "pillow" else package):

@@ -1,14 +1,17 @@
-"""Find groups of near-duplicates in a table, with Spark, and write them to a Parquet table."""
+"""Find groups of near-duplicate images, and write them to a Parquet table."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import threading
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from imagevec.errors import OptionError
+from imagevec.search import METHODS
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -17,20 +20,23 @@ _LOOK_EVERY_SECONDS = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("features", help="a table of `imagevec extract`")
-    parser.add_argument("--out", required=True, help="a folder or URI that does not exist yet")
+    parser.add_argument("features", help="table written by `imagevec extract`")
+    parser.add_argument("--out", required=True, help="output folder or URI, which must not exist")
     parser.add_argument(
-        "--min-cosine", type=float, default=0.95, help="of two that are linked (default: 0.95)"
+        "--min-cosine",
+        type=float,
+        default=0.95,
+        help="link two images whose cosine is at least this (default: 0.95)",
     )
     parser.add_argument(
         "--method",
-        choices=("exact", "clustered"),
+        choices=METHODS,
         default="exact",
-        help="clustered compares within clusters, which suits more than some 200,000 images "
-        "(default: exact)",
+        help="exact compares all pairs; clustered compares within clusters, and suits more than "
+        "about 200,000 images (default: exact)",
     )
     parser.add_argument(
-        "--master", help="Spark's master URL (default: spark-submit's, else local[*])"
+        "--master", help="Spark master URL (default: the one given to spark-submit, or local[*])"
     )
 
 
@@ -70,10 +76,10 @@ def show(result: dict[str, Any]) -> str:
     if not result["groups"]:
         return f"no two images have a cosine of {result['min_cosine']} or more"
     size = result["extra_bytes"]
-    bytes = "" if size is None else f", {_size(size)}"
+    bytes = "" if size is None else f" ({_size(size)})"
     return (
-        f"{result['images']:,} images in {result['groups']:,} groups, in {result['out']}\n"
-        f"{result['extra']:,} could go{bytes}, if one of each group stays"
+        f"{result['images']:,} images in {result['groups']:,} groups written to {result['out']}\n"
+        f"{result['extra']:,} extra{bytes}: all but one image of each group"
     )
 
 
@@ -86,29 +92,36 @@ def _size(bytes: int) -> str:
 
 @contextlib.contextmanager
 def _bar(spark: SparkSession, quiet: bool) -> Iterator[None]:
-    """A progress bar on the terminal, of the tasks of what runs just now."""
+    """A progress bar on the terminal, of the tasks of the stages that run."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
     columns = (
+        SpinnerColumn(),  # the bar stands still between stages
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} tasks"),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[tasks]}"),
+        # Rich's own column stops at the end of the first stage.
+        TextColumn("{task.fields[elapsed]}", style="progress.elapsed"),
     )
     tracker = spark.sparkContext.statusTracker()
     is_done = threading.Event()
+    start = time.perf_counter()
     with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
-        row = bar.add_task("near-duplicates", total=1)
+        row = bar.add_task("near-duplicates", total=1, tasks="", elapsed="0:00:00")
 
         def look() -> None:
             while not is_done.wait(_LOOK_EVERY_SECONDS):
                 stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
                 running = [stage for stage in stages if stage is not None]
+                fields: dict[str, Any] = {}
                 if running:
                     total = sum(stage.numTasks for stage in running)
                     completed = sum(stage.numCompletedTasks for stage in running)
-                    bar.update(row, total=total, completed=completed)
+                    tasks = f"{completed:,} of {total:,} tasks"
+                    fields = {"total": total, "completed": completed, "tasks": tasks}
+                elapsed = datetime.timedelta(seconds=round(time.perf_counter() - start))
+                bar.update(row, elapsed=str(elapsed), **fields)
 
         thread = threading.Thread(target=look, daemon=True)
         thread.start()

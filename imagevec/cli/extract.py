@@ -1,4 +1,4 @@
-"""Extract features of the images SRC into a Parquet table DEST; run it again to continue."""
+"""Extract features of images into a Parquet table; run it again to continue."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ _OF_SOURCES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", help="a folder, glob or URI of images; with --column, of a table")
-    parser.add_argument("dest", help="a folder or URI; bad images are listed in DEST/_errors")
+    parser.add_argument(
+        "src", metavar="SRC", help="folder, glob or URI of image files; with --column, of a table"
+    )
+    parser.add_argument(
+        "dest", metavar="DEST", help="output folder or URI; bad images are listed in DEST/_errors"
+    )
     for option in OPTIONS:
         if option.name in _FIXED:
             continue
@@ -43,31 +47,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif option.kind in ("count", "auto_or_count"):
             settings["type"] = _count
         parser.add_argument(f"--{option.name.replace('_', '-')}", **settings)
-    parser.add_argument("--pattern", help="only files whose names match, '*.jpg' for example")
+    parser.add_argument("--pattern", help="only files whose names match, such as '*.jpg'")
     parser.add_argument("--recursive", action="store_true", help="include subfolders")
-    parser.add_argument("--column", help="SRC is a table, and this its column of images or paths")
+    parser.add_argument(
+        "--column", help="read SRC as a table: the name of its column of images or paths"
+    )
     parser.add_argument(
         "--format",
-        help="of the table SRC: parquet (the default), orc, delta, ..., table for a name in the "
-        "catalog, or webdataset for tar shards",
+        help="format of the table SRC, such as orc or delta; table for a name in the catalog, "
+        "webdataset for tar shards (default: parquet)",
     )
     parser.add_argument(
         "--key", help="column that uniquely identifies each row (default: path, or --column)"
     )
     parser.add_argument(
-        "--version", help="column that changes when an image does (default: a hash of its bytes)"
+        "--version", help="column that changes when an image changes (default: a hash of its bytes)"
     )
-    parser.add_argument("--where", help="a condition in SQL: only these rows of the table")
+    parser.add_argument("--where", help="only rows that meet this SQL condition")
     parser.add_argument(
         "--keep",
         type=_names,
         metavar="A,B",
         default=(),
-        help="further columns to keep; of webdataset, extensions such as json",
+        help="further columns to copy into the table; for webdataset, extensions such as json",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace other features in DEST")
+    parser.add_argument("--overwrite", action="store_true", help="replace the features in DEST")
     parser.add_argument(
-        "--master", help="Spark's master URL (default: spark-submit's, else local[*])"
+        "--master", help="Spark master URL (default: the one given to spark-submit, or local[*])"
     )
 
 

@@ -1,4 +1,4 @@
-"""Write one HTML page to look at the neighbours."""
+"""Write an HTML page that shows the images of a table and their nearest neighbours."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("features", help="a table of `imagevec extract`")
-    parser.add_argument("--out", type=Path, default=Path("gallery.html"))
+    parser.add_argument("features", help="table written by `imagevec extract`")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("gallery.html"),
+        help="HTML file to write (default: gallery.html)",
+    )
     parser.add_argument(
         "--max-images",
         type=int,
+        metavar="N",
         default=2000,
         help="show at most N images, sampled by a hash of the path (default: 2000)",
     )
     parser.add_argument(
-        "--groups", help="a table of `imagevec duplicates`: show its groups, and these images first"
+        "--groups",
+        help="table written by `imagevec duplicates`: show its groups, and sample their images "
+        "first",
     )
 
 

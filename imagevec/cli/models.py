@@ -1,4 +1,4 @@
-"""List the models."""
+"""List the available models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ _MAX_OF_LIBRARY = 20  # timm has over a thousand, and each must be built to know
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--search", default="", help="only names that contain this; timm's too: 'timm/'"
+        "--search",
+        default="",
+        help="only models whose names contain this; includes timm's, such as 'timm/vit'",
     )
 
 
@@ -51,10 +53,10 @@ def _found(search: str) -> dict[str, list[str]]:
 def show(result: dict[str, Any]) -> str:
     rows = result["models"]
     if not rows:
-        return "no model has such a name"
+        return "no models found"
     lines = [f"{'model':<48} {'features':>8} {'input':>6} {'parameters':>12}  weights"]
     for row in rows:
-        at_hand = "here" if row["weights_at_hand"] else "to download"
+        at_hand = "on disk" if row["weights_at_hand"] else "to download"
         lines.append(
             f"{row['model']:<48} {row['num_features']:>8,} {row['input_size']:>6} "
             f"{row['parameters'] / 1e6:>10.1f} M  {at_hand}"

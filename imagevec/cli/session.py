@@ -14,6 +14,7 @@ from typing import Any
 
 from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext
+from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 from imagevec.errors import ImageVecError
@@ -21,6 +22,8 @@ from imagevec.spark.conf import recommended_conf
 from imagevec.spark.sessions import cause_of, failures_in_words
 
 _LOGGING = Path(__file__).with_name("log4j2.properties")
+# Spark adds the module, and no option of Java's silences it.
+_INCUBATOR = "WARNING: Using incubator modules"
 _SILENCE_SECONDS = 2.0
 _IMAGE_BYTES = 200_000  # of a typical file, for the size of an Arrow batch
 
@@ -36,7 +39,7 @@ def spark_session(master: str | None, recommended: bool = True) -> Iterator[Spar
     # Of the JVM, where this process starts it: Spark's log would run through the progress bar.
     os.environ.setdefault("SPARK_SUBMIT_OPTS", f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}")
     try:
-        SparkContext._ensure_initialized()  # the JVM, which knows what spark-submit passed on
+        _start_jvm()  # it knows what spark-submit passed on
         spark = _builder(master, recommended).getOrCreate()
     except Exception as error:  # no Java, or no such master: PySpark's own message is a page long
         raise ImageVecError(f"Spark did not start: {cause_of(error)}") from error
@@ -44,10 +47,33 @@ def spark_session(master: str | None, recommended: bool = True) -> Iterator[Spar
         with failures_in_words(), _interrupted_in_silence(spark):
             yield spark
     except ConnectionError as error:
-        raise ImageVecError("Spark's JVM has ended: run it again to continue") from error
+        raise ImageVecError("the Spark JVM exited: run the command again to continue") from error
     finally:
         with contextlib.suppress(ConnectionError, Py4JError):
             spark.stop()
+
+
+def _start_jvm() -> None:
+    """Starts the JVM; what it writes to its standard error comes out at ``sys.stderr``.
+
+    There, a progress bar keeps lines apart from itself.
+    """
+    if SparkContext._gateway is not None:
+        return
+    read_end, write_end = os.pipe()
+    threading.Thread(target=_pass_on, args=(read_end,), daemon=True).start()
+    try:
+        gateway = launch_gateway(popen_kwargs={"stderr": write_end})  # type: ignore[no-untyped-call]
+    finally:
+        os.close(write_end)
+    SparkContext._ensure_initialized(gateway=gateway)
+
+
+def _pass_on(read_end: int) -> None:
+    with open(read_end, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.startswith(_INCUBATOR):
+                sys.stderr.write(line)
 
 
 @contextlib.contextmanager

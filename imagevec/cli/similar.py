@@ -1,4 +1,4 @@
-"""Print the images nearest to one or more, by cosine."""
+"""Find the images of a table that are most similar to a query image."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("features", help="a table of `imagevec extract`")
+    parser.add_argument("features", help="table written by `imagevec extract`")
     parser.add_argument(
         "--query",
         dest="queries",
         metavar="QUERY",
         action="append",
         default=[],
-        help="an image, in the table or not; repeat it for several",
+        help="query image, in the table or not; repeat for several",
     )
     parser.add_argument(
         "--text",
@@ -22,11 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         action="append",
         default=[],
-        help="a description, where the features are of a model of open_clip; repeatable",
+        help="query text, for features of a model of open_clip; repeat for several",
     )
-    parser.add_argument("-k", type=int, default=10, help="neighbours of each (default: 10)")
-    parser.add_argument("--model", help="the table's, where that is a saved model or a .pt2 file")
-    parser.add_argument("--weights", help="the table's, where they are not in the cache")
+    parser.add_argument("-k", type=int, default=10, help="neighbours per query (default: 10)")
+    parser.add_argument("--model", help="saved model or .pt2 file that the table was made with")
+    parser.add_argument(
+        "--weights", help="weights that the table was made with, if not in the cache"
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

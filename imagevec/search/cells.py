@@ -24,6 +24,7 @@ from imagevec.search.neighbours import (
     Vectors,
     link_near,
     nearest_units,
+    rank_in_row,
     unit_vectors,
 )
 from imagevec.search.vectors import VectorFile, folder, write_bytes
@@ -262,7 +263,7 @@ def nearest_in_cells(
     )
     order = np.lexsort((index, -cosine, row))
     row, index, cosine = row[order], index[order], cosine[order]
-    best = np.arange(len(row)) - np.searchsorted(row, row) < k
+    best = rank_in_row(row) < k
     return row[best], index[best], cosine[best]
 
 

@@ -22,8 +22,9 @@ from PIL import Image
 from imagevec.errors import IMAGE_ERROR_CODES, ImageError
 from imagevec.images.decode import decode
 from imagevec.images.reading import read
-from imagevec.options import DEFAULTS, FORMATS, check_positive
+from imagevec.options import DEFAULTS, FORMATS, RANDOM, check_positive
 from imagevec.search.neighbours import Vectors, map_2d, near_duplicates, nearest
+from imagevec.spec import METADATA_KEY
 from imagevec.table.read import column_metadata, read_groups, read_vectors
 
 NEAR_DUPLICATE_COSINE = 0.95
@@ -103,6 +104,7 @@ def write_gallery(
         {
             "folder": folder,
             "total": total,
+            "madeBy": _made_by(column_metadata(features, "features")),
             "thumbnailSize": thumbnail_size,
             "images": images,
             "groups": shown,
@@ -182,6 +184,23 @@ def _groups_on_page(paths: list[str], group_of: Mapping[str, str]) -> list[list[
 
 def _hash(path: str) -> bytes:
     return hashlib.blake2b(path.encode(), digest_size=8).digest()
+
+
+def _made_by(metadata: Mapping[str, Any]) -> str:
+    """The model and what else fixes the vectors; empty if the column does not say."""
+    made_of = metadata.get(METADATA_KEY)
+    if made_of is None:
+        return ""
+    weights = ["random weights"] if made_of["weights"] == RANDOM else []
+    return ", ".join(
+        [
+            made_of["model"],
+            *weights,
+            f"layer {made_of['layer']}",
+            f"{made_of['num_features']:,} features",
+            made_of["precision"],
+        ]
+    )
 
 
 def _page(data: dict[str, Any]) -> str:

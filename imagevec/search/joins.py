@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from pyspark.sql.types import DataType, FloatType, IntegerType, StructField, Str
 
 from imagevec.errors import FingerprintError, OptionError, did_you_mean
 from imagevec.options import check_positive
+from imagevec.search import METHODS, Method
 from imagevec.search.cells import (
     Cells,
     cells_for_pairs,
@@ -24,7 +25,13 @@ from imagevec.search.cells import (
     nearest_in_cells,
 )
 from imagevec.search.components import components
-from imagevec.search.neighbours import Vectors, check_min_cosine, link_near, nearest_units
+from imagevec.search.neighbours import (
+    Vectors,
+    check_min_cosine,
+    link_near,
+    nearest_units,
+    rank_in_row,
+)
 from imagevec.search.vectors import (
     VectorFile,
     arrow_type,
@@ -35,10 +42,6 @@ from imagevec.search.vectors import (
 )
 from imagevec.spark.sessions import existing_column, is_connect
 from imagevec.table.provenance import Provenance, check_same
-
-Method = Literal["exact", "clustered"]
-
-METHODS = ("exact", "clustered")
 
 _ROWS = 8192  # of a block of vectors that streams by
 _QUERY_ROWS = 4096  # of queries that are compared with all vectors at once
@@ -275,7 +278,7 @@ def _emitted(
     queries: Any, keys: Any, row: Any, index: Any, cosine: Any
 ) -> Iterator[pa.RecordBatch]:
     """The result's rows, of candidates that are in order and chosen."""
-    rank = np.arange(len(row)) - np.searchsorted(row, row) + 1
+    rank = rank_in_row(row) + 1
     for begin in range(0, len(row), _EMITTED_ROWS):
         part = slice(begin, begin + _EMITTED_ROWS)
         columns = [
@@ -325,8 +328,7 @@ def _nearest_of_partition(
 
 def _best_of(found: Any, k: int) -> Any:
     found = found.sort_by([("row", "ascending"), ("cosine", "descending"), ("key", "ascending")])
-    row = found.column("row").to_numpy()
-    return found.filter(pa.array(np.arange(len(row)) - np.searchsorted(row, row) < k))
+    return found.filter(pa.array(rank_in_row(found.column("row").to_numpy()) < k))
 
 
 _Links = Iterator[tuple[Any, Any]]

@@ -122,8 +122,13 @@ def _best(
     steps = exact_steps(queries, vectors, row, index)
     order = np.lexsort((index, -steps, row))
     row, index, steps = row[order], index[order], steps[order]
-    kept = np.arange(len(row)) - np.searchsorted(row, row) < k
+    kept = rank_in_row(row) < k
     return row[kept], index[kept], steps[kept]
+
+
+def rank_in_row(row: Indices) -> Indices:
+    """The place of each candidate among those of its row, from 0; ``row`` is sorted."""
+    return np.arange(len(row)) - np.searchsorted(row, row)
 
 
 def exact_steps(first: Vectors, second: Vectors, left: Indices, right: Indices) -> Indices:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from imagevec.engines import backend
 from imagevec.errors import OptionError
 from imagevec.options import ENGINES, check_positive
 
@@ -73,6 +72,8 @@ def recommended_conf(
 
 
 def _worker_memory_mb(gpus: int) -> int:
+    from imagevec.engines import backend  # which imports NumPy
+
     device = "cuda" if gpus else "cpu"
     for name in ENGINES:
         if backend(name).is_available() and backend(name).why_not("float32", device) is None:

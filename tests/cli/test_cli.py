@@ -15,9 +15,13 @@ from imagevec.cli import VERBS, main
 from tests.helpers.pipeline import run_python
 
 
-def test_quiet_prints_nothing(capsys):
-    assert main(["models", "--search", "squeezenet1_1", "--quiet"]) == 0
-    assert capsys.readouterr().out == ""
+def test_quiet_prints_the_result(capsys):
+    for more in ([], ["--json"]):
+        command = ["models", "--search", "squeezenet1_1", *more]
+        assert main(command) == 0
+        result = capsys.readouterr().out
+        assert main([*command, "--quiet"]) == 0
+        assert capsys.readouterr() == (result, "")
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -48,7 +52,7 @@ def test_the_module_runs():
 def test_help_is_quick_to_come():
     printed = run_python(
         "import sys; from imagevec.cli import parser; parser().format_help(); "
-        "print({'torch', 'pyspark', 'rich'} & sys.modules.keys())"
+        "print({'torch', 'pyspark', 'rich', 'numpy'} & sys.modules.keys())"
     )
     assert printed.strip() == "set()"
 

@@ -1,30 +1,89 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
-from imagevec.cli.doctor import _advice
+import pytest
+
+from imagevec import recommended_conf
+from imagevec.cli.doctor import _GPU_OF_TASK, _SPARK_DEFAULTS, _advice
 from imagevec.spark.conf import ARROW_BYTES, ARROW_RECORDS
 
+SPARK: dict[str, Any] = {  # 4.3, where nothing is set
+    "spark.master": "local[2]",
+    ARROW_RECORDS: 10_000,
+    ARROW_BYTES: 64 << 20,
+    "spark.task.cpus": "1",
+    "spark.python.worker.reuse": "true",
+    "spark.python.daemon.module": "pyspark.daemon",
+    "spark.python.unix.domain.socket.enabled": "false",
+    "Spark cores": 2,
+    "OMP_NUM_THREADS": "not set",
+}
 
-def test_the_doctor_says_what_to_change(monkeypatch):
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    well = {
-        "spark.master": "local[2]",
-        ARROW_RECORDS: 10_000,
-        ARROW_BYTES: 64 << 20,
-        "spark.python.worker.reuse": True,
-        "spark.task.cpus": 1,
-        "cores of Spark": 2,
-        "OMP_NUM_THREADS": "not set",
+
+
+def configured(**options: int) -> dict[str, Any]:
+    """With what ``recommended_conf`` sets, without the size of executors."""
+    conf: dict[str, Any] = {
+        name: int(value) if name in (ARROW_RECORDS, ARROW_BYTES) else value
+        for name, value in recommended_conf(**options).items()
+        if not name.startswith("spark.executor.")
     }
-    assert _advice(well) == []
-    assert _advice({**well, ARROW_RECORDS: 160, ARROW_BYTES: "no limit before Spark 4"}) == []
-    for name, value, part in (
-        (ARROW_BYTES, 256 << 20, "Arrow batches of images should be some 16 MB"),
-        (ARROW_BYTES, "no limit before Spark 4", f"{ARROW_RECORDS}=10000"),
-        ("spark.python.worker.reuse", False, "set true"),
+    return {**SPARK, **conf}
+
+
+def test_every_setting_is_looked_at():
+    looked_at = {ARROW_RECORDS, ARROW_BYTES, _GPU_OF_TASK, *_SPARK_DEFAULTS}
+    recommended = recommended_conf(executor_gpus=1)
+    assert looked_at == {name for name in recommended if not name.startswith("spark.executor.")}
+
+
+def test_every_setting_that_differs_from_recommended_conf_is_advice():
+    advice = _advice(SPARK)
+    recommended = recommended_conf()
+    differing = [
+        *(ARROW_BYTES, ARROW_RECORDS, "spark.python.daemon.module"),
+        "spark.python.unix.domain.socket.enabled",
+    ]
+    assert advice == [
+        f"{name} is {SPARK[name]}: imagevec.recommended_conf() sets {recommended[name]}"
+        for name in differing
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"image_bytes": 20_000}, {"image_bytes": 10**6}, {"executor_cores": 8}]
+    + [{"executor_cores": 8, "executor_gpus": 2}],
+)
+def test_recommended_conf_is_fine(options):
+    assert _advice(configured(**options)) == []
+
+
+def test_before_spark_4_rows_are_counted():
+    facts = configured()
+    del facts[ARROW_BYTES]
+    assert _advice(facts) == []
+    (sentence,) = _advice({**facts, ARROW_RECORDS: 10_000})
+    assert sentence.startswith(f"{ARROW_RECORDS} is 10000: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        (ARROW_BYTES, 256 << 20, f"{ARROW_BYTES} is 268435456"),
+        (ARROW_BYTES, -1, f"{ARROW_BYTES} is -1"),
+        ("spark.python.worker.reuse", "false", "sets true"),
+        ("spark.task.cpus", "2", "sets 1"),
         ("OMP_NUM_THREADS", "2", "unset it"),
-        ("cores of Spark", 4, "use local[2]"),
-    ):
-        (sentence,) = _advice({**well, name: value})
-        assert part in sentence
+        ("Spark cores", 4, "use local[2]"),
+    ],
+)
+def test_what_to_change(name, value, part):
+    (sentence,) = _advice({**configured(), name: value})
+    assert part in sentence

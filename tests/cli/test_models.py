@@ -6,6 +6,11 @@ import pytest
 
 from imagevec.cli import main
 from imagevec.cli.models import models
+from imagevec.models import factory
+from imagevec.models.entry import REGISTERED
+from imagevec.models.factory import FactorySource
+from imagevec.models.registry import SOURCES
+from tests.helpers.factories import tiny
 
 
 def test_models_are_listed(capsys):
@@ -23,7 +28,7 @@ def test_models_as_a_table(capsys):
     line = capsys.readouterr().out.splitlines()[1]
     assert line.split() == ["squeezenet1_1", "512", "224", "1.2", "M", "to", "download"]
     assert main(["models", "--search", "no such model"]) == 0
-    assert capsys.readouterr().out == "no model has such a name\n"
+    assert capsys.readouterr().out == "no models found\n"
 
 
 @pytest.mark.parametrize("name", ["regnet_y_400mf", "regnet_x_400mf"])
@@ -52,3 +57,18 @@ def test_a_model_that_is_not_supported_is_left_out():
 
 def test_case_does_not_matter():
     assert models("SqueezeNet1_1") == models("squeezenet1_1")
+
+
+def test_the_case_of_a_prefix_does_not_matter():
+    pytest.importorskip("timm")
+    (row,) = models("TIMM/ViT_tiny_r_s16_P8_224")
+    assert row["model"] == "timm/vit_tiny_r_s16_p8_224"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)
+def test_the_names_of_a_source_are_found_in_any_case(source, monkeypatch):
+    monkeypatch.setitem(REGISTERED, "My_ResNet18", FactorySource(tiny, registered_name="My"))
+    found = source.names("resnet18")
+    assert source.names("RESNET18") == source.names("ResNet18") == found
+    assert all("resnet18" in name.casefold() for name in found)
+    assert source is not factory or found == ["My_ResNet18"]

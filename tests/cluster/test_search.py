@@ -83,7 +83,10 @@ def test_duplicates_in_words(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     table, out = str(tmp_path / "features"), str(tmp_path / "groups")
     assert main(["duplicates", table, "--out", out, "--master", "local[2]"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said == [f"5 images in 2 groups, in {out}", "3 could go, if one of each group stays"]
+    assert said == [
+        f"5 images in 2 groups written to {out}",
+        "3 extra: all but one image of each group",
+    ]
     none = [table, "--out", str(tmp_path / "none"), "--min-cosine", "1", "--master", "local[2]"]
     write_table(tmp_path / "few", with_copies()[2:9])
     none[0] = str(tmp_path / "few")

@@ -19,7 +19,11 @@ HOSTILE = "</script><img src=x onerror=\"document.title='harm'\">'&\u2028{{ data
 
 
 def write_table(
-    folder: Path, rows: dict[str, Any], type: pa.DataType = FLOATS, part: int = 0
+    folder: Path,
+    rows: dict[str, Any],
+    type: pa.DataType = FLOATS,
+    part: int = 0,
+    metadata: Any = None,
 ) -> Path:
     """One file of a folder as ``imagevec extract`` makes it, of paths to features."""
     count = len(rows)
@@ -35,9 +39,18 @@ def write_table(
             "height": pa.array([3] * count, pa.int32()),
         }
     )
+    if metadata is not None:
+        table = with_column_metadata(table, "features", metadata)
     folder.mkdir(parents=True, exist_ok=True)
     parquet.write_table(table, folder / f"part-{part:05}.snappy.parquet", row_group_size=2)
     return folder
+
+
+def with_column_metadata(table: pa.Table, column: str, metadata: Any) -> pa.Table:
+    """With the metadata of a column as Spark writes them into Parquet."""
+    fields = [{"name": column, "metadata": metadata}]
+    spark = {"org.apache.spark.sql.parquet.row.metadata": json.dumps({"fields": fields})}
+    return table.replace_schema_metadata(spark)
 
 
 def write_images(folder: Path, names: list[str], size: tuple[int, int] = (80, 60)) -> list[str]:

@@ -19,10 +19,11 @@ from imagevec import OptionError
 from imagevec.errors import IMAGE_ERROR_CODES
 from imagevec.search.gallery import write_gallery
 from imagevec.search.neighbours import nearest
+from imagevec.spec import FeatureSpec, Preprocessing
 from imagevec.table import read
 from tests.helpers.images import opened
 from tests.helpers.pipeline import run_python
-from tests.helpers.tables import HOSTILE, write_images, write_table
+from tests.helpers.tables import HOSTILE, with_column_metadata, write_images, write_table
 
 
 def write_features(folder: Path, paths: list[str], features: int = 4) -> np.ndarray:
@@ -75,6 +76,18 @@ def test_a_page_has_all_images_by_path(table, tmp_path):
     assert names == ["a/1.png", "a/3.png", "b/2.png", "c.png", "d.png"]
     assert all((image["width"], image["height"]) == (80, 60) for image in data["images"])
     assert all(0 <= x <= 1 for image in data["images"] for x in image["place"])
+
+
+def test_the_page_names_the_model(table, tmp_path):
+    write_gallery(table, tmp_path / "g.html")
+    assert data_of(tmp_path / "g.html")["madeBy"] == ""
+    metadata = FeatureSpec(
+        "resnet18", "random", "pooled", 4, Preprocessing(), "float32", False
+    ).metadata
+    write_table(tmp_path / "t", {"a.jpg": [1.0, 2.0, 3.0, 4.0]}, metadata=metadata)
+    write_gallery(tmp_path / "t", tmp_path / "g.html")
+    made_by = "resnet18, random weights, layer pooled, 4 features, float32"
+    assert data_of(tmp_path / "g.html")["madeBy"] == made_by
 
 
 def test_neighbours_are_the_nearest_and_not_the_image_itself(tmp_path):
@@ -148,9 +161,7 @@ def write_groups(folder: Path, groups: list[list[str]], metadata: Any = None) ->
         }
     )
     if metadata is not None:
-        fields = [{"name": "group", "metadata": metadata}]
-        spark = {"org.apache.spark.sql.parquet.row.metadata": json.dumps({"fields": fields})}
-        table = table.replace_schema_metadata(spark)
+        table = with_column_metadata(table, "group", metadata)
     folder.mkdir()
     parquet.write_table(table, folder / "part-0.parquet", row_group_size=5)
     return folder

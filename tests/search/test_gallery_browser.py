@@ -102,6 +102,8 @@ def expect_picked(page: Any, vectors: np.ndarray, index: int) -> None:
     order, cosines = nearest(vectors[index : index + 1], vectors, COUNT)
     others = [(o, c) for o, c in zip(order[0], cosines[0], strict=True) if o != index][:12]
     assert shown_neighbours(page) == [other for other, _ in others]
+    captions = page.locator("#neighbours .caption").all_inner_texts()
+    assert all(caption.startswith("cosine ") for caption in captions)
     texts = page.locator("#neighbours .cosine").all_inner_texts()
     np.testing.assert_allclose([float(text) for text in texts], [c for _, c in others], atol=6e-4)
 
@@ -313,6 +315,26 @@ def test_nothing_is_wider_than_the_window(open_page, width):
     for part in ("#picked", "#images", "#map", "#duplicates"):
         inner, outer = page.locator(part).evaluate("s => [s.scrollWidth, s.clientWidth]")
         assert inner <= outer, part
+
+
+def test_names_on_a_phone_break_after_separators(open_page, tmp_path):
+    names = ["shoes/IMG_20230714_123456_portrait_of_a_shoe.jpg", "b-2/c.png"]
+    paths = write_images(tmp_path / "photos", names)
+    write_table(tmp_path / "t", dict(zip(paths, [[1.0, 2.0], [2.0, 1.0]], strict=True)))
+    write_gallery(tmp_path / "t", tmp_path / "g.html")
+    page = open_page(viewport=PHONE)
+    page.goto((tmp_path / "g.html").as_uri())
+    lines_of_words = """name => [...name.childNodes].filter(node => node.data).map(word => {
+      const range = document.createRange();
+      range.selectNode(word);
+      return range.getClientRects().length;
+    })"""
+    caption = page.locator("#neighbours .name")
+    assert caption.inner_text().replace("\n", "") == names[0]
+    assert caption.evaluate(lines_of_words) == [1] * 8
+    page.locator("#neighbours button").click()
+    sync_api.expect(page.locator("#picked-name")).to_have_text(names[0])
+    assert page.locator("#picked-name").evaluate(lines_of_words) == [1] * 8
 
 
 def test_a_touch_on_a_phone_picks_and_shows_the_pick(open_page, vectors):

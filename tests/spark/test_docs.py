@@ -519,6 +519,13 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert set(re.findall(r"^::: imagevec\.(\w+)$", text, re.MULTILINE)) == set(imagevec.__all__)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_two_entries_of_a_contents_list_are_equal(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    entries = re.findall(r"^(?:#+|::: imagevec\.) *(.+)$", text, re.MULTILINE)
+    assert sorted(set(entries)) == sorted(entries)
+
+
 def tree(text: str) -> dict[str, str]:
     """The files of a drawn tree, as paths from its root, and what is said of each."""
     folders: list[str] = []
