@@ -1,80 +1,66 @@
-"""Finds each photo's nearest neighbours, by the features of a real model, without a network.
+"""Extracts features of 80 photos, finds neighbours and duplicates, and draws what it found.
 
-Reads image files with Spark, turns them into feature vectors, writes these to Parquet, and shows
-which photos are alike: on the terminal and in demo_output/contact_sheet.png.
+It runs the commands of the command line one after the other, with a real model and without a
+network. The model's weights and the photos come from Python packages.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 from lite0 import write_weights
-from pyspark.sql import DataFrame, SparkSession
+from pyarrow import parquet
 
 from contact_sheet import draw_contact_sheet
-from imagevec import features_udf
+from imagevec.cli import main as imagevec
 from photos import write_photos
 
 OUTPUT = Path("demo_output")
+PHOTOS, FEATURES, GROUPS = (OUTPUT / name for name in ("photos", "features", "groups"))
 NEIGHBOURS = 5  # a photo has 4 variants: the fifth shows how far away a stranger is
 
 
 def main() -> None:
-    write_photos(OUTPUT / "photos")
-    weights = write_weights(OUTPUT / "efficientnet_lite0.safetensors")
-    spark = start_spark()
-
-    files = spark.read.format("binaryFile").load(str(OUTPUT / "photos"))
-    result = features_udf(
-        "content",
-        model="timm/tf_efficientnet_lite0",
-        weights=str(weights),
-        normalize=True,
-        output="struct",
-    )
-    (
-        files.withColumn("result", result)
-        .select("path", "result.features", "result.error")
-        .write.mode("overwrite")
-        .parquet(str(OUTPUT / "features.parquet"))
-    )
-
-    rows = spark.read.parquet(str(OUTPUT / "features.parquet"))
-    report_bad_rows(rows)
-    neighbours = find_neighbours(rows)
-    report_neighbours(neighbours)
-    draw_contact_sheet(neighbours, OUTPUT / "photos", OUTPUT / "contact_sheet.png")
-    print(f"\nFeatures:      {OUTPUT / 'features.parquet'}")
-    print(f"Contact sheet: {OUTPUT / 'contact_sheet.png'}")
-    spark.stop()
-
-
-def start_spark() -> SparkSession:
     os.environ["PYSPARK_PYTHON"] = sys.executable  # else the workers run the python3 of PATH
-    quiet = Path(__file__).with_name("log4j2.properties").as_uri()
-    builder = SparkSession.builder.master("local[*]").appName("imagevec demo")
-    builder.config("spark.driver.extraJavaOptions", f"-Dlog4j2.configurationFile={quiet}")
-    builder.config("spark.ui.enabled", False)
-    builder.config("spark.ui.showConsoleProgress", False)
-    return builder.getOrCreate()
+    for folder in (FEATURES, GROUPS):
+        shutil.rmtree(folder, ignore_errors=True)
+    write_photos(PHOTOS)
+    weights = write_weights(OUTPUT / "efficientnet_lite0.safetensors")
+
+    model = ["--model", "timm/tf_efficientnet_lite0", "--weights", str(weights)]
+    run("extract", str(PHOTOS), str(FEATURES), *model)
+    run("duplicates", str(FEATURES), "--out", str(GROUPS), "--min-cosine", "0.9")
+    pages = {"neighbours.html": [], "duplicates.html": ["--groups", str(GROUPS)]}
+    for name, options in pages.items():
+        run("gallery", str(FEATURES), "--out", str(OUTPUT / name), *options)
+
+    neighbours = find_neighbours(FEATURES)
+    report_neighbours(neighbours)
+    draw_contact_sheet(neighbours, PHOTOS, OUTPUT / "contact_sheet.png")
+    print(f"\nFeatures:         {FEATURES}")
+    print(f"Contact sheet:    {OUTPUT / 'contact_sheet.png'}")
+    print(f"Pages to open:    {', '.join(str(OUTPUT / name) for name in pages)}")
 
 
-def report_bad_rows(rows: DataFrame) -> None:
-    bad = rows.where("error is not null").collect()
-    print(f"{rows.count()} files, {len(bad)} of them bad:")
-    for row in bad:
-        print(f"  {Path(row.path).name}: {row.error}")
+def run(*arguments: str) -> None:
+    """Runs a command as a shell would."""
+    print(f"\n$ imagevec {' '.join(arguments)}", flush=True)
+    status = imagevec([*arguments])
+    if status:
+        sys.exit(status)
 
 
-def find_neighbours(rows: DataFrame) -> dict[str, list[tuple[str, float]]]:
+def find_neighbours(table: Path) -> dict[str, list[tuple[str, float]]]:
     """Each photo's file name to the names and cosines of its nearest neighbours, nearest first."""
-    good = rows.where("error is null").orderBy("path").collect()
-    names = [Path(row.path).name for row in good]
-    features = np.array([row.features for row in good])  # (N, D), each of length 1
-    cosines = features @ features.T  # (N, N)
+    rows = parquet.read_table(table, columns=["path", "features"]).sort_by("path")
+    names = [Path(path).name for path in rows["path"].to_pylist()]
+    features = np.array(rows["features"].to_pylist())  # (N, D)
+    units = features / np.linalg.norm(features, axis=1, keepdims=True)
+    cosines = units @ units.T  # (N, N)
     np.fill_diagonal(cosines, -1)  # no one is their own neighbour
     nearest = np.argsort(-cosines)[:, :NEIGHBOURS]  # (N, NEIGHBOURS)
     return {
@@ -85,7 +71,7 @@ def find_neighbours(rows: DataFrame) -> dict[str, list[tuple[str, float]]]:
 
 
 def report_neighbours(neighbours: dict[str, list[tuple[str, float]]]) -> None:
-    print(f"\nEach photo's {NEIGHBOURS} nearest neighbours, with cosines:")
+    print(f"\nThe {NEIGHBOURS} nearest neighbours of each photo, with cosines:")
     found = 0
     for name, near in neighbours.items():
         photo = Path(name).stem

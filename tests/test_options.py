@@ -1,4 +1,4 @@
-"""The table of options, and what is held to it: types, Params, command line and README."""
+"""The table of options, and what is held to it: types, Params, command line and docs."""
 
 from __future__ import annotations
 
@@ -153,14 +153,14 @@ def test_the_flags_of_extract_are_options_that_are_valid() -> None:
     }
 
 
-def rows_of_the_readme() -> list[list[str]]:
-    _, _, section = (ROOT / "README.md").read_text().partition("\n## Options\n")
+def rows_of_the_page() -> list[list[str]]:
+    _, _, section = (ROOT / "docs" / "options.md").read_text().partition("# Options\n")
     rows = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| `")]
     return [[cell.strip() for cell in row[1:-1].split("|")] for row in rows]
 
 
-def test_the_readme_has_a_row_for_each_option() -> None:
-    rows = rows_of_the_readme()
+def test_the_page_has_a_row_for_each_option() -> None:
+    rows = rows_of_the_page()
     assert [name.strip("`") for name, _, _ in rows] == NAMES
     for (_, default, meaning), option in zip(rows, OPTIONS, strict=True):
         if option.name == "formats":

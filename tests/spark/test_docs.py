@@ -138,7 +138,8 @@ def reader(
         (tmp_path / "photos" / f"{seed}.png").write_bytes(encode(photo(seed=seed)))
     (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
     write_other_sources(tmp_path)
-    save_file(tiny().state_dict(), tmp_path / "lite0.safetensors")
+    for name in ("lite0", "efficientnet_lite0"):
+        save_file(tiny().state_dict(), tmp_path / f"{name}.safetensors")
     for module in (plan, featurizer, quantization):
         monkeypatch.setattr(module, "find_source", find_small_source)
     find_text = lambda model: find_small_source(model).text_source()  # noqa: E731
@@ -234,11 +235,6 @@ def run(page: Path, folder: Path, **names: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_a_page_runs(spark: SparkSession, reader: Path, page: Path) -> None:
     names: dict[str, Any] = {"spark": spark}
-    if page.name == "README.md":  # it is a list of what there is, and does not repeat its imports
-        names |= {name: getattr(imagevec, name) for name in imagevec.__all__}
-        names["jpeg_bytes"] = encode(photo(), "JPEG")
-        names["df"] = spark.read.format("binaryFile").load(str(reader / "photos"))
-        del names["features_udf"]
     scope = run(page, reader, **names)
     CHECKS.get(page.stem, lambda scope, folder: None)(scope, reader)
 
@@ -322,6 +318,12 @@ def check_errors(scope: dict[str, Any], folder: Path) -> None:
     assert codes == {None, "unsupported_format"}
 
 
+def check_tutorial(scope: dict[str, Any], folder: Path) -> None:
+    assert (scope["report"].done_before, scope["report"].features) == (13, 0)
+    assert scope["neighbours"].count() == 2 * 4
+    assert scope["result"].where("result.error IS NOT NULL").count() == 1
+
+
 def check_text(scope: dict[str, Any], folder: Path) -> None:
     assert scope["vectors"].shape == (2, 32)
     assert scope["found"].count() == 2 * 5
@@ -351,6 +353,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "errors": check_errors,
     "extract": check_extract,
     "text": check_text,
+    "tutorial": check_tutorial,
     "contributing": check_contributing,
 }
 
