@@ -32,8 +32,8 @@ test: java setup ## Run the tests
 test-unit: setup ## Run those that need no Java and build no large models (under 2 minutes)
 	@$(PYTHON) -m pytest -m 'not java and not models'
 
-test-models: setup ## Build all models of torchvision
-	@IMAGEVEC_TEST_ALL_MODELS=1 $(PYTHON) -m pytest tests/models/test_{torchvision,open_clip}.py
+test-models: setup ## Build all models of torchvision, and four of open_clip
+	@IMAGEVEC_TEST_ALL_MODELS=1 $(PYTHON) -m pytest $(IN_TWO) -m models tests/models/test_torchvision.py tests/models/test_open_clip.py
 
 test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the command line
 	@$(WITH_JAVA) $(PYTHON) -m pytest $(IN_TWO) tests/cluster
