@@ -344,9 +344,17 @@ class _Writer(MLWriter):
             self._files[f"{spec_file.stem}/{saved_model.SPEC_FILE}"] = spec_file
             self._saved.setModel(spec_file.stem)
             return
-        reason = find_source(model).why_not_saved()
+        source = find_source(model)
+        reason = source.why_not_saved()
         if reason is not None:
             raise OptionError(reason)
+        given = Path(featurizer.getWeights()).expanduser()
+        for name in source.beside_weights:
+            if featurizer._has_own_weights() and given.with_name(name).is_file():
+                raise OptionError(
+                    f"a featurizer with weights={str(given)!r} cannot be saved, because the model "
+                    f"also reads {name} next to them: use the name of pretrained weights"
+                )
         if featurizer._has_own_weights():
             weights = cast(Path, featurizer._resolve().weights)
             self._files = {weights.name: weights}

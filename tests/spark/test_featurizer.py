@@ -38,6 +38,7 @@ from imagevec.models.entry import REGISTERED
 from imagevec.models.features import FeatureModel
 from imagevec.models.registry import find_source
 from imagevec.options import DEFAULTS
+from tests.helpers.clip import built
 from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.options import WRONG_OPTIONS, option_id
@@ -599,6 +600,20 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_overwritten(
     with pytest.raises(error, match=message):
         ImageFeaturizer(model=model, weights=weights).write().overwrite().save(place)
     assert ImageFeaturizer.load(place).getLayer() == "logits"
+
+
+def test_a_model_of_open_clip_is_saved(clip: Any, frame: Frame, tmp_path: Path) -> None:
+    name = "open_clip/tiny-vit"
+    weights = tmp_path / "weights.pt"
+    torch.save(built(clip, name).state_dict(), weights)
+    images = frame([encode(photo(64, 64))])
+    featurizer = ImageFeaturizer(model=name, weights=str(weights))
+    featurizer.save(str(tmp_path / "saved"))
+    loaded = ImageFeaturizer.load(str(tmp_path / "saved"))
+    assert loaded.transform(images).collect() == featurizer.transform(images).collect()
+    (tmp_path / "open_clip_config.json").write_text('{"preprocess_cfg": {"mean": [0, 0, 0]}}')
+    with pytest.raises(OptionError, match="the model also reads open_clip_config.json next to"):
+        featurizer.save(str(tmp_path / "again"))
 
 
 @pytest.fixture
