@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from imagevec.spark.vectorizer import ImageVectorizer as ImageVectorizer
     from imagevec.spec import FeatureSpec as FeatureSpec
     from imagevec.spec import Preprocessing as Preprocessing
+    from imagevec.spec import Tokenization as Tokenization
     from imagevec.table.extract import ExtractReport as ExtractReport
     from imagevec.table.extract import extract as extract
     from imagevec.table.provenance import Provenance as Provenance
@@ -67,7 +68,7 @@ _MODULE_OF = {
         "spark.text": ("text_features", "text_features_udf"),
         "spark.udf": ("features_udf", "make_features_udf", "register"),
         "spark.vectorizer": ("ImageVectorizer",),
-        "spec": ("FeatureSpec", "Preprocessing"),
+        "spec": ("FeatureSpec", "Preprocessing", "Tokenization"),
         "table.extract": ("ExtractReport", "extract"),
         "table.provenance": ("Provenance", "check_comparable", "provenance"),
         "table.webdataset": ("WebDatasetSource",),
