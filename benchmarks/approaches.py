@@ -55,7 +55,7 @@ def model_of(name: str, precision: str) -> str:
 APPROACHES = (
     Approach(BASELINE, broadcast_udf),
     Approach("plain row-wise UDF", rowwise_udf),
-    Approach("pandas UDF of the guides", guide_pandas_udf),
+    Approach("pandas UDF from the guides", guide_pandas_udf),
     Approach("predict_batch_udf", predict_batch),
     _ours("features_udf, float32, engine torch", engine="torch"),
     _ours("features_udf, float32"),

@@ -61,7 +61,7 @@ def measure(shared: Path, folder: Path) -> Iterator[dict[str, Any]]:
         }
         if model == "squeezenet1_1":
             exact = reference_vectors(path, queries)
-            yield row(model, "float32 to torchvision's", vectors(options, queries), exact)
+            yield row(model, "float32 vs. torchvision", vectors(options, queries), exact)
         exact = {"gallery": vectors(options, gallery), "query": vectors(options, queries)}
         for name, way in ways.items():
             of_queries = vectors(way, queries)

@@ -191,7 +191,7 @@ def _spark_run(few: Any, frame: Any, features: Any, passes: int) -> Callable[[],
 
 def _ceiling_run(stage: Stage, ceiling: Ceiling, workers: int) -> Contestant:
     engine = ceiling.engine
-    name = f"forward alone, {engine.name}, {engine.precision}"
+    name = f"forward pass only, {engine.name}, {engine.precision}"
     images = round(ceiling.images_per_second * max(1, stage.seconds / 2))
     row = Row(stage.name, name, engine.precision, workers, images, batch_size=ceiling.batch_size)
     return row, lambda: ceiling.seconds(images)
