@@ -1,11 +1,11 @@
 PYTHON := .venv/bin/python
 
-# The workers run what the driver runs, and Spark is the one in .venv.
+# Workers use the same Python as the driver, and Spark comes from .venv.
 export PYSPARK_PYTHON := $(abspath $(PYTHON))
 export PYSPARK_DRIVER_PYTHON := $(abspath $(PYTHON))
 unexport SPARK_HOME
 
-# A file's tests run in one process: they share a session, and what it costs to start one.
+# The tests of a file run in one process, so that they share one Spark session.
 IN_TWO = -n 2 --dist loadfile
 
 WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
@@ -16,20 +16,20 @@ WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## Make .venv and install everything into it (the others do it when needed)
+setup: ## Create .venv and install everything into it (the other targets do so when needed)
 	@bash scripts/setup.sh
 
-# Asked for first: what it says comes before minutes of installing.
+# Runs first, so that an error appears before minutes of installing.
 java:
 	@bash scripts/java-home.sh >/dev/null
 
-demo: java setup ## Find each photo's nearest neighbours, offline, and draw a contact sheet
+demo: java setup ## Find the nearest neighbours of photos, offline, and draw a contact sheet
 	@$(WITH_JAVA) $(PYTHON) examples/demo.py
 
 test: java setup ## Run the tests
 	@$(WITH_JAVA) $(PYTHON) -m pytest $(IN_TWO)
 
-test-unit: setup ## Run those that need no Java and build no large models (under 2 minutes)
+test-unit: setup ## Run the tests that need no Java and build no large models (under 2 minutes)
 	@$(PYTHON) -m pytest -m 'not java and not models'
 
 test-models: setup ## Build all models of torchvision, and four of open_clip
@@ -42,26 +42,26 @@ test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the co
 test-matrix: java setup ## Run the Spark tests on the oldest and newest PySpark 3.5 and 4
 	@$(WITH_JAVA) bash scripts/test-matrix.sh
 
-bench: java setup ## Compare features_udf with the usual ways of doing it (30 minutes)
+bench: java setup ## Compare features_udf with the usual approaches (30 minutes)
 	@$(WITH_JAVA) $(PYTHON) -m benchmarks.run
 
-bench-peers: java setup ## Compare it with Ray Data and Daft, in an environment of their own
+bench-peers: java setup ## Compare features_udf with Ray Data and Daft, in a separate environment
 	@$(WITH_JAVA) $(PYTHON) -m benchmarks.peers.run
 
 docs: setup ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
-check: setup ## Lint, check the format, the types and the layers
+check: setup ## Lint, and check format, types and layers
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports --no-cache
 
-format: setup ## Format the code, and fix what the linter can
+format: setup ## Format the code, and apply the linter's fixes
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-clean: ## Remove all that is made: .venv, caches, outputs
+clean: ## Remove all generated files: .venv, caches, outputs
 	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info
 	rm -rf demo_output spark-warehouse metastore_db derby.log artifacts
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The table of what is measured: approaches, and the stages that compare some of them."""
+"""The approaches that are measured, and the stages that compare them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from imagevec import make_features_udf, quantize
 
 @dataclass(frozen=True)
 class Approach:
-    """One way to compute the vectors.
+    """A way to compute the vectors.
 
     Attributes:
-        name: What the tables call it.
-        make: A torchvision model's name to a UDF of a binary column, with random weights.
-        precision: Of its forward pass: which ceiling it is compared to.
-        lowest_cosine: What its vectors must reach against the baseline's.
+        name: Its name in the tables.
+        make: Function from the name of a torchvision model to a UDF on a binary column, with
+            random weights.
+        precision: Precision of the forward pass. Selects the ceiling for the comparison.
+        lowest_cosine: Required minimum cosine to the baseline's vectors.
     """
 
     name: str
@@ -38,24 +39,24 @@ def _ours(name: str, lowest_cosine: float = 0.9999, **options: Any) -> Approach:
 
 
 def int8_model(model: str) -> Path:
-    """A saved model, quantized from random weights on the small images; made once."""
+    """Returns a saved model with random weights, quantized on the small images and cached."""
     folder = CACHE / "int8" / model
     if not folder.exists():
         images = [str(path) for path in generated("small").paths]
-        # What its vectors are worth is for real weights to tell: benchmarks/fidelity.py.
+        # Random weights say nothing about fidelity; benchmarks/fidelity.py uses real ones.
         quantize(images, output=folder, model=model, weights="random", min_median_cosine=0)
     return folder
 
 
 def model_of(name: str, precision: str) -> str:
-    """What a ``ceiling.Engine`` takes: a torchvision model's name, or an int8 graph's file."""
+    """Returns the model of a ``ceiling.Engine``: a torchvision name, or an int8 graph's file."""
     return str(int8_model(name) / "model.xml") if precision == "int8" else name
 
 
 APPROACHES = (
     Approach(BASELINE, broadcast_udf),
     Approach("plain row-wise UDF", rowwise_udf),
-    Approach("pandas UDF of the guides", guide_pandas_udf),
+    Approach("pandas UDF from the guides", guide_pandas_udf),
     Approach("predict_batch_udf", predict_batch),
     _ours("features_udf, float32, engine torch", engine="torch"),
     _ours("features_udf, float32"),
@@ -88,17 +89,17 @@ def find(name: str) -> Approach:
 
 @dataclass(frozen=True)
 class Stage:
-    """Approaches that are compared: the same images and model, interleaved in rounds.
+    """Approaches that are compared on the same images and model, interleaved in rounds.
 
     Attributes:
-        model: A name of ``torchvision.models``.
-        image_set: A name of ``images.RECIPES``, or ``"folder"``.
-        approaches: Names; the baseline is always among them.
-        ceilings: Engine and precision of the forward passes that are measured beside them.
-        one_worker: The approaches that are measured with one worker too.
-        images: How many images of the set; all of them where ``None``.
-        seconds: What one timed run should last.
-        rounds: How often each is timed.
+        model: Name in ``torchvision.models``.
+        image_set: Name in ``images.RECIPES``, or ``"folder"``.
+        approaches: Their names, including the baseline.
+        ceilings: Engine and precision of each forward pass that is measured as a ceiling.
+        one_worker: Approaches that are also measured with one worker.
+        images: Number of images from the set, or ``None`` for all of them.
+        seconds: Target duration of a timed run.
+        rounds: Number of timed runs of each approach.
     """
 
     model: str
@@ -125,7 +126,7 @@ STAGES = (
         approaches=tuple(approach.name for approach in APPROACHES if "scaled" not in approach.name),
         ceilings=_OPENVINO,
         one_worker=_OURS[:2],
-        seconds=10,  # a job's fixed 0.3 s is then 3 % of it
+        seconds=10,  # keeps the fixed 0.3 s of a job at 3 %
         rounds=3,
     ),
     Stage("resnet50", "web", (BASELINE, *_OURS[:2])),
@@ -140,9 +141,9 @@ STAGES = (
         ),
         seconds=7,
     ),
-    # Not int8: its calibration alone would take a minute.
+    # No int8: calibration would take a minute.
     Stage("mobilenet_v3_large", "small", (BASELINE, *_OURS[:2]), _OPENVINO[:2]),
-    # No ceilings either: their conversion alone would take minutes.
+    # No ceilings either: conversion would take minutes.
     Stage("vit_b_16", "small", (BASELINE, *_OURS[:2]), images=16),
 )
 

@@ -1,8 +1,8 @@
-"""What a user would write instead: four UDFs of a binary column, all returning pooled vectors.
+"""The alternatives that users write: four UDFs on a binary column, all returning pooled vectors.
 
-Each is written the way its guide or documentation writes it, and made to work where that one does
-not, in its own favour. Nothing sets thread counts: Spark gives each Python worker
-``OMP_NUM_THREADS=1`` (``spark.task.cpus``), which PyTorch obeys.
+Each follows its guide or documentation. Code that does not work there is fixed, in favour of the
+alternative. Thread counts are left to Spark, which sets ``OMP_NUM_THREADS=1``
+(``spark.task.cpus``) in each Python worker; PyTorch follows it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ VECTOR = ArrayType(FloatType())
 
 
 def rowwise_udf(model: str = "resnet50", weights: str = "random") -> Any:
-    """A plain UDF, one image a forward pass; the model is loaded once per worker process."""
+    """Returns a plain UDF: one image per forward pass, one model per worker process."""
 
     return udf(lambda content: _one_image(_load_once(model, weights), model, content), VECTOR)
 
 
 def broadcast_udf(model: str = "resnet50", weights: str = "random") -> Any:
-    """The same with a broadcast ``state_dict``, from which each worker rebuilds the model once."""
+    """Returns the same UDF with a broadcast ``state_dict``; each worker rebuilds the model once."""
     state_dict = _broadcast(load_feature_model(model, weights))
     key = uuid.uuid4().hex
     return udf(
@@ -45,10 +45,10 @@ def broadcast_udf(model: str = "resnet50", weights: str = "random") -> Any:
 
 
 def guide_pandas_udf(model: str = "resnet50", weights: str = "random") -> Any:
-    """The iterator pandas UDF of the Databricks guides to distributed inference with PyTorch.
+    """Returns the iterator pandas UDF of the Databricks guides to inference with PyTorch.
 
-    The model comes from a broadcast and is built once per task iterator; a ``DataLoader`` over each
-    Arrow batch decodes and stacks.
+    The model is broadcast and rebuilt once per task. A ``DataLoader`` over each Arrow batch decodes
+    and stacks the images.
     """
     state_dict = _broadcast(load_feature_model(model, weights))
 
@@ -65,11 +65,11 @@ def guide_pandas_udf(model: str = "resnet50", weights: str = "random") -> Any:
 
 
 def predict_batch(model: str = "resnet50", weights: str = "random") -> Any:
-    """Spark's own ``predict_batch_udf``.
+    """Returns Spark's ``predict_batch_udf``.
 
-    Its documentation maps a scalar column to a one-dimensional array, so ``predict`` gets the
-    encoded bytes and decodes them. The other way that it allows, a first UDF that decodes to a
-    tensor column, sends 150,528 floats an image through Arrow three times: it would be slower.
+    It passes a scalar column to ``predict`` as a one-dimensional array, so ``predict`` decodes the
+    bytes. A separate UDF that decodes into a tensor column would be slower: it would send 150,528
+    floats per image through Arrow three times.
     """
 
     def make_predict() -> Callable[[np.ndarray], np.ndarray]:
@@ -87,7 +87,7 @@ def predict_batch(model: str = "resnet50", weights: str = "random") -> Any:
 
 
 class ImageDataset(Dataset[torch.Tensor]):
-    """Encoded images as the tensors of a preset."""
+    """Decodes images and applies a preset."""
 
     def __init__(self, contents: pd.Series, preprocess: Callable[[Any], torch.Tensor]) -> None:
         self.contents = contents.tolist()
@@ -100,8 +100,9 @@ class ImageDataset(Dataset[torch.Tensor]):
         return self.preprocess(decode(self.contents[index]))
 
 
-# These keep one model a process because pickle stores a module's function by its name. A cache in a
-# closure, or a global dictionary that a closure names, would be pickled along and filled per task.
+# These caches keep one model per process, because pickle stores a module's function by name. A
+# cache in a closure, or a global dictionary that a closure uses, would be pickled and filled per
+# task.
 @functools.cache
 def _load_once(model: str, weights: str) -> nn.Module:
     return load_feature_model(model, weights)

@@ -1,8 +1,8 @@
-"""Forward passes alone: the images/s that no UDF with the same engine and precision can exceed.
+"""Forward passes only: the images/s that no UDF with the same engine and precision can exceed.
 
-The thread layout is the one of the Spark rows: as many processes as Spark has workers, one thread
-each, all at work at the same time. There is no Spark, no decoding and no copy of the input; the
-batch size is the best of ``BATCH_SIZES`` for each engine.
+The thread layout is that of the Spark rows: as many processes as Spark has workers, with one thread
+each, all running at the same time. There is no Spark, no decoding and no copy of the input. The
+batch size is the best one in ``BATCH_SIZES`` for each engine.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ PROBE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs forward passes.
+    """A model and the library that runs it.
 
     Attributes:
         name: ``"torch"`` or ``"openvino"``.
         precision: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
-        model: A name of ``torchvision.models``; with int8 the ``.xml`` file of a quantized model.
-        input_size: The side of its images, in pixels.
+        model: Name in ``torchvision.models``, or the ``.xml`` file of a quantized model for int8.
+        input_size: Width and height of the images, in pixels.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Engine:
     input_size: int = 224
 
     def load(self) -> Callable[[int], Callable[[], Any]]:
-        """A function of the batch size that returns a function that runs one forward pass."""
+        """Loads the model and returns a function that makes a forward pass for a batch size."""
         return self._load_openvino() if self.name == "openvino" else self._load_torch()
 
     def _load_torch(self) -> Callable[[int], Callable[[], Any]]:
@@ -50,7 +50,9 @@ class Engine:
 
         dtype = getattr(torch, self.precision)
         net = load_feature_model(self.model)
-        if not self.model.startswith("vit_"):  # no batch norm to fold, and no symbolic trace
+        if not self.model.startswith(
+            "vit_"
+        ):  # has no batch norms, and cannot be traced symbolically
             net = fuse(net)
         net = net.to(dtype=dtype, memory_format=torch.channels_last)
 
@@ -71,7 +73,7 @@ class Engine:
 
         import numpy as np
 
-        # Its import would start a process to send an event over the network.
+        # Importing it starts a process that sends an event over the network.
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
         import openvino
         import torch
@@ -96,7 +98,7 @@ class Engine:
                 "INFERENCE_PRECISION_HINT": hint,
                 "INFERENCE_NUM_THREADS": 1,
                 "NUM_STREAMS": 1,
-                # Each process would pin its thread to the first core.
+                # With pinning, all processes would use the first core.
                 "ENABLE_CPU_PINNING": False,
             },
         )
@@ -105,7 +107,7 @@ class Engine:
 
         def prepare(batch_size: int) -> Callable[[], Any]:
             sides = (self.input_size, self.input_size)
-            # imagevec's own graphs take (N, S, S, 3).
+            # imagevec's graphs take (N, S, S, 3).
             is_imagevecs = compiled.input(0).partial_shape[3] == 3
             shape = (batch_size, *sides, 3) if is_imagevecs else (batch_size, 3, *sides)
             images = (np.random.default_rng(0).random(shape) * 255).astype(dtype)
@@ -116,7 +118,7 @@ class Engine:
 
 
 class Ceiling:
-    """Processes that run forward passes on request; a context manager that ends them."""
+    """Processes that run forward passes on request; a context manager that stops them."""
 
     def __init__(self, engine: Engine, processes: int) -> None:
         self.engine = engine
@@ -124,7 +126,7 @@ class Ceiling:
         self.images_per_second = 0.0
         self._pipes: list[Connection] = []
         self._stack = ExitStack()
-        # Spawned: a fork would copy the driver's connection to the JVM.
+        # Not forked: a fork would copy the driver's connection to the JVM.
         context = multiprocessing.get_context("spawn")
         for _ in range(processes):
             ours, theirs = context.Pipe()
@@ -149,7 +151,7 @@ class Ceiling:
         self._stack.close()
 
     def seconds(self, images: int) -> float:
-        """Until the last process has done its share of so many images."""
+        """Returns the seconds until the last process has finished its share of the images."""
         return self._seconds(self.batch_size, images)
 
     def _rate(self, batch_size: int) -> float:

@@ -1,8 +1,8 @@
-"""What a start costs: importing imagevec, and a new worker's way to its first vector.
+"""Measures startup: importing imagevec, and the time to the first vector of a new worker.
 
     python -m benchmarks.cold_start
 
-Each figure is the median of three new processes. It writes ``results/cold_start.md``.
+Each figure is the median over three new processes. Writes ``results/cold_start.md``.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ IMPORTS = ("import imagevec", "from imagevec import features_udf")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--queries", action="store_true", help="print the figures of one session")
-    parser.add_argument("--nothing", action="store_true", help="the first query of a trivial UDF")
-    parser.add_argument("--daemon", action="store_true", help="with imagevec.spark.daemon")
+    parser.add_argument(
+        "--queries", action="store_true", help="measure one session and print its figures"
+    )
+    parser.add_argument(
+        "--nothing", action="store_true", help="measure the first query of a UDF that does nothing"
+    )
+    parser.add_argument("--daemon", action="store_true", help="use imagevec.spark.daemon")
     arguments = parser.parse_args()
     if arguments.queries:
         print(*query_seconds(DAEMON if arguments.daemon else {}))
@@ -40,7 +44,7 @@ def main() -> None:
     if arguments.nothing:
         print(nothing_seconds())
         return
-    lines = ["| what | seconds |", "|---|---:|"]
+    lines = ["| measurement | seconds |", "|---|---:|"]
     for code in IMPORTS:
         lines.append(f"| `{code}` | {statistics.median(import_seconds(code)):.2f} |")
     for daemon in (False, True):
@@ -48,15 +52,15 @@ def main() -> None:
         making, again, first, second = (
             statistics.median(figures) for figures in zip(*runs, strict=True)
         )
-        name = "`imagevec.spark.daemon`" if daemon else "Spark's own daemon"
+        name = "`imagevec.spark.daemon`" if daemon else "Spark's daemon"
         lines += [
-            f"| {name}: making the UDF (converted model in the cache) | {making:.2f} |",
-            f"| {name}: making it again | {again:.3f} |",
+            f"| {name}: create the UDF (converted model in the cache) | {making:.2f} |",
+            f"| {name}: create it again | {again:.3f} |",
             f"| {name}: first query, two new workers, one image each | {first:.2f} |",
             f"| {name}: second query | {second:.2f} |",
         ]
     nothing = statistics.median(float(_output(NOTHING).strip()) for _ in range(RUNS))
-    lines.append(f"| a UDF that does nothing, Spark's own daemon: first query | {nothing:.2f} |")
+    lines.append(f"| Spark's daemon: first query of a UDF that does nothing | {nothing:.2f} |")
     table = "\n".join(lines) + "\n"
     RESULT.write_text(table)
     print(table)
@@ -73,7 +77,7 @@ def queries_in_a_new_process(daemon: bool) -> list[float]:
 
 
 def query_seconds(conf: dict[str, str]) -> tuple[float, float, float, float]:
-    """Of making the UDF twice, of the first query, and of the second, with ResNet-50 in float32."""
+    """Returns the seconds to create the UDF, twice, and to run two queries (ResNet-50, float32)."""
     from imagevec import make_features_udf
 
     contents = generated("small").contents()[:2]
@@ -89,7 +93,7 @@ def query_seconds(conf: dict[str, str]) -> tuple[float, float, float, float]:
 
 
 def nothing_seconds() -> float:
-    """What Spark itself takes for a first query with two new workers."""
+    """Returns the seconds that Spark itself needs for a first query with two new workers."""
 
     with session(2) as spark:
 

@@ -1,9 +1,9 @@
-"""``imagevec extract`` beside ``features_udf`` and ``write.parquet``, on a table and on files.
+"""Compares ``imagevec extract`` with ``features_udf`` and ``write.parquet``, on tables and files.
 
     python -m benchmarks.extract
 
-Each run is a process of its own, and its time is that of the process: the start of Spark, reading
-from disk, vectors on disk. ``make bench`` does the same and puts the figures into its result.
+Each run is a separate process. Its time is that of the whole process: starting Spark, reading from
+disk, and writing vectors to disk. ``make bench`` runs it too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ _IMAGE_BYTES = 110_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plain", nargs=3, metavar=("KIND", "SRC", "DEST"), help="one such run")
+    parser.add_argument(
+        "--plain", nargs=3, metavar=("KIND", "SRC", "DEST"), help="do one run with features_udf"
+    )
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
@@ -48,14 +50,14 @@ def main() -> None:
 
 
 def write(result: dict[str, Any]) -> None:
-    """To ``results/extract.json`` and ``.md``."""
+    """Writes ``results/extract.json`` and ``.md``."""
     (RESULTS / "extract.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "extract.md").write_text(markdown(result) + "\n")
     print(markdown(result))
 
 
 def measure(rows: int = ROWS, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Seconds of each contestant, round by round, interleaved."""
+    """Times each contestant in interleaved rounds."""
     folder = (CACHE / "extract" / str(rows)).resolve()
     double = folder.with_name(str(2 * rows))
     write_images(folder, rows)
@@ -79,7 +81,7 @@ def measure(rows: int = ROWS, rounds: int = ROUNDS) -> dict[str, Any]:
     }
     print(f"\nextract: {rows} images", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    _plain("table", folder / "table", dest)  # converts the model, fills the caches
+    _plain("table", folder / "table", dest)  # converts the model and fills the caches
     for number in range(rounds):
         print(f" round {number + 1}", flush=True)
         for name, run in contestants.items():
@@ -96,12 +98,12 @@ def measure(rows: int = ROWS, rounds: int = ROUNDS) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of a result."""
+    """Returns the tables of a result."""
     seconds, model = result["seconds"], result["model"]
     lines = [
-        f"{result['rows']:,} JPEGs of 500x375 and 117 KB on disk to vectors on disk, "
-        f"{model['model']}, {model['precision']}, {result['machine']['cpu']}, "
-        f"{result['machine']['cores']} cores, `local[2]`: seconds of a whole process.",
+        f"{result['rows']:,} JPEGs of 500x375 and 117 KB on disk to vectors on disk "
+        f"({model['model']}, {model['precision']}). {result['machine']['cpu']}, "
+        f"{result['machine']['cores']} cores, `local[2]`. Each time is that of a whole process.",
         "",
     ]
     lines += ["| run | seconds | by round |", "|---|---:|---|"]
@@ -112,8 +114,8 @@ def markdown(result: dict[str, Any]) -> str:
     for kind in ("table", "files"):
         whole, double = seconds[f"{kind}, extract"], seconds[f"{kind}, extract, twice the rows"]
         ratios = {
-            "extract over plain": zip(whole, seconds[f"{kind}, plain"], strict=True),
-            "twice the rows over the rows": zip(double, whole, strict=True),
+            "extract / plain": zip(whole, seconds[f"{kind}, plain"], strict=True),
+            "twice the rows / the rows": zip(double, whole, strict=True),
         }
         for name, pairs in ratios.items():
             figures = [a / b for a, b in pairs]
@@ -123,7 +125,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def write_images(folder: Path, rows: int) -> None:
-    """``table/`` and ``files/``: the same images, each unlike the others by its last bytes."""
+    """Writes the same images to ``table/`` and ``files/``. The last bytes make each one unique."""
     done = folder / "done"
     if done.exists():
         return
@@ -148,7 +150,7 @@ def write_images(folder: Path, rows: int) -> None:
 
 
 def plain(kind: str, src: str, dest: str) -> None:
-    """What a user would write who knows ``features_udf``."""
+    """Does the same with ``features_udf`` and ``write.parquet``."""
     conf = recommended_conf(image_bytes=_IMAGE_BYTES, executor_cores=1)
     with session(2, conf) as spark:
         if kind == "table":

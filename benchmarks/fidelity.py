@@ -1,8 +1,9 @@
-"""What each precision and ``decode="scaled"`` do to the vectors, on real photos with real weights.
+"""Measures how precision and ``decode="scaled"`` change vectors, with real photos and weights.
 
-``python -m benchmarks.fidelity SHARED`` reads a folder with ``weights/squeezenet1_1.pth``, the
-retrieval split ``data/clothing/{gallery,query}/<class>/*.jpg`` and larger photos under
-``data/hostile/exif-orientation``. It needs the extras ``demo`` and ``quantize``.
+``python -m benchmarks.fidelity SHARED`` reads a folder that contains
+``weights/squeezenet1_1.pth``, the retrieval split ``data/clothing/{gallery,query}/<class>/*.jpg``
+and larger photos in ``data/hostile/exif-orientation``. It requires the extras ``demo`` and
+``quantize``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def measure(shared: Path, folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each model and way of computing its vectors."""
+    """Yields one row per model and way of computing its vectors."""
     gallery = sorted((shared / "data/clothing/gallery").glob("*/*.jpg"))
     queries = sorted((shared / "data/clothing/query").glob("*/*.jpg"))
     large = sorted((shared / "data/hostile/exif-orientation").glob("*.jpg"))
@@ -61,7 +62,7 @@ def measure(shared: Path, folder: Path) -> Iterator[dict[str, Any]]:
         }
         if model == "squeezenet1_1":
             exact = reference_vectors(path, queries)
-            yield row(model, "float32 to torchvision's", vectors(options, queries), exact)
+            yield row(model, "float32 vs. torchvision", vectors(options, queries), exact)
         exact = {"gallery": vectors(options, gallery), "query": vectors(options, queries)}
         for name, way in ways.items():
             of_queries = vectors(way, queries)
@@ -72,13 +73,13 @@ def measure(shared: Path, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def vectors(options: dict[str, Any], paths: list[Path]) -> np.ndarray:
-    """float32 ``(N, D)``."""
+    """Returns float32 ``(N, D)``."""
     vectorizer = ImageVectorizer(on_error="raise", **options)
     return np.array([vectorizer.extract_features(str(path)) for path in paths], np.float32)
 
 
 def reference_vectors(weights: Path, paths: list[Path]) -> np.ndarray:
-    """torchvision's own SqueezeNet 1.1 and preset, on images that Pillow decoded."""
+    """Computes vectors with torchvision's SqueezeNet 1.1 and preset; Pillow decodes the images."""
     model = torchvision.models.squeezenet1_1().eval()
     model.load_state_dict(torch.load(weights, weights_only=True))
     model.classifier = nn.AdaptiveAvgPool2d(1)
@@ -102,7 +103,7 @@ def row(model: str, way: str, found: np.ndarray, exact: np.ndarray) -> dict[str,
 def knn_accuracy(
     gallery: np.ndarray, gallery_paths: list[Path], queries: np.ndarray, query_paths: list[Path]
 ) -> float:
-    """The share of queries for whose class most of the 5 nearest vote; ties go to the nearer."""
+    """Returns the share of queries whose 5 nearest vote for their class; ties go to the nearer."""
     classes = np.array([path.parent.name for path in gallery_paths])
     nearest = np.argsort(-unit(queries) @ unit(gallery).T, axis=1, kind="stable")[:, :NEIGHBOURS]
     votes = [max(names, key=lambda name: (names == name).sum()) for names in classes[nearest]]

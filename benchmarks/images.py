@@ -1,7 +1,7 @@
-"""The images of a benchmark: the files of a folder, or photo-like JPEGs that are generated once.
+"""The images of a benchmark: files in a folder, or photo-like JPEGs that are generated once.
 
-A generated image has what makes a photograph cost what it costs to decode: a natural (1/f)
-spectrum, occluding edges, and sensor noise as strong as it takes to make the file as large.
+A generated image costs as much to decode as a photograph: it has a natural (1/f) spectrum,
+occluding edges, and enough sensor noise to reach the same file size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a set is generated. ``sizes`` maps (width, height) to its share of the images."""
+    """Parameters of a generated set. ``sizes`` maps (width, height) to its share of the images."""
 
     sizes: dict[tuple[int, int], int]
     median_bytes: int
@@ -48,7 +48,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Encoded images, as files."""
+    """A set of image files."""
 
     name: str
     paths: tuple[Path, ...]
@@ -57,7 +57,7 @@ class ImageSet:
         return [path.read_bytes() for path in self.paths]
 
     def summary(self) -> dict[str, Any]:
-        """What a result says about its images: nothing that tells where they lie."""
+        """Describes the images for a result, without their paths."""
         sizes = []
         for path in self.paths:
             with Image.open(path) as image:
@@ -73,15 +73,15 @@ class ImageSet:
 
 
 def from_folder(folder: Path, count: int | None = None) -> ImageSet:
-    """The first images under a folder, sorted by path."""
+    """Returns the first images under a folder, sorted by path."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise SystemExit(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+        raise SystemExit(f"{folder} contains no images ({', '.join(SUFFIXES)})")
     return ImageSet("folder", tuple(paths[:count]))
 
 
 def generated(name: str, count: int | None = None) -> ImageSet:
-    """A set of ``RECIPES``; image ``i`` is the same whatever the count."""
+    """Returns a set of ``RECIPES``. Image ``i`` does not depend on the count."""
     recipe = RECIPES[name]
     recipe = dataclasses.replace(recipe, count=count or recipe.count)
     folder = CACHE / "images" / name
@@ -96,7 +96,7 @@ def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
-    shutil.move(file.name, path)  # an interrupted run leaves no half file
+    shutil.move(file.name, path)  # an interrupted run leaves no partial file
 
 
 def _jpeg(recipe: Recipe, rng: np.random.Generator) -> bytes:
@@ -106,7 +106,7 @@ def _jpeg(recipe: Recipe, rng: np.random.Generator) -> bytes:
     target_bytes = recipe.median_bytes * width * height / typical_area * rng.lognormal(0, 0.25)
     scene = _scene(width, height, rng)
     noise = rng.standard_normal((height, width, 1), dtype=np.float32)
-    low, high = 0.0, 40.0  # of the noise, in grey levels
+    low, high = 0.0, 40.0  # noise, in grey levels
     for _ in range(7):
         sigma = (low + high) / 2
         content = _encode(scene + sigma * noise, recipe.quality)
@@ -121,10 +121,10 @@ def _encode(pixels: np.ndarray, quality: int) -> bytes:
 
 
 def _scene(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """float32 ``(height, width, 3)``: overlapping shapes, lit from one side, with 1/f texture."""
+    """Draws float32 ``(height, width, 3)``: overlapping shapes, side light and 1/f texture."""
     image = Image.new("RGB", (width, height), _colour(rng))
     draw = ImageDraw.Draw(image)
-    # Radii of a power law, large shapes first: "dead leaves", whose edges and spectrum are natural.
+    # Power-law radii, large shapes first: a "dead leaves" model, with natural edges and spectrum.
     radii = np.sort(0.012 * (1 - rng.random(220)) ** -0.7)[::-1] * max(width, height)
     for radius in radii:
         _shape(draw, rng.random(2) * (width, height), min(radius, width), rng)
@@ -147,13 +147,13 @@ def _shape(
 
 
 def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
-    """Muted, as most of a photograph is: one grey level, and a little of each channel."""
+    """Returns a muted colour, as in most of a photograph: a grey level with small variations."""
     red, green, blue = np.clip(rng.uniform(30, 225) + rng.normal(0, 22, 3), 0, 255).astype(int)
     return int(red), int(green), int(blue)
 
 
 def _natural_texture(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """float32 ``(height, width)`` of unit variance, with amplitude 1/f."""
+    """Returns float32 ``(height, width)`` with unit variance and amplitude 1/f."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
     spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency
@@ -162,5 +162,5 @@ def _natural_texture(width: int, height: int, rng: np.random.Generator) -> np.nd
 
 
 def dealt(items: Sequence[Any], hands: int) -> list[list[Any]]:
-    """Items in as many lists, dealt like cards: of equal length, and alike."""
+    """Deals items into ``hands`` lists, like cards, so that all lists are similar."""
     return [list(items[start::hands]) for start in range(hands)]

@@ -1,10 +1,10 @@
-"""A table of a million keys, extracted with a small driver: its time, and what its heap holds.
+"""Measures time and heap of extracting a table of a million keys with a small driver.
 
     python -m benchmarks.keys
 
-The images have one pixel and the model is tiny, so that the keys are what it costs. The heap is
-that of Spark's JVM, which in local mode runs the tasks, too, as often as the garbage collector says
-what is alive. It writes ``results/keys.md``.
+The images have one pixel and the model is tiny, so that the keys dominate the cost. The heap is
+that of Spark's JVM, which also runs the tasks in local mode. It is sampled after garbage
+collections. Writes ``results/keys.md``.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _LOOK_EVERY_SECONDS = 5.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, help="one run over so many keys, to JSON")
+    parser.add_argument("--count", type=int, help="extract this many keys once and print JSON")
     arguments = parser.parse_args()
     if arguments.count:
         print(json.dumps(run(arguments.count)))
         return
     lines = [
-        "| keys | run | seconds | images/s | live heap of the JVM, MB, highest |",
+        "| keys | run | seconds | images/s | peak live heap of the JVM, MB |",
         "|---:|---|---:|---:|---:|",
     ]
     for count in COUNTS:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def run(count: int) -> dict[str, dict[str, float]]:
-    """All of it, then a run with nothing to do, then one after a fifth of the rows was lost."""
+    """Extracts all rows, then none, then a fifth of them after their files were deleted."""
     folder = CACHE / "keys"
     write_table(folder / f"{count}", count)
     dest = folder / "features"
@@ -66,8 +66,8 @@ def run(count: int) -> dict[str, dict[str, float]]:
     register_model("pixels", pixels, preprocessing=Preprocessing(resize_size=32, crop_size=32))
     result = {}
     with session(2, {"spark.driver.memory": HEAP}) as spark:
-        for name in ("all", "nothing to do", "after a fifth was lost"):
-            if name == "after a fifth was lost":
+        for name in ("all", "nothing to do", "a fifth deleted"):
+            if name == "a fifth deleted":
                 files = sorted(dest.glob("*.parquet"))
                 for file in files[: len(files) // 5]:
                     file.unlink()
@@ -91,7 +91,7 @@ def run(count: int) -> dict[str, dict[str, float]]:
 
 
 class Heap:
-    """Asks a JVM now and then how much of its heap is alive, while a block runs."""
+    """Samples the live heap of a JVM while a block runs."""
 
     def __init__(self, spark: object) -> None:
         self._jvm = spark._jvm  # type: ignore[attr-defined]
@@ -116,7 +116,7 @@ class Heap:
 
 
 def pixels() -> nn.Module:
-    """A model that costs next to nothing."""
+    """Builds a model that costs almost nothing."""
     return nn.Sequential(nn.Conv2d(3, 8, 32), nn.Flatten(), nn.Linear(8, 8))
 
 

@@ -1,4 +1,4 @@
-"""What a result says about where it was measured: the hardware and versions, no names nor paths."""
+"""The hardware and versions that a result records; no host names and no paths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = (
     "ray",
     "daft",
 )
-# The instructions that decide what a forward pass costs at each precision.
+# Instructions that determine the cost of a forward pass in each precision.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
+    """Returns the versions of Python and of the installed packages."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,7 +1,7 @@
-"""Peak memory of a Python worker: one approach alone, in a Spark session of its own.
+"""Measures the peak memory of a Python worker for one approach, in a separate Spark session.
 
-Run by ``benchmarks.run`` as a process of its own, because a worker that served other approaches
-before still holds their models.
+``benchmarks.run`` starts it as a separate process, because a worker that has run other approaches
+still holds their models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAMPLE_SECONDS = 0.1
 
 
 def measure(approach: str, model: str, image_set: str, images: int, workers: int) -> dict[str, Any]:
-    """The figures of ``_measure``, from a new process."""
+    """Runs ``_measure`` in a new process."""
     arguments = [approach, model, image_set, str(images), str(workers)]
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -34,7 +34,7 @@ def measure(approach: str, model: str, image_set: str, images: int, workers: int
 def _measure(
     approach: str, model: str, image_set: str, images: int, workers: int
 ) -> dict[str, Any]:
-    """Peak RSS after a quarter of the images, and after all of them: it must not grow."""
+    """Measures peak RSS after a quarter of the images and after all: it must not grow."""
     contents = generated(image_set).contents()
     passes = math.ceil(images / len(contents))
     with session(workers) as spark, PeakMemory() as peak:
@@ -52,7 +52,7 @@ def _measure(
 
 
 class PeakMemory:
-    """The largest resident set of any PySpark worker below this process, sampled in a thread."""
+    """Samples the largest RSS of any PySpark worker under this process, in a thread."""
 
     def __init__(self) -> None:
         self.megabytes = 0.0
@@ -74,7 +74,7 @@ class PeakMemory:
                     if "pyspark.daemon" in process.cmdline():
                         self.megabytes = max(self.megabytes, process.memory_info().rss / 1e6)
                 except psutil.Error:
-                    continue  # it ended meanwhile
+                    continue  # it has ended
 
 
 if __name__ == "__main__":

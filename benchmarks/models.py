@@ -1,6 +1,6 @@
-"""The model, the preset and the decoding that every approach but ours is written with.
+"""The model, preset and decoding that all approaches except imagevec use.
 
-It is plain torchvision and Pillow, as their own documentation shows them.
+This is plain torchvision and Pillow, as in their documentation.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import nn
 
 
 def load_feature_model(model: str, weights: str = "random") -> nn.Module:
-    """A torchvision model whose output is its pooled vector: float32 (N, 3, S, S) -> (N, D).
+    """Returns a torchvision model that outputs pooled vectors: float32 (N, 3, S, S) -> (N, D).
 
     Args:
-        model: A name of ``torchvision.models``.
-        weights: ``"random"`` (seed 0), a path to a ``.pth`` file, or a torchvision weights name.
+        model: Name in ``torchvision.models``.
+        weights: ``"random"`` (seed 0), path of a ``.pth`` file, or name of torchvision weights.
     """
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
@@ -35,7 +35,7 @@ def load_feature_model(model: str, weights: str = "random") -> nn.Module:
 
 
 def without_classifier(net: nn.Module) -> nn.Module:
-    """Puts the identity in the place of the last linear layer: ``model.fc = nn.Identity()``."""
+    """Replaces the last linear layer with the identity, as in ``model.fc = nn.Identity()``."""
     if isinstance(net, torchvision.models.SqueezeNet):  # classifies with a convolution
         net.classifier = nn.AdaptiveAvgPool2d(1)
         return net
@@ -46,11 +46,11 @@ def without_classifier(net: nn.Module) -> nn.Module:
 
 
 def preset(model: str) -> Any:
-    """torchvision's preset of the default weights: a PIL image -> float32 (3, S, S)."""
+    """Returns torchvision's preset of the default weights: PIL image -> float32 (3, S, S)."""
     return torchvision.models.get_model_weights(model).DEFAULT.transforms()
 
 
 def decode(content: bytes) -> Image.Image:
-    # Few people turn an image as its EXIF says; without it the approaches would not be
-    # comparable on photographs of one's own. It costs nothing where there is no EXIF.
+    # Most code ignores EXIF orientation. It is applied here so that approaches are comparable on
+    # real photos; without EXIF data it costs nothing.
     return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")

@@ -1,4 +1,4 @@
-"""A result's JSON to its Markdown table and chart, and to the table of the README."""
+"""Converts a result's JSON to Markdown tables, to charts, and to the figures in the README."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import BASELINE
+
 README = Path("README.md")
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+
+README_STAGE = "resnet50, small"
 
 _COLOURS = {"float32": "#3b6fb6", "bfloat16": "#2a9d6f", "int8": "#d1862b"}
 _BASELINE_COLOUR = "#9a9a9a"
@@ -18,7 +22,7 @@ _BASELINE_COLOUR = "#9a9a9a"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path, nargs="?", default="benchmarks/results/bench.json")
-    parser.add_argument("--readme", action="store_true", help="refresh the table of the README")
+    parser.add_argument("--readme", action="store_true", help="update the figures in the README")
     arguments = parser.parse_args()
     write(arguments.result)
     if arguments.readme:
@@ -26,26 +30,54 @@ def main() -> None:
 
 
 def write(path: Path) -> None:
-    """Writes a ``.md`` and a ``.png`` beside a result's ``.json``."""
+    """Writes the tables and charts next to a result's ``.json``.
+
+    ``<name>.png`` shows the first stage, and ``<name>-all.png`` the others, if any.
+    """
     result = json.loads(path.read_text())
     path.with_suffix(".md").write_text(markdown(result))
-    chart(result, path.with_suffix(".png"))
+    first, *others = _stages(result)
+    chart(result, [first], path.with_suffix(".png"))
+    if others:
+        chart(result, others, path.with_name(f"{path.stem}-all.png"))
 
 
 def refresh_readme(result: dict[str, Any]) -> None:
-    """Puts the table of the first stage between the README's markers."""
+    """Writes the summary between the README's markers."""
     text = README.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise SystemExit(f"{README} has no {BEGIN} ... {END}")
-    stage = _stages(result)[0]
-    body = "\n\n".join([_stage_line(result, stage), _table(result, stage), _where(result)])
-    README.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")
+        raise SystemExit(f"{README} does not contain {BEGIN} ... {END}")
+    README.write_text(f"{before}{BEGIN}\n{summary(result)}\n{END}{after}")
+
+
+def summary(result: dict[str, Any]) -> str:
+    """One line for the README: ResNet-50 on the small images, with all workers."""
+    machine = result["machine"]
+    images = result["image_sets"][README_STAGE]
+    rows = {row["approach"]: row for row in _compared_rows(result, README_STAGE)}
+
+    def rate(approach: str) -> str:
+        return f"{rows[approach]['images_per_second']:.1f}"
+
+    def ours(precision: str) -> str:
+        approach = f"features_udf, {precision}"
+        ratio = statistics.median(rows[approach]["ratio_to_baseline"])
+        return f"{rate(approach)} in {precision} ({ratio:.2f}x)"
+
+    of_ceiling = statistics.median(rows["features_udf, bfloat16"]["fraction_of_ceiling"])
+    return (
+        f"ResNet-50 on {images['median_size']} JPEGs ({machine['cpu']}, {machine['cores']} cores): "
+        f"a {BASELINE} processes {rate(BASELINE)} images/s; `features_udf` processes "
+        f"{ours('float32')}, {ours('bfloat16')} and {ours('int8')}. In bfloat16, that is "
+        f"{of_ceiling:.0%} of the speed of the forward pass without decoding and Spark. "
+        f"Medians of {len(rows[BASELINE]['seconds'])} rounds, ratios within a round."
+    )
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """All tables of a result."""
+    """Returns all tables of a result."""
     parts = [_where(result)]
     for stage in _stages(result):
         parts += [f"## {stage}", _stage_line(result, stage), _table(result, stage)]
@@ -58,27 +90,28 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def chart(result: dict[str, Any], path: Path) -> None:
-    """One panel a stage: a bar for each row, and a line over it from the worst round to the best.
+def chart(result: dict[str, Any], stages: list[str], path: Path) -> None:
+    """Draws one panel per stage: a bar per approach, and a line from the worst round to the best.
 
-    Our rows are coloured by precision, forward passes alone are hatched, the rest is grey.
+    Bars of this project are coloured by precision, forward passes are hatched, and the others are
+    grey. Labels are readable at a width of 800 pixels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    stages = _stages(result)
-    heights = [len(_rows(result, stage)) + 1.6 for stage in stages]
-    figure = Figure(figsize=(10, 0.36 * sum(heights) + 0.8), layout="constrained")
+    heights = [len(_compared_rows(result, stage)) + 1.6 for stage in stages]
+    figure = Figure(figsize=(8, 0.34 * sum(heights) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(stages), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, stage in zip(panels, stages, strict=True):
-        _draw(panel, _rows(result, stage), _stage_line(result, stage))
-    panels[-1].set_xlabel("images/s (median; the line spans the rounds)")
-    figure.suptitle(_machine_line(result), fontsize=9, color="#555555")
-    figure.savefig(path, dpi=110)
+        _draw(panel, _compared_rows(result, stage))
+        title = f"{stage.partition(',')[0]}, {result['image_sets'][stage]['median_size']} images"
+        panel.set_title(title, loc="left", fontsize=13, fontweight="bold")
+    panels[-1].set_xlabel("images/s (median; the line spans the rounds)", fontsize=12)
+    figure.savefig(path, dpi=200)
 
 
-def _draw(panel: Any, rows: list[dict[str, Any]], title: str) -> None:
+def _draw(panel: Any, rows: list[dict[str, Any]]) -> None:
     rates = [[row["images"] / seconds for seconds in row["seconds"]] for row in rows]
     medians = [row["images_per_second"] for row in rows]
     for place, (row, row_rates, median) in enumerate(zip(rows, rates, medians, strict=True)):
@@ -91,24 +124,30 @@ def _draw(panel: Any, rows: list[dict[str, Any]], title: str) -> None:
             color="white" if ceiling else colour,
             edgecolor=colour,
             hatch="////" if ceiling else None,
-            height=0.72,
+            height=0.75,
         )
-        panel.plot([min(row_rates), max(row_rates)], [place, place], color="black", linewidth=1)
+        panel.plot([min(row_rates), max(row_rates)], [place, place], color="black", linewidth=1.5)
         ratio = row.get("ratio_to_baseline")
-        label = f"{median:.1f}" + (f"  ({statistics.median(ratio):.2f}x)" if ratio else "")
+        label = f"{median:.1f}" + (f" ({statistics.median(ratio):.2f}x)" if ratio else "")
         panel.annotate(
-            label, (max(row_rates), place), (5, 0), textcoords="offset points", va="center"
+            label,
+            (max(row_rates), place),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=13,
         )
-    panel.set_yticks(range(len(rows)), [_label(row) for row in rows])
+    panel.set_yticks(range(len(rows)), [row["approach"] for row in rows], fontsize=13)
+    panel.tick_params(axis="x", labelsize=12)
     panel.invert_yaxis()
-    panel.set_xlim(0, max(map(max, rates)) * 1.18)
-    panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    panel.set_xlim(0, max(map(max, rates)) * 1.4)
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def _table(result: dict[str, Any], stage: str) -> str:
     lines = [
-        "| approach | images/s | x broadcast UDF, by round | of the ceiling | lowest cosine |",
+        "| approach | images/s | speedup over broadcast UDF (by round) | fraction of ceiling "
+        "| lowest cosine |",
         "|---|---:|---|---:|---:|",
     ]
     for row in _rows(result, stage):
@@ -121,17 +160,17 @@ def _table(result: dict[str, Any], stage: str) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     scaling = [
-        f"{row['approach']} {statistics.median(row['scaling']):.2f}x"
+        f"{statistics.median(row['scaling']):.2f}x ({row['approach']})"
         for row in _rows(result, stage)
         if "scaling" in row
     ]
     if scaling:
-        lines += ["", f"From 1 worker to 2: {'; '.join(scaling)}."]
+        lines += ["", f"Speedup from 1 worker to 2: {', '.join(scaling)}."]
     return "\n".join(lines)
 
 
 def _memory_table(figures: list[dict[str, Any]]) -> str:
-    lines = ["| approach | images | peak RSS of a worker, MB |", "|---|---|---|"]
+    lines = ["| approach | images | peak RSS per worker, MB |", "|---|---|---|"]
     for row in figures:
         images, peaks = (" -> ".join(map(str, row[key])) for key in ("images", "peak_rss_mb"))
         lines.append(f"| {row['approach']} ({row['stage']}) | {images} | {peaks} |")
@@ -144,6 +183,12 @@ def _stages(result: dict[str, Any]) -> list[str]:
 
 def _rows(result: dict[str, Any], stage: str) -> list[dict[str, Any]]:
     return [row for row in result["rows"] if row["stage"] == stage]
+
+
+def _compared_rows(result: dict[str, Any], stage: str) -> list[dict[str, Any]]:
+    """The rows of a stage that use all workers."""
+    rows = _rows(result, stage)
+    return [row for row in rows if row["workers"] == rows[0]["workers"]]
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -163,26 +208,21 @@ def _median(figures: list[float] | None) -> str:
 def _stage_line(result: dict[str, Any], stage: str) -> str:
     model = stage.partition(",")[0]
     images = result["image_sets"][stage]
-    kind = "generated photo-like" if images["generated"] else "given"
+    kind = "generated photo-like" if images["generated"] else "user-provided"
     kilobytes = images["median_bytes"] / 1000
     return (
-        f"{model} on {images['count']} {kind} images, "
-        f"median {images['median_size']} and {kilobytes:,.0f} KB"
+        f"{model} on {images['count']} {kind} images "
+        f"(median {images['median_size']}, {kilobytes:,.0f} KB)"
     )
 
 
-def _machine_line(result: dict[str, Any]) -> str:
-    machine, settings = result["machine"], result["settings"]
-    flags = " ".join(machine["flags"])
-    return f"{machine['cpu']}, {machine['cores']} cores ({flags}), {settings['master']}"
-
-
 def _where(result: dict[str, Any]) -> str:
+    machine, settings = result["machine"], result["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    settings = result["settings"]
     return (
-        f"{_machine_line(result)}; medians of interleaved rounds after a "
-        f"warm-up; Arrow batches of {settings['arrow_batch_rows']} rows; {versions}."
+        f"{machine['cpu']}, {machine['cores']} cores ({' '.join(machine['flags'])}), "
+        f"`{settings['master']}`. Medians of interleaved rounds after a warm-up; Arrow batches of "
+        f"{settings['arrow_batch_rows']} rows. Versions: {versions}."
     )
 
 

@@ -1,4 +1,4 @@
-"""The rows of a result, and what is derived from their raw seconds."""
+"""The rows of a result, and the figures derived from their seconds."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ class Row:
     """One approach on one image set with one model.
 
     Attributes:
-        stage: ``<model>, <image set>``: rows are compared within it.
-        approach: What is measured.
-        precision: Of its forward pass.
-        workers: Python worker processes at work.
+        stage: ``<model>, <image set>``. Rows are compared within a stage.
+        approach: Name of the approach.
+        precision: Precision of the forward pass.
+        workers: Number of Python worker processes.
         images: Images in one timed run.
-        seconds: Of the timed run, one for each round.
-        lowest_cosine: To the baseline's vectors, over the image set; none for forward passes alone.
-        lowest_centred_cosine: The same after the set's mean vector is taken off, which the vectors
-            of all images share: it tells images apart where the plain cosine hardly does.
-        batch_size: Of forward passes alone.
-        required_cosine: What ``lowest_cosine`` must reach.
-        start_seconds: Until the workers had the model; not in ``seconds``. Of peers alone.
+        seconds: Duration of the timed run in each round.
+        lowest_cosine: Lowest cosine to the baseline's vectors over the image set; ``None`` for rows
+            that measure only the forward pass.
+        lowest_centred_cosine: The same after the mean vector of the set, which all vectors share,
+            is subtracted. It distinguishes images better than the plain cosine.
+        batch_size: Batch size of rows that measure only the forward pass.
+        required_cosine: Required minimum of ``lowest_cosine``.
+        start_seconds: Seconds until the workers had loaded the model, not part of ``seconds``; only
+            for peers.
     """
 
     stage: str
@@ -49,7 +51,7 @@ class Row:
 
     @property
     def failure(self) -> str | None:
-        """What is wrong with its vectors, if anything."""
+        """The problem with its vectors, if any."""
         if self.lowest_cosine is None or self.lowest_cosine >= (self.required_cosine or 0):
             return None
         return (
@@ -58,14 +60,14 @@ class Row:
         )
 
     def compare(self, vectors: np.ndarray, reference: np.ndarray) -> None:
-        """Notes the cosines of its vectors to the baseline's, both ``(N, D)``."""
+        """Records the cosines of its vectors to the baseline's, both ``(N, D)``."""
         mean = reference.mean(axis=0)
         self.lowest_cosine = _lowest_cosine(vectors, reference)
         self.lowest_centred_cosine = _lowest_cosine(vectors - mean, reference - mean)
 
     @property
     def rates(self) -> list[float]:
-        """images/s, one for each round."""
+        """images/s in each round."""
         return [self.images / seconds for seconds in self.seconds]
 
     @property
@@ -74,10 +76,10 @@ class Row:
 
 
 def derived(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Each row with its figures, round by round: a ratio never mixes two rounds.
+    """Returns the rows with derived figures for each round; a ratio never mixes two rounds.
 
-    ``ratio_to_baseline`` is to the broadcast row-wise UDF; ``fraction_of_ceiling`` to the faster of
-    the forward passes of the same precision; ``scaling``, two workers to one.
+    ``ratio_to_baseline`` compares with the broadcast row-wise UDF, ``fraction_of_ceiling`` with the
+    fastest forward pass of the same precision, and ``scaling`` with one worker.
     """
     rows = list(rows)
     return [_derived(row, [other for other in rows if other.stage == row.stage]) for row in rows]

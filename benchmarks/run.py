@@ -1,4 +1,4 @@
-"""``make bench``: every stage in one run, interleaved in rounds, to JSON, a table and a chart."""
+"""``make bench``: runs all stages in interleaved rounds, and writes JSON, tables and charts."""
 
 from __future__ import annotations
 
@@ -30,20 +30,24 @@ from benchmarks.spark import (
 
 RESULTS = Path("benchmarks/results")
 
-# What is measured, and what times it once: it returns seconds.
+# A row, and a function that runs its approach once and returns the seconds.
 Contestant = tuple[Row, Callable[[], float]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, help="a folder of images instead of generated ones")
-    parser.add_argument("--rounds", type=int, help="of every stage")
-    parser.add_argument("--workers", type=int, default=2, help="of local[N]")
-    parser.add_argument("--stages", nargs="*", help="those whose name has one of these words")
+    parser.add_argument("--rounds", type=int, help="rounds of each stage")
+    parser.add_argument("--workers", type=int, default=2, help="N in local[N]")
     parser.add_argument(
-        "--quick", action="store_true", help="a smoke test: its figures mean nothing"
+        "--stages", nargs="*", help="only stages whose names contain one of these words"
     )
-    parser.add_argument("--output", type=Path, help=f"a folder; {RESULTS} where not --quick")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test; its figures are meaningless"
+    )
+    parser.add_argument(
+        "--output", type=Path, help=f"output folder (default: {RESULTS}, except with --quick)"
+    )
     arguments = parser.parse_args()
     words = arguments.stages or [""]
     stages = [stage for stage in STAGES if any(word in stage.name for word in words)]
@@ -65,7 +69,7 @@ def main() -> None:
 
 
 def measure_columns(stages: list[Stage], arguments: argparse.Namespace) -> None:
-    """The stages of ``features_udf``, to the result."""
+    """Measures the stages of ``features_udf`` and writes the result."""
     start = time.perf_counter()
     result = measure(stages, arguments.workers, arguments.images)
     if not (arguments.quick or arguments.images or arguments.stages):
@@ -76,13 +80,13 @@ def measure_columns(stages: list[Stage], arguments: argparse.Namespace) -> None:
     (output / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     report.write(output / "bench.json")
     print(report.markdown(result))
-    print(f"{result['minutes']} minutes; written to {output}")
+    print(f"{result['minutes']} minutes. Results are in {output}")
     if result["failures"]:
         raise SystemExit("\n".join(result["failures"]))
 
 
 def measure(stages: list[Stage], workers: int, folder: Path | None = None) -> dict[str, Any]:
-    """All stages in one Spark session."""
+    """Measures all stages in one Spark session."""
     rows: list[Row] = []
     image_sets = {}
     with session(workers) as spark:
@@ -94,7 +98,7 @@ def measure(stages: list[Stage], workers: int, folder: Path | None = None) -> di
 
 
 def result_of(spark: SparkSession, rows: list[Row], image_sets: dict[str, Any]) -> dict[str, Any]:
-    """All that the JSON holds."""
+    """Returns the content of the JSON file."""
     arrow = spark.conf.get("spark.sql.execution.pythonUDF.arrow.enabled")
     return {
         "machine": machine(),
@@ -118,14 +122,14 @@ def measure_stage(
     workers: int,
     others: Callable[[np.ndarray], list[Contestant]] | None = None,
 ) -> list[Row]:
-    """Warms every approach up, compares their vectors, then times them in rounds.
+    """Warms up the approaches, compares their vectors, then times them in rounds.
 
     Args:
-        others: What else takes part, from the baseline's vectors.
+        others: Function from the baseline's vectors to further contestants.
     """
     print(f"\n{stage.name}: {len(contents)} images", flush=True)
-    # A model may have left a worker's cache since its last run, and idle workers end after a
-    # minute: a run over these few rows, on all workers, puts things right before each timed run.
+    # A worker's cache may have dropped the model since its last run, and idle workers end after a
+    # minute. A run over these few rows, before each timed run, loads the model in all workers.
     few = image_frame(spark, contents[:workers], workers)
     frames = {count: image_frame(spark, contents, count) for count in {1, workers}}
     contestants: list[Contestant] = []
@@ -160,7 +164,7 @@ def measure_stage(
 
 
 def take_turns(contestants: list[Contestant], rounds: int) -> None:
-    """Times each of them once a round; each round starts elsewhere in their order."""
+    """Times each contestant once per round; each round starts at another one."""
     for number in range(rounds):
         print(f" round {number + 1}", flush=True)
         turn = number * len(contestants) // rounds
@@ -172,7 +176,7 @@ def take_turns(contestants: list[Contestant], rounds: int) -> None:
 def measure_memory(workers: int) -> list[dict[str, Any]]:
     figures = []
     for approach, model, image_set, images in MEMORY:
-        print(f"memory of {approach}, {images} images", flush=True)
+        print(f"memory: {approach}, {images} images", flush=True)
         figures.append(memory.measure(approach, model, image_set, images, workers))
     return figures
 
@@ -191,7 +195,7 @@ def _spark_run(few: Any, frame: Any, features: Any, passes: int) -> Callable[[],
 
 def _ceiling_run(stage: Stage, ceiling: Ceiling, workers: int) -> Contestant:
     engine = ceiling.engine
-    name = f"forward alone, {engine.name}, {engine.precision}"
+    name = f"forward pass only, {engine.name}, {engine.precision}"
     images = round(ceiling.images_per_second * max(1, stage.seconds / 2))
     row = Row(stage.name, name, engine.precision, workers, images, batch_size=ceiling.batch_size)
     return row, lambda: ceiling.seconds(images)

@@ -1,10 +1,10 @@
-"""``nearest`` and ``near_duplicates`` beside NumPy, ``nearestByJoin`` and MLlib's LSH.
+"""Compares ``nearest`` and ``near_duplicates`` with NumPy, ``nearestByJoin`` and MLlib's LSH.
 
     python -m benchmarks.search [CASE...]
 
-Each case is a process of its own, with two Spark workers. ``make bench`` runs them all.
-Tables are drawn around centres, with a fixed seed; with ``pairs``, as many rows are near-copies of
-others, at cosines around 0.97.
+Each case is a separate process with two Spark workers. ``make bench`` runs them all. Vectors are
+drawn around centres, with a fixed seed. With ``pairs``, that many rows are near-copies of others,
+at cosines around 0.97.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from imagevec.search.vectors import folder as served_folder
 RESULTS = Path("benchmarks/results")
 WORKERS = 2
 K = 10
-CONF = {"spark.sql.execution.arrow.maxRecordsPerBatch": 10_000}  # Spark's own
+CONF = {"spark.sql.execution.arrow.maxRecordsPerBatch": 10_000}  # Spark's default
 PAIR_COSINE = 0.97
 _PART_ROWS = 25_000
 _CENTRES = 2_000
-_SPREAD = 1.0  # of the rows around a centre, in lengths of a centre
+_SPREAD = 1.0  # of the vectors around a centre, relative to the centre's length
 _LOOK_EVERY_SECONDS = 1.0
 
 
 def table(rows: int, features: int, pairs: int = 0, seed: int = 0) -> str:
-    """A Parquet table of ``path`` and ``features``, made once; returns its path."""
+    """Creates a Parquet table of ``path`` and ``features``, if needed, and returns its path."""
     folder = CACHE / "search" / f"{rows}x{features}-{pairs}-{seed}"
     if (folder / "_SUCCESS").exists():
         return str(folder)
@@ -62,7 +62,7 @@ def table(rows: int, features: int, pairs: int = 0, seed: int = 0) -> str:
         count = min(_PART_ROWS, rows - begin)
         vectors = centres[chance.integers(0, _CENTRES, count)]
         vectors += _SPREAD * chance.standard_normal(vectors.shape, np.float32)
-        # The last rows of each part are turned copies of its first ones.
+        # The last rows of each part are rotated copies of its first ones.
         copies = pairs * count // rows
         if copies:
             vectors[-copies:] = turned(vectors[:copies], chance)
@@ -78,14 +78,14 @@ def table(rows: int, features: int, pairs: int = 0, seed: int = 0) -> str:
 
 
 def turned(vectors: np.ndarray, chance: np.random.Generator) -> np.ndarray:
-    """Each at a cosine of about ``PAIR_COSINE`` to what it was."""
+    """Returns vectors at a cosine of about ``PAIR_COSINE`` to the given ones."""
     units = neighbours.unit_vectors(vectors)
     noise = neighbours.unit_vectors(chance.standard_normal(vectors.shape, np.float32))
     return PAIR_COSINE * units + math.sqrt(1 - PAIR_COSINE**2) * noise
 
 
 def planted(rows: int, pairs: int) -> set[tuple[str, str]]:
-    """The paths of the pairs in such a table."""
+    """Returns the paths of the planted pairs of such a table."""
     found = set()
     for begin in range(0, rows, _PART_ROWS):
         count = min(_PART_ROWS, rows - begin)
@@ -97,21 +97,20 @@ def planted(rows: int, pairs: int) -> set[tuple[str, str]]:
 
 
 def array(folder: str) -> np.ndarray:
-    """float32 ``(N, D)``."""
+    """Reads the vectors of a table: float32 ``(N, D)``."""
     column = parquet.read_table(folder, columns=["features"]).column(0).combine_chunks()
     return column.flatten().to_numpy().reshape(len(column), -1)
 
 
 def timed(frame: DataFrame) -> float:
-    """Seconds to compute all rows, and nothing more."""
+    """Returns the seconds to compute all rows, without writing them."""
     start = time.perf_counter()
     frame.write.format("noop").mode("overwrite").save()
     return time.perf_counter() - start
 
 
 class Heap:
-    """What is alive in the JVM, at its highest: after a garbage collection, asked for again and
-    again."""
+    """Samples the peak of the JVM's live heap, after garbage collections."""
 
     def __init__(self, spark: SparkSession) -> None:
         self.megabytes = 0.0
@@ -136,7 +135,7 @@ class Heap:
 
 
 def bare_product(vectors: np.ndarray) -> float:
-    """Seconds of all the products of so many unit vectors in one process, and nothing more."""
+    """Returns the seconds to multiply all pairs of unit vectors in one process."""
     units = neighbours.unit_vectors(vectors)
     space = np.empty((2048, len(units)), np.float32)
     start = time.perf_counter()
@@ -147,14 +146,14 @@ def bare_product(vectors: np.ndarray) -> float:
 
 
 def exact() -> dict[str, Any]:
-    """50,000 x 50,000 x 1,280, beside one process of NumPy with two threads."""
+    """50,000 x 50,000 x 1,280, compared with one NumPy process of two threads."""
     folder = table(50_000, 1280)
     vectors = array(folder)
     figures: dict[str, list[float]] = {"product": [], "numpy": [], "nearest": []}
     with session(WORKERS, CONF) as spark:
         features = spark.read.parquet(folder)
         some = features.limit(5_000)
-        timed(nearest(some, some, K))  # the workers start, and the JVM compiles
+        timed(nearest(some, some, K))  # starts the workers and warms up the JVM
         for _ in range(2):
             figures["product"].append(bare_product(vectors))
             start = time.perf_counter()
@@ -167,7 +166,7 @@ def exact() -> dict[str, Any]:
 
 
 def queries() -> dict[str, Any]:
-    """1,000 queries in tables of two sizes, with a heap of 1 GB."""
+    """1,000 queries in tables of two sizes, with a JVM heap of 1 GB."""
     figures: dict[str, Any] = {}
     for rows in (250_000, 1_000_000):
         there = table(rows, 512, 10_000 if rows == 1_000_000 else 0)
@@ -186,7 +185,7 @@ def queries() -> dict[str, Any]:
 
 
 def spark_join() -> dict[str, Any]:
-    """2,000 x 2,000 by ``nearestByJoin``, and ``nearest`` of 50,000 x 50,000: a pair's cost."""
+    """The cost of a pair: ``nearestByJoin`` on 2,000 x 2,000, ``nearest`` on 50,000 x 50,000."""
     figures: dict[str, Any] = {}
     with session(WORKERS, CONF) as spark:
         for features in (512, 1280):
@@ -210,7 +209,7 @@ def spark_join() -> dict[str, Any]:
 
 
 def same_as_numpy() -> dict[str, Any]:
-    """500 queries in 200,000 x 512, beside a plain float64 product and sort in one process."""
+    """500 queries in 200,000 x 512, compared with a float64 product and sort in one process."""
     there, asked = table(200_000, 512), table(500, 512, seed=4)
     with session(WORKERS, CONF) as spark:
         result = nearest(spark.read.parquet(asked), spark.read.parquet(there), K)
@@ -235,7 +234,7 @@ def same_as_numpy() -> dict[str, Any]:
 
 
 def by_join(queries: DataFrame, features: DataFrame) -> DataFrame:
-    """Spark 4.2's own."""
+    """Does the same with ``nearestByJoin`` of Spark 4.2."""
     left = queries.select(F.col("path").alias("query"), F.col("features").alias("asked"))
     cosine = F.vector_cosine_similarity("asked", "features")
     joined = left.nearestByJoin(features, cosine, K, "exact", "similarity")
@@ -243,7 +242,7 @@ def by_join(queries: DataFrame, features: DataFrame) -> DataFrame:
 
 
 def share_of_same(ours: DataFrame, theirs: DataFrame) -> float:
-    """Of the neighbours that both find; another one counts if it is as near, to a step."""
+    """Returns the share of neighbours found by both; an equally near one counts as the same."""
     first = {(row.query, row.neighbour): row.cosine for row in ours.collect()}
     last = {}
     for (query, _), cosine in first.items():
@@ -257,7 +256,7 @@ def share_of_same(ours: DataFrame, theirs: DataFrame) -> float:
 
 
 def duplicates() -> dict[str, Any]:
-    """1,000,000 x 512 with 10,000 planted pairs, by clusters."""
+    """Near-duplicates of 1,000,000 x 512 with 10,000 planted pairs, clustered."""
     rows, pairs = 1_000_000, 10_000
     folder = table(rows, 512, pairs)
     with session(WORKERS, {**CONF, "spark.driver.memory": "1g"}) as spark:
@@ -280,7 +279,7 @@ def duplicates() -> dict[str, Any]:
 
 
 class Compared:
-    """How many pairs the cells have to compare, centroids included."""
+    """Counts the pairs that clustered search compares, including centroids."""
 
     def __init__(self) -> None:
         self.pairs = 0.0
@@ -305,14 +304,14 @@ class Compared:
 
 
 def lsh() -> dict[str, Any]:
-    """Near-duplicates of 20,000 x 512 with 1,000 planted pairs, by MLlib's LSH and by clusters."""
+    """Near-duplicates of 20,000 x 512 with 1,000 planted pairs, by MLlib's LSH and clustered."""
     rows, pairs = 20_000, 1_000  # LSH shuffles 0.4 of all pairs, with their vectors
     folder = table(rows, 512, pairs)
     true = planted(rows, pairs)
     figures: dict[str, Any] = {}
     with session(WORKERS, CONF) as spark:
         features = spark.read.parquet(folder)
-        near_duplicates(features, 0.95, method="clustered").count()  # the JVM compiles
+        near_duplicates(features, 0.95, method="clustered").count()  # warms up the JVM
         start = time.perf_counter()
         groups = near_duplicates(features, 0.95, method="clustered").collect()
         figures["clustered"] = {"seconds": time.perf_counter() - start}
@@ -323,8 +322,8 @@ def lsh() -> dict[str, Any]:
         units = units.withColumn(
             "features", array_to_vector(F.col("features").cast("array<double>"))
         )
-        # By the formula of Datar et al. 2004, so many find 0.966 of the pairs at a cosine of 0.97,
-        # and 0.42 of those at right angles. MLlib projects on unit vectors.
+        # By the formula of Datar et al. 2004, these find 0.966 of the pairs at a cosine of 0.97,
+        # and 0.42 of the orthogonal pairs. MLlib projects onto unit vectors.
         tables, width = 3, 0.6 / math.sqrt(512)
         model = BucketedRandomProjectionLSH(
             inputCol="features",
@@ -334,7 +333,7 @@ def lsh() -> dict[str, Any]:
             seed=0,
         ).fit(units)
         some = units.sample(0.25, seed=0)
-        model.approxSimilarityJoin(some, some, 0.3).count()  # the JVM compiles
+        model.approxSimilarityJoin(some, some, 0.3).count()  # warms up the JVM
         start = time.perf_counter()
         near = model.approxSimilarityJoin(units, units, math.sqrt(2 - 2 * 0.95))
         near = near.select("datasetA.path", F.col("datasetB.path").alias("other"))
@@ -347,7 +346,7 @@ def lsh() -> dict[str, Any]:
 
 
 def clustered() -> dict[str, Any]:
-    """10,000 queries in 1,000,000 x 512, by clusters and exactly."""
+    """10,000 queries in 1,000,000 x 512, clustered and exact."""
     with session(WORKERS, CONF) as spark:
         asked = spark.read.parquet(table(10_000, 512, seed=5))
         there = spark.read.parquet(table(1_000_000, 512, 10_000))
@@ -364,7 +363,7 @@ def clustered() -> dict[str, Any]:
 
 
 def libraries() -> dict[str, Any]:
-    """The product and the best ten, 4,096 x 50,000 x 1,280: ours on NumPy, and faiss's."""
+    """The ten nearest of 4,096 x 50,000 x 1,280, by imagevec on NumPy and by faiss."""
     import faiss
 
     vectors = neighbours.unit_vectors(array(table(50_000, 1280)))
@@ -386,7 +385,7 @@ def libraries() -> dict[str, Any]:
 
 
 def similar() -> dict[str, Any]:
-    """``imagevec similar`` on a table of 200,000 x 1,280, for an image that is in it."""
+    """``imagevec similar`` on a table of 200,000 x 1,280, for an image in the table."""
     folder = table(200_000, 1280)
     command = [
         sys.executable,
@@ -427,7 +426,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", default=list(CASES))
-    parser.add_argument("--case", help="one of them, in this process, to JSON")
+    parser.add_argument("--case", help="run one case in this process and print JSON")
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(CASES[arguments.case]()))
@@ -436,7 +435,7 @@ def main() -> None:
 
 
 def measure(cases: list[str]) -> dict[str, Any]:
-    """The figures of each case."""
+    """Runs each case in a new process."""
     figures = {}
     for case in cases:
         print(f"\nsearch: {CASES[case].__doc__}", flush=True)
@@ -448,7 +447,7 @@ def measure(cases: list[str]) -> dict[str, Any]:
 
 
 def write(result: dict[str, Any]) -> None:
-    """To ``results/search.json`` and ``.md``, beside the cases that were measured before."""
+    """Writes ``results/search.json`` and ``.md``, and keeps the cases measured before."""
     path = RESULTS / "search.json"
     if path.exists():
         before = json.loads(path.read_text())["figures"]
@@ -458,25 +457,25 @@ def write(result: dict[str, Any]) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables of a result."""
+    """Returns the tables of a result."""
     figures, machine = result["figures"], result["machine"]
     tables = [TABLES[case](figures[case]) for case in CASES if case in figures]
     head = (
         f"Vectors drawn around {_CENTRES:,} centres, 10 neighbours, {machine['cpu']}, "
-        f"{machine['cores']} cores, `local[2]`. Seconds with Spark are of a session that is warm, "
-        "and include everything from the Parquet files to the result."
+        f"{machine['cores']} cores, `local[2]`. Times with Spark are from a warm session, and "
+        "include everything from reading the Parquet files to the result."
     )
     return "\n\n".join([head, *tables])
 
 
 def _libraries_table(figures: dict[str, list[float]]) -> str:
     names = {
-        "product": "the bare product of NumPy",
-        "numpy": "imagevec, on NumPy",
+        "product": "NumPy, matrix product only",
+        "numpy": "imagevec on NumPy",
         "faiss": "faiss, `IndexFlatIP`",
     }
     return _table(
-        "**4,096 x 50,000 x 1,280** in one process of two threads, with the ten nearest:",
+        "**4,096 x 50,000 x 1,280**, the ten nearest, one process with two threads:",
         ["library", "seconds", "by round"],
         [
             [name, f"{statistics.median(figures[run]):.2f}", _rounds(figures[run])]
@@ -487,8 +486,8 @@ def _libraries_table(figures: dict[str, list[float]]) -> str:
 
 def _exact_table(figures: dict[str, list[float]]) -> str:
     names = {
-        "product": "the bare product, one process of NumPy, two threads",
-        "numpy": "the same process, with the ten nearest",
+        "product": "NumPy, matrix product only, one process with two threads",
+        "numpy": "imagevec on NumPy, the same process",
         "nearest": "`nearest`",
     }
     rows = []
@@ -499,15 +498,15 @@ def _exact_table(figures: dict[str, list[float]]) -> str:
         rows.append([name, seconds, _rounds(figures[run]), f"{ratio:.2f}"])
     return _table(
         "**50,000 x 50,000 x 1,280**, exact:",
-        ["run", "seconds", "by round", "over the product"],
+        ["run", "seconds", "by round", "relative to the product"],
         rows,
     )
 
 
 def _queries_table(figures: dict[str, Any]) -> str:
     return _table(
-        "**1,000 queries**, exact, vectors of 512, a JVM of 1 GB:",
-        ["rows", "seconds", "peak RSS of a worker", "peak of the JVM's live heap"],
+        "**1,000 queries**, exact, vectors of 512 floats, a JVM of 1 GB:",
+        ["rows", "seconds", "peak RSS per worker", "peak live heap of the JVM"],
         [
             [
                 f"{int(rows):,}",
@@ -522,9 +521,9 @@ def _queries_table(figures: dict[str, Any]) -> str:
 
 def _join_table(figures: dict[str, Any]) -> str:
     return _table(
-        "**Spark's `nearestByJoin`** of 2,000 x 2,000, and `nearest` of 50,000 x 50,000. That the "
-        "neighbours are the same, up to ties, is of 2,000 x 2,000:",
-        ["floats", "a pair, nearestByJoin", "a pair, nearest", "ratio", "same neighbours"],
+        "**Spark's `nearestByJoin`** on 2,000 x 2,000, and `nearest` on 50,000 x 50,000. The share "
+        "of equal neighbours, up to ties, is measured on 2,000 x 2,000:",
+        ["floats", "nearestByJoin, per pair", "nearest, per pair", "ratio", "same neighbours"],
         [
             [
                 f"{int(features):,}",
@@ -540,8 +539,8 @@ def _join_table(figures: dict[str, Any]) -> str:
 
 def _same_table(figures: dict[str, float]) -> str:
     return _table(
-        "**500 queries in 200,000 x 512**: the share of neighbours that are",
-        ["the same as", "share"],
+        "**500 queries in 200,000 x 512**, the share of neighbours that agree with a reference:",
+        ["reference", "share"],
         [[name.removeprefix("same as "), f"{share:.4f}"] for name, share in figures.items()],
     )
 
@@ -552,7 +551,7 @@ def _clustered_table(figures: dict[str, Any]) -> str:
 
 def _lsh_table(figures: dict[str, Any]) -> str:
     return _methods_table(
-        "**Near-duplicates of 20,000 x 512**, 1,000 planted pairs, beside MLlib's "
+        "**Near-duplicates of 20,000 x 512**, 1,000 planted pairs, compared with MLlib's "
         "`BucketedRandomProjectionLSH`:",
         "pairs found",
         figures,
@@ -568,13 +567,13 @@ def _methods_table(title: str, found: str, figures: dict[str, Any]) -> str:
 
 def _duplicates_table(figures: dict[str, Any]) -> str:
     return _table(
-        "**Near-duplicates of 1,000,000 x 512** by clusters, 10,000 planted pairs, a JVM of 1 GB:",
-        ["seconds", "pairs found", "comparisons", "peak RSS of a worker", "live heap"],
+        "**Near-duplicates of 1,000,000 x 512**, clustered, 10,000 planted pairs, a JVM of 1 GB:",
+        ["seconds", "pairs found", "comparisons", "peak RSS per worker", "peak live heap"],
         [
             [
                 f"{figures['seconds']:.0f}",
                 f"{figures['found']:.4f}",
-                f"{figures['compared']:.4f} of exact",
+                f"{figures['compared']:.4f} of all pairs",
                 f"{figures['worker_rss_mb']:.0f} MB",
                 f"{figures['heap_mb']:.0f} MB",
             ]
@@ -584,7 +583,7 @@ def _duplicates_table(figures: dict[str, Any]) -> str:
 
 def _similar_table(figures: dict[str, Any]) -> str:
     return _table(
-        "**`imagevec similar`** on 200,000 x 1,280, a whole process:",
+        "**`imagevec similar`** on 200,000 x 1,280, whole process:",
         ["seconds", "by round", "peak RSS"],
         [
             [

@@ -1,4 +1,4 @@
-"""The Spark session that all approaches share, its images, and the action that is timed."""
+"""The Spark session of the benchmarks, its images, and the timed action."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pyspark.sql.functions import array_repeat, explode, lit
 
 from benchmarks.images import dealt
 
-# Read by the row-wise UDFs too, where Spark hands rows to Python through Arrow.
+# Row-wise UDFs use it too if Spark passes their rows through Arrow.
 ARROW_BATCH_ROWS = 64
 
 
 @contextmanager
 def session(workers: int, conf: Mapping[str, str] | None = None) -> Iterator[SparkSession]:
-    """``local[workers]``: as many tasks at a time, each with one Python worker process."""
+    """Starts ``local[workers]``: that many tasks at a time, one Python worker process each."""
     os.environ["PYSPARK_PYTHON"] = sys.executable
     builder = (
         SparkSession.builder.master(f"local[{workers}]")
@@ -44,7 +44,7 @@ def session(workers: int, conf: Mapping[str, str] | None = None) -> Iterator[Spa
 
 
 def image_frame(spark: SparkSession, contents: list[bytes], partitions: int) -> DataFrame:
-    """A cached data frame ``(index, content)``, its rows dealt to the partitions."""
+    """Returns a cached data frame ``(index, content)``, its rows dealt to the partitions."""
     rows = [row for hand in dealt(list(enumerate(contents)), partitions) for row in hand]
     rdd = spark.sparkContext.parallelize(rows, partitions)
     frame = spark.createDataFrame(rdd, "index int, content binary").cache()
@@ -53,14 +53,14 @@ def image_frame(spark: SparkSession, contents: list[bytes], partitions: int) -> 
 
 
 def collect_vectors(frame: DataFrame, features: Any) -> np.ndarray:
-    """float32 ``(N, D)``, in the order of the images."""
+    """Returns float32 ``(N, D)``, in the order of the images."""
     rows = frame.select("index", features("content").alias("features")).collect()
     by_index = sorted(rows, key=lambda row: row["index"])
     return np.array([row.features for row in by_index], dtype=np.float32)
 
 
 def timed_seconds(frame: DataFrame, features: Any, passes: int) -> float:
-    """Seconds to compute every vector of so many passes over the images, and nothing more."""
+    """Returns the seconds to compute all vectors of ``passes`` passes, without storing them."""
     repeated = frame.withColumn("pass", explode(array_repeat(lit(0), passes)))
     vectors = repeated.select(features("content").alias("features"))
     start = time.perf_counter()

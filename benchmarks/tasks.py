@@ -1,10 +1,10 @@
-"""What a task costs beside its images: tasks that do nothing, and the same images in small tasks.
+"""Measures the fixed cost of a task: tasks that do nothing, and the same images in small tasks.
 
     python -m benchmarks.tasks
 
-PySpark collects garbage in a worker after each task, which walks every object that its imports
-made: workers that have run ``features_udf`` are compared with new ones. It writes
-``results/tasks.md``, for Spark's TCP sockets and for its Unix domain sockets.
+PySpark collects garbage in a worker after each task, which visits every object that imports
+created. Workers that have run ``features_udf`` are therefore compared with new ones. Writes
+``results/tasks.md``, for TCP and for Unix domain sockets.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     contents = generated("small").contents()
     images = [contents[i % len(contents)] for i in range(SMALL[0] * SMALL[1])]
     columns = [measure(images, sockets) for sockets in ("false", "true")]
-    lines = ["| what | TCP | Unix sockets |", "|---|---:|---:|"]
+    lines = ["| measurement | TCP | Unix sockets |", "|---|---:|---:|"]
     lines += [f"| {what} | {tcp} | {columns[1][what]} |" for what, tcp in columns[0].items()]
     table = "\n".join(lines) + "\n"
     RESULT.write_text(table)
@@ -47,27 +47,27 @@ def main() -> None:
 
 
 def measure(images: list[bytes], unix_sockets: str) -> dict[str, str]:
-    """What is measured, with its figure, in a session of its own."""
+    """Measures everything in a new session; returns figures by name."""
     found = {}
     with session(WORKERS, {"spark.python.unix.domain.socket.enabled": unix_sockets}) as spark:
-        found["a task that does nothing, new workers"] = f"{nothing(spark):.0f} core-ms"
+        found["empty task, new workers"] = f"{nothing(spark):.0f} core-ms"
         features = make_features_udf(**MODEL)
         frames = {tasks: image_frame(spark, images, tasks) for tasks, _ in (SMALL, LARGE)}
         for frame in frames.values():
             seconds(frame, features)
-        name = "a task that does nothing, workers that ran features_udf"
+        name = "empty task, workers that have run features_udf"
         found[name] = f"{nothing(spark):.0f} core-ms"
         rates = interleaved(frames, features, len(images))
     medians = {tasks: statistics.median(each) for tasks, each in rates.items()}
     for tasks, count in (SMALL, LARGE):
         name = f"MobileNetV3-Large, bfloat16, {tasks} tasks of {count} images"
         found[name] = f"{medians[tasks]:.0f} images/s"
-    found["small tasks over large ones"] = f"{medians[SMALL[0]] / medians[LARGE[0]]:.2f}"
+    found["small tasks / large tasks"] = f"{medians[SMALL[0]] / medians[LARGE[0]]:.2f}"
     return found
 
 
 def nothing(spark: SparkSession) -> float:
-    """Milliseconds of a core for a task that hands back its one row; the median of the rounds."""
+    """Returns the core-milliseconds of a task that returns its only row; median of the rounds."""
 
     @pandas_udf("long")
     def same(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
@@ -84,7 +84,7 @@ def nothing(spark: SparkSession) -> float:
 
 
 def interleaved(frames: dict[int, DataFrame], features: Any, images: int) -> dict[int, list[float]]:
-    """Images a second of each frame, in rounds."""
+    """Returns the images/s of each frame, measured in interleaved rounds."""
     rates: dict[int, list[float]] = {tasks: [] for tasks in frames}
     for _ in range(ROUNDS):
         for tasks, frame in frames.items():

@@ -1,9 +1,10 @@
-"""``text_features_udf`` beside a row-wise UDF and a bare loop over open_clip.
+"""Compares ``text_features_udf`` with a row-wise UDF and a loop over open_clip.
 
     python -m benchmarks.text
 
-Two workers of one thread each, or one process of two threads for the loop; seeded weights, warmed
-up, in interleaved rounds. It writes ``results/text.json`` and ``text.md``; ``make bench`` runs it.
+Spark runs two workers of one thread each; the loop runs in one process of two threads. Weights are
+seeded, and rounds are interleaved after a warm-up. Writes ``results/text.json`` and ``text.md``.
+``make bench`` runs it too.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ NAME = "ViT-B-32"
 WORKERS = 2
 TEXTS = 256
 ROUNDS = 3
-SECONDS = 8  # of a timed run, about
+SECONDS = 8  # target duration of a timed run
 REQUIRED_COSINE = {"float32": 0.9999, "bfloat16": 0.99}
 LOOP = f"a loop over open_clip, batches of {BATCH_SIZE}"
 
 _WORDS = ["a", "of", "with", "red", "small", "wooden", "old", "photo", "dress", "dog", "window"]
 
-# Words of a text: of captions as in COCO, and more than the model's context holds.
+# Words per text: captions as in COCO, and more than the model's context holds.
 LENGTHS = {"captions of 6 to 14 words": (6, 14), "texts of 90 words": (90, 90)}
 
 
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def measure() -> dict[str, Any]:
-    """All figures."""
+    """Measures all stages."""
     rows: list[Row] = []
     with session(WORKERS) as spark:
         for kind, (fewest, most) in LENGTHS.items():
@@ -101,7 +102,7 @@ def _contestant(
     vectors: np.ndarray,
     reference: np.ndarray,
 ) -> tuple[Row, Callable[[], float]]:
-    """A row, and what times it once, over the texts as often as it takes."""
+    """Returns a row and a function that times it, over the texts as often as needed."""
     passes = max(1, round(SECONDS / run(1)))
     row = Row(stage, name, precision, WORKERS, passes * TEXTS)
     row.required_cosine = REQUIRED_COSINE[precision]
@@ -137,23 +138,23 @@ def _frame(spark: SparkSession, texts: list[str]) -> DataFrame:
 
 
 def write(result: dict[str, Any]) -> None:
-    """To ``results/text.json`` and ``.md``."""
+    """Writes ``results/text.json`` and ``.md``."""
     path = RESULTS / "text.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result) + "\n")
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table for each kind of text."""
+    """Returns a table for each kind of text."""
     about, rows = result["machine"], result["rows"]
     parts = [
-        f"Text tower of open_clip's {NAME}, {about['cpu']}, {about['cores']} cores, "
-        f"`local[{WORKERS}]`, medians of {ROUNDS} interleaved rounds after a warm-up."
+        f"Text tower of open_clip's {NAME}. {about['cpu']}, {about['cores']} cores, "
+        f"`local[{WORKERS}]`. Medians of {ROUNDS} interleaved rounds after a warm-up."
     ]
     for stage in dict.fromkeys(row["stage"] for row in rows):
         parts.append(f"**{stage}**")
         lines = [
-            "| approach | texts/s | x row-wise UDF, by round | lowest cosine |",
+            "| approach | texts/s | speedup over row-wise UDF (by round) | lowest cosine |",
             "|---|---:|---|---:|",
         ]
         for row in rows:

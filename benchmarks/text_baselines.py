@@ -1,4 +1,4 @@
-"""What a user would write for texts: a row-wise UDF, and a loop over open_clip without Spark."""
+"""The alternatives for texts: a row-wise UDF, and a loop over open_clip without Spark."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BATCH_SIZE = 32
 
 @functools.cache
 def model(name: str) -> Any:
-    """A model of open_clip with seeded weights."""
+    """Returns an open_clip model with seeded weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return open_clip.create_model(name).eval()
 
 
 def rowwise_udf(spark: SparkSession, name: str) -> Any:
-    """One text a forward pass; each worker rebuilds the model once, from a broadcast."""
+    """Returns a UDF with one text per forward pass; each worker rebuilds a broadcast model once."""
     state_dict = spark.sparkContext.broadcast(model(name).state_dict())
     return udf(
         lambda text: _one_text(*_rebuilt_once(name, state_dict), text), ArrayType(FloatType())
@@ -32,7 +32,7 @@ def rowwise_udf(spark: SparkSession, name: str) -> Any:
 
 
 def loop(name: str, texts: list[str], threads: int) -> np.ndarray:
-    """float32 ``(N, D)`` in batches, in this process."""
+    """Computes float32 ``(N, D)`` in batches, in this process."""
     torch.set_num_threads(threads)
     tokenizer = open_clip.get_tokenizer(name)
     vectors = []

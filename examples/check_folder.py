@@ -1,9 +1,9 @@
-"""What becomes of the images of a folder: rows, features, errors by code, worker deaths.
+"""Checks the files of a folder: counts rows, features, errors by code and worker deaths.
 
     python examples/check_folder.py FOLDER [MODEL] [WEIGHTS]
 
-Every file under the folder goes through one query on ``local[2]``, twice, in different orders; the
-results must be the same. It exits with 1 where they are not, or where a row or a worker is lost.
+Every file under the folder passes through a query on ``local[2]`` twice, in different orders. Exits
+with 1 if the results differ, or if a row or a worker is lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from imagevec import features_udf
 def main(folder: str, model: str = "squeezenet1_1", weights: str = "random") -> int:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     spark = (
-        SparkSession.builder.master("local[2,4]")  # a task whose worker dies is tried 4 times
+        SparkSession.builder.master(
+            "local[2,4]"
+        )  # Spark tries a task whose worker dies up to 4 times
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", "64")
@@ -53,7 +55,7 @@ def main(folder: str, model: str = "squeezenet1_1", weights: str = "random") -> 
 
 
 def failed_tasks(spark: SparkSession) -> int:
-    """Of the jobs of this query. A bad image fails no task; a worker that dies does."""
+    """Counts failed tasks. A worker that dies fails its task; a bad image does not."""
     tracker = spark.sparkContext.statusTracker()
     jobs = [tracker.getJobInfo(number) for number in tracker.getJobIdsForGroup("check")]
     stages = {stage for job in jobs if job for stage in job.stageIds}

@@ -1,9 +1,9 @@
-"""Classifies photos: a logistic regression on the features of a pretrained model.
+"""Classifies photos with a logistic regression on the features of a pretrained model.
 
     python examples/classify.py FOLDER [--model MODEL] [--weights WEIGHTS]
 
-It is fitted to FOLDER/gallery/<class>/*.jpg, and tested on FOLDER/query/<class>/*.jpg. Then the
-fitted pipeline is saved, and loaded in a new process, which has to predict the same.
+Fits on FOLDER/gallery/<class>/*.jpg and tests on FOLDER/query/<class>/*.jpg. Then saves the fitted
+pipeline and loads it in a new process, which must predict the same.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from imagevec import ImageFeaturizer
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", help="has photos in gallery/<class> and query/<class>")
+    parser.add_argument("folder", help="folder of photos in gallery/<class> and query/<class>")
     parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--weights", default="DEFAULT", help="a name or a file")
+    parser.add_argument("--weights", default="DEFAULT", help="name or file")
     parser.add_argument("--predict-with", help=argparse.SUPPRESS)  # in the new process
     arguments = parser.parse_args()
     spark = start_spark()
@@ -70,13 +70,13 @@ def start_spark() -> SparkSession:
 
 
 def photos(spark: SparkSession, folder: str, part: str) -> DataFrame:
-    """The photos of ``"gallery"`` or ``"query"``: binaryFile rows, and their ``class``."""
+    """Returns the photos in ``"gallery"`` or ``"query"``: binaryFile rows and their ``class``."""
     files = spark.read.format("binaryFile").load(f"{folder}/{part}/*/*.jpg")
     return files.withColumn("class", element_at(split("path", "/"), -2))
 
 
 def predictions(model: PipelineModel, test: DataFrame) -> list[list[object]]:
-    """``[path, label, prediction]`` of each photo, by path."""
+    """Returns ``[path, label, prediction]`` of each photo, sorted by path."""
     rows = model.transform(test).select("path", "label", "prediction").collect()
     return sorted(list(row) for row in rows)
 

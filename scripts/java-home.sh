@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Prints the home of a Java that runs Spark: of JAVA_HOME, PATH, or where macOS and Homebrew keep it.
-# Without one, root on Debian or Ubuntu gets the headless JRE installed.
+# Prints the home of a Java that can run Spark, from JAVA_HOME, PATH, or the folders of macOS and
+# Homebrew. If there is none, and the user is root on Debian or Ubuntu, installs a headless JRE.
 set -euo pipefail
 
-# Spark 4 needs Java 17, and a module that trimmed JREs leave out.
+# Spark 4 needs Java 17, and a module that trimmed JREs lack.
 home_if_usable() {
     local properties version
     properties="$("$1" --add-modules jdk.incubator.vector -XshowSettings:properties -version 2>&1)" ||
@@ -44,6 +44,6 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     install_java >/dev/null
     find_java && exit
 fi
-echo "setup: Spark needs Java 17 or newer: install a JRE (Debian and Ubuntu:" \
-    "openjdk-17-jre-headless, macOS: brew install openjdk@17) or set JAVA_HOME" >&2
+echo "setup: Spark needs Java 17 or newer. Install a JRE (Debian and Ubuntu:" \
+    "openjdk-17-jre-headless, macOS: brew install openjdk@17) or set JAVA_HOME." >&2
 exit 1

@@ -1,19 +1,30 @@
-"""What the documentation takes from the package: the version, and links to what is documented."""
+"""Adds to the documentation: the version, the benchmark charts, and links to documented names."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+from mkdocs.structure.files import File, Files
+
 from imagevec._version import __version__
+
+CHARTS = Path(__file__).parents[1] / "benchmarks/results"
 
 
 def on_config(config: Any) -> None:
     config.extra["version"] = __version__
 
 
+def on_files(files: Files, config: Any) -> None:
+    """Adds the charts, which are outside of ``docs/``, as ``images/<name>.png``."""
+    for path in CHARTS.glob("*.png"):
+        files.append(File.generated(config, f"images/{path.name}", abs_src_path=str(path)))
+
+
 def on_page_content(html: str, **_: Any) -> str:
-    """Full names in docstrings become links, where the page documents them."""
+    """Links full names in docstrings, if the page documents them."""
 
     def linked(match: re.Match[str]) -> str:
         code, name = match[0], match[1]

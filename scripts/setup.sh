@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv, with imagevec and all that its demo, tests and benchmarks need.
-# Quick when nothing changed since the last run.
+# Creates .venv with imagevec and everything that its demo, tests and benchmarks need.
+# Does nothing if nothing has changed since the last run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +9,7 @@ fail() {
     exit 1
 }
 
-# The constraints are of Python 3.11 and newer: 3.10 is the last choice.
+# The constraints apply to Python 3.11 and newer, so 3.10 is the last choice.
 best_python() {
     local python
     for python in python3.13 python3.12 python3.11 python3 python3.14 python3.10; do
@@ -18,16 +18,16 @@ best_python() {
             return
         fi
     done
-    fail "Python 3.10 or newer is needed: install it, for example as python3.12"
+    fail "imagevec needs Python 3.10 or newer: install it, for example as python3.12"
 }
 
-# Debian splits what venv needs from its Python.
+# Debian packages ensurepip, which venv needs, separately.
 require_ensurepip() {
     "$1" -c 'import ensurepip' 2>/dev/null && return
     local package
     package="$("$1" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-        fail "$1 cannot make virtual environments: install the package $package"
+        fail "$1 cannot create virtual environments: install the package $package"
     fi
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null
@@ -42,7 +42,7 @@ fi
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python="$(best_python)"
     require_ensurepip "$python"
-    echo "setup: making .venv with $("$python" --version)"
+    echo "setup: creating .venv with $("$python" --version)"
     "$python" -m venv --clear .venv
 fi
 
@@ -50,8 +50,8 @@ constraints=(--constraint constraints.txt)
 if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     constraints=()
 fi
-echo "setup: installing, which takes some minutes the first time"
-# pip 25.1 is the first with --group; before 23.3 it does not know the extra pandas_on_spark.
+echo "setup: installing packages (takes several minutes the first time)"
+# pip 25.1 introduced --group; pip before 23.3 does not recognise the extra pandas_on_spark.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 .venv/bin/python -m pip install --quiet ${constraints[@]+"${constraints[@]}"} \
     --group dev --editable '.[timm,clip,openvino,quantize,connect,fsspec,search,demo,bench,docs]'

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the Spark tests on the oldest and newest PySpark of each supported line, each with a pandas
-# and a PyArrow of its time. They are laid over .venv, whose PyTorch (6 GB) all of them share.
+# Runs the Spark tests on the oldest and newest PySpark of each supported line, each with the pandas
+# and PyArrow of its time. These overlay .venv, so that all of them share its PyTorch (6 GB).
 #
 #   scripts/test-matrix.sh [NAME...]      # all, or some: 3.5-oldest 3.5-newest 4-oldest 4-newest
 set -euo pipefail

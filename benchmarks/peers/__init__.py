@@ -1,1 +1,1 @@
-"""Other systems on the same images, written the way their own documentation writes them."""
+"""Other systems on the same images, with the code of their documentation."""

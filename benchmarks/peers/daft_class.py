@@ -1,9 +1,9 @@
-"""Daft, as its pages on images and on class UDFs write it.
+"""Daft, with the code of its documentation on images and class UDFs.
 
-``download`` and ``decode_image`` make a column of images, and a class with a batch method, in some
-instances, applies torchvision's preset and runs the model. Daft runs the instances in threads: it
-ignores ``use_process=True`` where a method takes a column of images. (A column of encoded bytes
-goes to processes, which then decode with Pillow: that was no faster.)
+``download`` and ``decode_image`` create a column of images. Instances of a class with a batch
+method apply torchvision's preset and run the model. Daft runs the instances in threads, because it
+ignores ``use_process=True`` for methods that take a column of images. (With a column of encoded
+bytes, it uses processes, which decode with Pillow; that was no faster.)
 """
 
 from __future__ import annotations

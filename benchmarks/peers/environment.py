@@ -1,4 +1,4 @@
-"""A second virtual environment, for what must not change the versions of the project's own."""
+"""A second virtual environment, so that peers do not change the versions of the project's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 
 
 def peers_python() -> Path:
-    """Its interpreter; made where it is not there yet. It sees the project's packages too."""
+    """Returns its interpreter, creating it if needed. The project's packages are visible in it."""
     folder = (CACHE / "peers").absolute()
     python = folder / "bin" / "python"
     done = folder / "installed"

@@ -1,4 +1,4 @@
-"""Ray Data, as its "Working with images" and ResNet batch prediction pages write it.
+"""Ray Data, with the code of its pages "Working with images" and ResNet batch prediction.
 
 ``read_images`` decodes, ``map`` applies torchvision's transforms, and an actor pool runs the model.
 """
@@ -28,8 +28,8 @@ class FeatureModel:
 
 
 def run(task: Task) -> tuple[list[str], np.ndarray]:
-    # An actor holds a CPU for as long as it lives, and the tasks that read and decode need CPUs
-    # too: with as many as there are cores they would wait for ever.
+    # Each actor occupies a CPU until it ends, and the tasks that read and decode need CPUs too.
+    # With only one CPU per actor, these tasks would never start.
     ray.init(num_cpus=2 * task.workers, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     transform = transforms.Compose([transforms.ToTensor(), preset(task.model)])

@@ -1,4 +1,4 @@
-"""``make bench-peers``: Ray Data and Daft beside this project, on the same images in one run."""
+"""``make bench-peers``: compares Ray Data and Daft with this project, in one run."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ PEERS = {
 }
 OURS = ("features_udf, float32", "features_udf, bfloat16")
 BATCH_SIZE = 32
-LOWEST_COSINE = 0.999  # their decoders and transforms are not Pillow's to the last bit
-IMAGES_PER_SECOND = 9  # about what a peer does: for the length of its runs
+LOWEST_COSINE = 0.999  # their decoders and transforms differ slightly from Pillow's
+IMAGES_PER_SECOND = 9  # approximate speed of a peer; determines the length of its runs
 
 ENVIRONMENT = {
-    # One thread for each copy of the model, as Spark gives its workers.
+    # One thread per copy of the model, as in Spark's workers.
     "OMP_NUM_THREADS": "1",
-    # Nothing is reported to the makers, and nothing is written to the user's folder.
+    # No telemetry, and no files in the user's home.
     "DO_NOT_TRACK": "true",
     "DAFT_ANALYTICS_ENABLED": "0",
     "DAFT_PROGRESS_BAR": "0",
@@ -50,9 +50,13 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="a folder of images instead of generated ones")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=20, help="of a timed run")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: figures mean nothing")
-    parser.add_argument("--output", type=Path, help=f"a folder; {RESULTS} where not --quick")
+    parser.add_argument("--seconds", type=float, default=20, help="duration of a timed run")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test; its figures are meaningless"
+    )
+    parser.add_argument(
+        "--output", type=Path, help=f"output folder (default: {RESULTS}, except with --quick)"
+    )
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.seconds = 1, 0
@@ -87,7 +91,7 @@ def measure(images: ImageSet, rounds: int, workers: int, seconds: float) -> dict
 
 
 def comparison(result: dict[str, Any]) -> list[str]:
-    """Our float32 row against each peer, round by round."""
+    """Compares our float32 row with each peer, in each round."""
     seconds_per_image = {
         row["approach"]: [seconds / row["images"] for seconds in row["seconds"]]
         for row in result["rows"]

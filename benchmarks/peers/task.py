@@ -1,8 +1,8 @@
-"""What a peer's process gets and gives: the same for all peers.
+"""The input and output of a peer's process, the same for all peers.
 
-A peer runs in a process of its own, with ``workers`` copies of the model that each start, load, and
-then get their share of the images. Its figures leave out the start, as those of warm Spark workers
-do: time counts from the moment the last copy has loaded its model.
+A peer runs in a separate process, with ``workers`` copies of the model. Each copy starts, loads the
+model, and then receives its share of the images. The figures exclude startup, as those of warm
+Spark workers do: time is measured from the moment the last copy has loaded its model.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from benchmarks.models import load_feature_model
 
 @dataclass(frozen=True)
 class Task:
-    """What to compute.
+    """The vectors to compute.
 
     Attributes:
-        model: A name of ``torchvision.models``.
-        paths: The images, each as often as it is to be done.
-        workers: Copies of the model.
-        batch_size: Images in a forward pass.
-        log: A file to which each copy adds a line when it has loaded its model.
+        model: Name in ``torchvision.models``.
+        paths: Paths of the images, one for each time an image is processed.
+        workers: Number of copies of the model.
+        batch_size: Images per forward pass.
+        log: File to which each copy appends a line when it has loaded its model.
     """
 
     model: str
@@ -44,8 +44,8 @@ _loading = threading.Lock()
 
 
 def load(model: str, log: str) -> nn.Module:
-    """What a copy of the model does in its ``__init__``; notes when it was done."""
-    with _loading:  # the seed of the random weights is the process's, and copies may be threads
+    """Loads the model in the ``__init__`` of a copy, and logs the time."""
+    with _loading:  # copies may be threads, which share the random seed
         loaded = load_feature_model(model)
     with open(log, "a") as file:
         file.write(f"{time.time()}\n")
@@ -56,7 +56,7 @@ def main(run: Callable[[Task], tuple[list[str], np.ndarray]]) -> None:
     """Runs one task from the command line.
 
     Args:
-        run: Returns the paths and their vectors, in any order.
+        run: Function that returns the paths and their vectors, in any order.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("task", type=Path, help="a JSON file")

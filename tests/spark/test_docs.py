@@ -27,6 +27,7 @@ from pyspark.sql import DataFrame, SparkSession
 from safetensors.torch import save_file
 
 import imagevec
+from benchmarks import report
 from imagevec import ImageVectorizer, cli, errors, explain_pickle, plan
 from imagevec.engines import Backend, quantization
 from imagevec.models.entry import REGISTERED, ModelSource
@@ -511,6 +512,13 @@ def test_the_comparison_quotes_the_benchmarks() -> None:
     for which, approach, images in rows:
         measured = images_per_second(results[which], "resnet50, small")
         assert float(images) == pytest.approx(measured[approach], abs=0.06), approach
+
+
+def test_the_readme_quotes_the_benchmark() -> None:
+    result = json.loads((ROOT / "benchmarks/results/bench.json").read_text())
+    _, _, rest = (ROOT / report.README).read_text().partition(report.BEGIN)
+    quoted, _, _ = rest.partition(report.END)
+    assert quoted.strip() == report.summary(result)
 
 
 def number_of(cell: str) -> float:
