@@ -366,7 +366,7 @@ class _Writer(MLWriter):
             hadoop.upload(session, file, f"{path}/{_FILES}/{name}")
 
     def _handleOverwrite(self, path: str) -> None:
-        if not is_connect(self.sparkSession):  # where PySpark cannot delete a folder
+        if not is_connect(self.sparkSession):  # on Connect, PySpark cannot delete a folder
             super()._handleOverwrite(path)
 
 

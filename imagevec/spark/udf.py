@@ -1,11 +1,11 @@
-"""The pandas UDF: the one place where Spark's rows meet the feature stream.
+"""The pandas UDF, which connects Spark's rows to the feature stream.
 
-``features_udf`` gives a column, ``make_features_udf`` a function of columns, and ``register`` a
-function of SQL. They differ in one thing more. The column counts as not deterministic, so that
-Spark computes it once for each row: a deterministic UDF is computed twice where rows are then
-filtered by its result, in the filter, which is pushed down, and again for the rows that are left.
-The functions are ordinary, deterministic ones: SQL does not allow others inside of aggregates, and
-moves other filters before them. ``make_features_udf().asNondeterministic()`` is computed once, too.
+``features_udf`` returns a column, ``make_features_udf`` a function of columns, and ``register``
+adds a SQL function. The column is nondeterministic, so Spark computes it once per row. Spark would
+compute a deterministic UDF twice if rows are filtered by its result: in the filter, which it pushes
+down, and again for the remaining rows. The functions are deterministic, because SQL allows no other
+functions inside aggregates, and because Spark then moves other filters before them.
+``make_features_udf().asNondeterministic()`` is computed once per row.
 """
 
 from __future__ import annotations
