@@ -1,6 +1,6 @@
-"""The command line: one module for each verb, with ``add_arguments``, ``run`` and ``show``.
+"""The command line: one module per command, with ``add_arguments``, ``run`` and ``show``.
 
-Exit codes: 0 success, 1 failure (the last line says why), 2 wrong usage, 130 interrupted.
+Exit codes: 0 success, 1 failure (the last line states the cause), 2 usage error, 130 interrupted.
 Images that cannot be read are not a failure: they are counted and listed in a table.
 """
 
@@ -21,22 +21,22 @@ VERBS = ("extract", "models", "similar", "duplicates", "gallery", "cache", "doct
 
 
 class Verb(Protocol):
-    """A module of this folder: its docstring is its help, and ``run`` imports what it needs."""
+    """A module of this folder. Its docstring is the help text; ``run`` imports what it needs."""
 
     __doc__: str | None
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Adds its own arguments."""
+        """Adds the arguments of this command."""
 
     def run(self, options: argparse.Namespace) -> dict[str, Any]:
-        """Does it; the result can be written as JSON."""
+        """Runs the command, and returns a result that can be written as JSON."""
 
     def show(self, result: dict[str, Any]) -> str:
-        """The result for a person."""
+        """Formats the result as text."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code."""
+    """Runs one command. Returns the exit code."""
     options = parser().parse_args(arguments)
     verb: Verb = options.verb
     try:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("imagevec: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads has enough, `head` for example
+    except BrokenPipeError:  # the reader, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ImageVecError, OSError) as error:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All verbs, with their arguments."""
+    """Returns the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="imagevec", description="Turn images into feature vectors, and search them."
     )

@@ -28,7 +28,7 @@ _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "a
 _IMAGES = 16
 _GPU_OF_TASK = "spark.task.resource.gpu.amount"
 _UNIX_SOCKET = "spark.python.unix.domain.socket.enabled"
-# What Spark does where a setting is absent; of SQL's settings it says so itself.
+# Spark's defaults for settings that are not set. Spark itself reports those of SQL settings.
 _SPARK_DEFAULTS = {
     "spark.task.cpus": "1",
     "spark.python.worker.reuse": "true",
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def examine(master: str | None) -> dict[str, Any]:
-    """Facts by name, and ``advice``: sentences, none if nothing should be changed."""
+    """Returns facts by name, and ``advice``: sentences, or none if no change is recommended."""
     import torch
 
     facts: dict[str, Any] = {
@@ -90,7 +90,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def _examine_spark(master: str | None) -> tuple[dict[str, Any], list[str]]:
-    """The user's settings and Spark's defaults, not those that the other commands choose."""
+    """Examines the user's settings and Spark's defaults, not what the other commands set."""
     from imagevec.cli.session import spark_session
 
     with spark_session(master, recommended=False) as spark:
@@ -107,7 +107,7 @@ def _examine_spark(master: str | None) -> tuple[dict[str, Any], list[str]]:
 
 
 def _settings(spark: Any) -> dict[str, Any]:
-    """The settings of ``recommended_conf`` that this Spark has, except the size of executors."""
+    """Returns this Spark's settings from ``recommended_conf``, except the size of executors."""
     conf = spark.sparkContext.getConf()
     settings = {ARROW_RECORDS: int(spark.conf.get(ARROW_RECORDS))}
     if _release(spark) >= (4, 0):
@@ -127,7 +127,7 @@ def _release(spark: Any) -> tuple[int, ...]:
 
 
 def _advice(facts: dict[str, Any]) -> list[str]:
-    """What to change in Spark's settings."""
+    """Returns changes to recommend for Spark's settings."""
     task_cpus = max(1, int(float(facts["spark.task.cpus"])))
     gpus = int(_GPU_OF_TASK in facts)
     recommended = recommended_conf(executor_cores=task_cpus if gpus else 1, executor_gpus=gpus)
@@ -138,13 +138,11 @@ def _advice(facts: dict[str, Any]) -> list[str]:
     ]
     threads = facts["OMP_NUM_THREADS"]
     if threads.isdigit() and int(threads) > task_cpus:
-        advice.append(
-            f"OMP_NUM_THREADS={threads} is more than spark.task.cpus={task_cpus}: unset it"
-        )
+        advice.append(f"OMP_NUM_THREADS={threads} exceeds spark.task.cpus={task_cpus}: unset it")
     cores, available = facts["Spark cores"], os.cpu_count() or 1
     if str(facts["spark.master"]).startswith("local") and cores > available:
         advice.append(
-            f"Spark uses {cores} cores, and this machine has {available}: use local[{available}]"
+            f"Spark uses {cores} cores, but this machine has {available}: use local[{available}]"
         )
     return advice
 
@@ -152,13 +150,13 @@ def _advice(facts: dict[str, Any]) -> list[str]:
 def _is_fine(name: str, facts: dict[str, Any], recommended: dict[str, str]) -> bool:
     if name in (ARROW_RECORDS, ARROW_BYTES) and 0 < facts[name] <= int(recommended[name]):
         return True
-    if name == ARROW_RECORDS and ARROW_BYTES in facts:  # any number of rows, where bytes count
+    if name == ARROW_RECORDS and ARROW_BYTES in facts:  # any number of rows, if bytes are limited
         return _is_fine(ARROW_BYTES, facts, recommended)
     return bool(facts[name] == recommended[name])
 
 
 def _timing(spark: Any) -> tuple[float, float]:
-    """Images/s of a warm query, and seconds of the first one, with the start of the workers."""
+    """Returns images/s of a warm query, and seconds of the first one, including worker startup."""
     import numpy as np
     from PIL import Image
 
@@ -182,7 +180,7 @@ def _timing(spark: Any) -> tuple[float, float]:
 
 
 def _java() -> str | None:
-    """The version of the Java that PySpark will take."""
+    """Returns the version of the Java that PySpark uses."""
     home = os.environ.get("JAVA_HOME")
     program = str(Path(home) / "bin" / "java") if home else "java"
     try:

@@ -92,12 +92,12 @@ def _size(bytes: int) -> str:
 
 @contextlib.contextmanager
 def _bar(spark: SparkSession, quiet: bool) -> Iterator[None]:
-    """A progress bar on the terminal, of the tasks of the stages that run."""
+    """Shows a progress bar of the tasks of running stages on the terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
     columns = (
-        SpinnerColumn(),  # the bar stands still between stages
+        SpinnerColumn(),  # the bar does not move between stages
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.fields[tasks]}"),

@@ -17,7 +17,7 @@ from imagevec.options import OPTIONS
 if TYPE_CHECKING:
     from imagevec.table.extract import Progress
 
-# What a table has of each image: its error beside the vector's place, and one vector.
+# Fixed by the table, which has a vector or an error for each image.
 _FIXED = ("on_error", "output")
 
 _OF_SOURCES = (
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option in OPTIONS:
         if option.name in _FIXED:
             continue
-        # Without a default: a saved model has its own layer, precision and so on.
+        # No default: a saved model has its own layer, precision and so on.
         settings: dict[str, Any] = {"help": f"{option.help} (default: {_shown(option.default)})"}
         if option.kind == "flag":
             settings |= {"action": "store_true", "default": None}
@@ -49,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{option.name.replace('_', '-')}", **settings)
     parser.add_argument("--pattern", help="only files whose names match, such as '*.jpg'")
     parser.add_argument("--recursive", action="store_true", help="include subfolders")
-    parser.add_argument(
-        "--column", help="read SRC as a table: the name of its column of images or paths"
-    )
+    parser.add_argument("--column", help="column of images or paths; SRC is then read as a table")
     parser.add_argument(
         "--format",
         help="format of the table SRC, such as orc or delta; table for a name in the catalog, "
@@ -93,12 +91,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             report = extract(options.src, options.dest, spark=spark, progress=progress, **given)
     except ImageVecError as error:
         raise type(error)(_in_flags(str(error))) from error
-    seconds = round(time.perf_counter() - start, 1)  # with the start of Spark
+    seconds = round(time.perf_counter() - start, 1)  # including the startup of Spark
     return {**dataclasses.asdict(report), "seconds": seconds, "src": options.src}
 
 
 def show(result: dict[str, Any]) -> str:
-    """The summary that a person reads."""
+    """Formats the summary as text."""
     errors: dict[str, int] = result["errors"]
     bad = sum(errors.values())
     done = result["features"] + bad + result["nulls"]
@@ -124,7 +122,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _in_flags(message: str) -> str:
-    """A message whose advice is given as flags: ``--weights FILE`` for ``weights='FILE'``."""
+    """Rewrites the options in a message as flags: ``--weights FILE`` for ``weights='FILE'``."""
     names = "|".join([option.name for option in OPTIONS] + list(_OF_SOURCES))
     flag = re.compile(rf"\b({names})=(?:(['\"])(.*?)\2|([\w.]+))")
 
@@ -152,7 +150,7 @@ def _count(text: str) -> int | str:
 
 @contextlib.contextmanager
 def _bar(quiet: bool) -> Iterator[Progress]:
-    """A progress bar on the terminal, of the images that are committed."""
+    """Shows a progress bar of the committed images on the terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -172,7 +170,7 @@ def _bar(quiet: bool) -> Iterator[Progress]:
         def advance(done: int, errors: int, total: int) -> None:
             nonlocal start, first, at_first
             if not progress.live.is_started:
-                shown.enter_context(progress)  # not before: it would leave an empty line
+                shown.enter_context(progress)  # not earlier: it would leave an empty line
             now = time.perf_counter()
             fields: dict[str, Any] = {"rate": "", "left": "", "errors": _counted(errors, "error")}
             if not done:
@@ -180,8 +178,8 @@ def _bar(quiet: bool) -> Iterator[Progress]:
             elif not at_first:
                 at_first, first = done, now
             if done:
-                # Tasks end in waves: the first one, with the workers' start in it, stands until
-                # as much again is done.
+                # Tasks end in waves. The first one, which includes the startup of the workers, is
+                # excluded from the rate once as many images again are done.
                 is_later = done >= 2 * at_first
                 rate = (done - at_first) / (now - first) if is_later else done / (now - start)
                 left = datetime.timedelta(seconds=round((total - done) / rate))

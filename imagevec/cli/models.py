@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from imagevec.models.entry import ModelSource
 
-_MAX_OF_LIBRARY = 20  # timm has over a thousand, and each must be built to know its features
+_MAX_OF_LIBRARY = 20  # timm has over a thousand, and each is built to count its features
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +26,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def models(search: str = "") -> list[dict[str, Any]]:
-    """Name, ``num_features``, ``input_size`` in pixels, parameters, whether weights are at hand.
+    """Returns name, features, input size in pixels, parameters, and whether weights are on disk.
 
-    Of a library whose names have a prefix, such as timm, the first 20 that match, if any is asked
-    for.
+    For libraries whose names have a prefix, such as timm, it returns the first 20 matches of a
+    search, and none without a search.
     """
     names = []
     for prefix, found in _found(search.casefold()).items():
@@ -38,7 +38,7 @@ def models(search: str = "") -> list[dict[str, Any]]:
 
 
 def _found(search: str) -> dict[str, list[str]]:
-    """The names that match, by their prefix."""
+    """Returns the matching names, by prefix."""
     from imagevec.models.registry import SOURCES
 
     prefixes = {source.PREFIX for source in SOURCES if source.PREFIX and search}
@@ -65,7 +65,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def _described(name: str) -> dict[str, Any] | None:
-    """A row of the list; ``None`` for a model of a library that imagevec does not support."""
+    """Returns a row of the list, or ``None`` for a library's model that is not supported."""
     from imagevec.errors import OptionError
     from imagevec.models.features import example_input
     from imagevec.models.layers import infer_num_features, to_feature_model
@@ -93,13 +93,13 @@ def _described(name: str) -> dict[str, Any] | None:
 
 
 def _built(source: ModelSource, input_size: int) -> nn.Module:
-    """The model, without memory for its weights where that works."""
+    """Builds the model, without memory for its weights if possible."""
     from imagevec.models.state_dict import no_memory
 
     if source.infers_shapes:
         try:
             with no_memory():
                 return source.build(input_size)
-        except RuntimeError:  # some compute with their weights as they are built
+        except RuntimeError:  # some models compute with their weights while they are built
             pass
     return source.build(input_size)

@@ -22,24 +22,24 @@ from imagevec.spark.conf import recommended_conf
 from imagevec.spark.sessions import cause_of, failures_in_words
 
 _LOGGING = Path(__file__).with_name("log4j2.properties")
-# Spark adds the module, and no option of Java's silences it.
+# Spark adds the module, and no Java option silences the warning.
 _INCUBATOR = "WARNING: Using incubator modules"
 _SILENCE_SECONDS = 2.0
-_IMAGE_BYTES = 200_000  # of a typical file, for the size of an Arrow batch
+_IMAGE_BYTES = 200_000  # the size of a typical file, to choose the size of Arrow batches
 
 
 @contextlib.contextmanager
 def spark_session(master: str | None, recommended: bool = True) -> Iterator[SparkSession]:
-    """A session of its own, with ``recommended_conf`` where nothing else was set, if so wished.
+    """Starts a session. By default, ``recommended_conf`` supplies settings that are not set.
 
     Raises:
         ImageVecError: Spark does not start, or a query in the session fails.
     """
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    # Of the JVM, where this process starts it: Spark's log would run through the progress bar.
+    # For a JVM that this process starts. Spark's log would break the progress bar.
     os.environ.setdefault("SPARK_SUBMIT_OPTS", f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}")
     try:
-        _start_jvm()  # it knows what spark-submit passed on
+        _start_jvm()  # it has the settings of spark-submit
         spark = _builder(master, recommended).getOrCreate()
     except Exception as error:  # no Java, or no such master: PySpark's own message is a page long
         raise ImageVecError(f"Spark did not start: {cause_of(error)}") from error
@@ -54,9 +54,9 @@ def spark_session(master: str | None, recommended: bool = True) -> Iterator[Spar
 
 
 def _start_jvm() -> None:
-    """Starts the JVM; what it writes to its standard error comes out at ``sys.stderr``.
+    """Starts the JVM, and forwards its standard error to ``sys.stderr``.
 
-    There, a progress bar keeps lines apart from itself.
+    A progress bar there keeps other lines separate.
     """
     if SparkContext._gateway is not None:
         return
@@ -78,7 +78,7 @@ def _pass_on(read_end: int) -> None:
 
 @contextlib.contextmanager
 def _interrupted_in_silence(spark: SparkSession) -> Iterator[None]:
-    """Ctrl-C raises ``KeyboardInterrupt``, and neither Py4J nor the JVM logs what it breaks off."""
+    """Makes Ctrl-C raise ``KeyboardInterrupt`` without log output of Py4J or the JVM."""
 
     def silence() -> None:
         with contextlib.suppress(ConnectionError, Py4JError):
@@ -86,7 +86,7 @@ def _interrupted_in_silence(spark: SparkSession) -> Iterator[None]:
 
     def interrupt(*_: object) -> None:
         logging.disable(logging.CRITICAL)
-        # This thread may be talking to the JVM just now, another one has a connection of its own.
+        # This thread may be using its connection to the JVM; another thread has its own.
         thread = threading.Thread(target=silence, daemon=True)
         thread.start()
         thread.join(_SILENCE_SECONDS)
@@ -104,12 +104,12 @@ def _builder(master: str | None, recommended: bool) -> Any:
     builder = SparkSession.builder.appName("imagevec")
     if master or not submitted.contains("spark.master"):
         builder = builder.master(master or "local[*]")
-    # PySpark's launcher switches it on by itself, and it would run through the progress bar.
+    # PySpark's launcher enables it, and it would break the progress bar.
     builder = builder.config("spark.ui.showConsoleProgress", "false")
     settings = {"spark.ui.enabled": "false"}
     if recommended:
         settings |= recommended_conf(image_bytes=_IMAGE_BYTES, executor_cores=1)
-        # How large executors are is for whoever submits.
+        # The user who submits the job chooses the size of executors.
         del settings["spark.executor.cores"], settings["spark.executor.memoryOverhead"]
     for name, value in settings.items():
         if not submitted.contains(name):

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         action="append",
         default=[],
-        help="query text, for features of a model of open_clip; repeat for several",
+        help="query text, for features of an open_clip model; repeat for several",
     )
     parser.add_argument("-k", type=int, default=10, help="neighbours per query (default: 10)")
     parser.add_argument("--model", help="saved model or .pt2 file that the table was made with")
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from imagevec.search.similar import similar
 
     if not options.queries and not options.texts:
-        raise OptionError("there is nothing to search for: give --query IMAGE or --text TEXT")
+        raise OptionError("no query: give --query IMAGE or --text TEXT")
     return {
         "queries": similar(
             options.features,

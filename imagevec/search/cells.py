@@ -1,6 +1,6 @@
-"""Vectors in the cells of a k-means clustering, so that near ones are found without the others.
+"""Assigns vectors to the cells of a k-means clustering, to find near ones without the others.
 
-Nothing is moved for it: cells are lists of row numbers of a ``VectorFile``.
+No vector is moved: cells are lists of row numbers of a ``VectorFile``.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from imagevec.spark.ship import ship_file, shipped
 logger = logging.getLogger(__name__)
 
 _MAX_CELLS = 16_384
-_VECTORS_A_CENTROID = 64  # of the sample for k-means: faiss asks for 39 at least
+_VECTORS_A_CENTROID = 64  # in the sample for k-means: faiss asks for at least 39
 _ITERATIONS = 10
-_SAMPLE = 512  # of queries, or of pairs, that tell how many cells to compare
-_PAIR_RECALL = 0.995  # of the sample's pairs
+_SAMPLE = 512  # queries or pairs, to choose how many cells to compare
+_PAIR_RECALL = 0.995  # on the sample of pairs
 _MAX_PROBES = 256
 _ASSIGNED_ROWS = 1 << 14
-_TASK_VECTORS = 1 << 15  # of a task that compares the vectors of some cells
-_MEMBER_ROWS = 1 << 14  # of a cell, at a time
+_TASK_VECTORS = 1 << 15  # per task that compares the vectors of some cells
+_MEMBER_ROWS = 1 << 14  # of a cell at a time
 
 
 @dataclass(frozen=True)
 class Cells:
-    """What a worker needs to know of them.
+    """The cells, as a worker needs them.
 
     Attributes:
-        name: Of the shipped file with the arrays.
-        probes: To how many cells a query goes.
-        tasks: Ranges of cells, each about as much work.
+        name: The name of the shipped file with the arrays.
+        probes: The number of cells that a query is compared with.
+        tasks: Ranges of cells with about the same amount of work.
     """
 
     name: str
@@ -59,8 +59,8 @@ class Cells:
     tasks: list[tuple[int, int]]
 
     def arrays(self) -> dict[str, Any]:
-        """``centroids``, float32 ``(C, D)``; ``rows`` of ``VectorFile``, cell by cell, and where
-        each cell ``begins`` in them; the same of ``visitors``, which come from cells nearby."""
+        """Returns ``centroids``, float32 ``(C, D)``; ``rows`` of the ``VectorFile``, cell by cell,
+        and where each cell ``begins`` in them; the same for ``visitors`` from nearby cells."""
         return _arrays(self.name)
 
 
@@ -77,9 +77,9 @@ def cells_for_queries(
     k: int,
     recall: float,
 ) -> tuple[Cells, float]:
-    """Cells, and the share of the true neighbours that is found for a sample of the queries.
+    """Returns cells, and the share of true neighbours found for a sample of the queries.
 
-    The queries are a data frame of ``keyed`` and its number of rows, or the vectors themselves.
+    The queries are a data frame of ``keyed`` with its number of rows, or ``None`` for the vectors.
     """
     centroids = _centroids(vectors)
     home = _nearest_cells(session, vectors, centroids, 1)
@@ -87,13 +87,13 @@ def cells_for_queries(
     if not len(units):  # no query has a vector
         return _shipped(session, vectors, centroids, home, 1), 1.0
     true, _ = nearest_units(units, vectors.units(folder()), k)  # (S, k)
-    # Which place the cell of each true neighbour has among the query's cells.
+    # The position of each true neighbour's cell among the query's cells.
     most = min(_MAX_PROBES, len(centroids))
     order, _ = nearest_units(units, centroids, most)  # (S, P)
     is_home = order[:, None, :] == home[:, 0][true][:, :, None]  # (S, k, P)
     place = np.where(is_home.any(2), is_home.argmax(2), most)
     probes, reached = _probes(place, most, recall)
-    logger.info("%d cells, %d of them for a query: recall %.3f", len(centroids), probes, reached)
+    logger.info("%d cells, %d compared per query: recall %.3f", len(centroids), probes, reached)
     return _shipped(session, vectors, centroids, home, probes), reached
 
 
@@ -105,7 +105,7 @@ def _sample(vectors: VectorFile, count: int) -> Vectors:
 
 
 def _sample_of(queries: DataFrame, count: int) -> Vectors:
-    """Chosen by their keys, so that the sample does not depend on partitions."""
+    """Samples queries by their keys, so that the sample does not depend on partitioning."""
     every = max(1, count // _SAMPLE)
     chosen = queries.where(F.pmod(F.xxhash64("key"), F.lit(every)) == 0).select("vector")
     with failures_in_words():
@@ -114,11 +114,11 @@ def _sample_of(queries: DataFrame, count: int) -> Vectors:
 
 
 def cells_for_pairs(session: SparkSession, vectors: VectorFile, min_cosine: float) -> Cells:
-    """Cells, with visitors: vectors that are compared with those of a cell beside their own."""
+    """Returns cells with visitors: vectors that are also compared with cells near their own."""
     if vectors.rows == 0:
         return Cells("", 1, [])
     centroids = _centroids(vectors)
-    # Vectors turned by the angle that near-duplicates may differ by, in any direction.
+    # Rotates vectors by the largest angle between near-duplicates, in random directions.
     chance = np.random.default_rng(0)
     units = _sample(vectors, 8 * _SAMPLE)
     noise = chance.standard_normal(units.shape, np.float32)
@@ -132,20 +132,20 @@ def cells_for_pairs(session: SparkSession, vectors: VectorFile, min_cosine: floa
     is_home = order == home_of_turned
     place = np.where(is_home.any(1), is_home.argmax(1), most)
     probes, reached = _probes(place, most, _PAIR_RECALL)
-    logger.info("%d cells, %d of them for a vector: recall %.3f", len(centroids), probes, reached)
+    logger.info("%d cells, %d compared per vector: recall %.3f", len(centroids), probes, reached)
     home = _nearest_cells(session, vectors, centroids, probes)
     return _shipped(session, vectors, centroids, home, probes)
 
 
 def _probes(place: Any, most: int, recall: float) -> tuple[int, float]:
-    """The fewest cells that reach the recall, and what they reach."""
+    """Returns the smallest number of cells that reaches the recall, and their recall."""
     reached = np.searchsorted(np.sort(place, axis=None), np.arange(1, most + 1)) / place.size
     probes = min(most, int(np.searchsorted(reached, recall)) + 1)
     return probes, float(reached[probes - 1])
 
 
 def _centroids(vectors: VectorFile) -> Vectors:
-    """float32 ``(C, D)`` of length 1, from a sample."""
+    """Returns centroids of length 1, float32 ``(C, D)``, computed on a sample."""
     try:
         import faiss
     except ImportError as error:
@@ -169,7 +169,7 @@ def _centroids(vectors: VectorFile) -> Vectors:
 def _nearest_cells(
     session: SparkSession, vectors: VectorFile, centroids: Vectors, count: int
 ) -> Any:
-    """Of every vector its ``count`` nearest cells, int32 ``(N, count)``, by all workers."""
+    """Returns the ``count`` nearest cells of each vector, int32 ``(N, count)``, by all workers."""
     name = _write(centroids=centroids)
     ship_file(session, folder() / name)
     tasks = math.ceil(vectors.rows / _ASSIGNED_ROWS)
@@ -202,7 +202,7 @@ def _shipped(
     session: SparkSession, vectors: VectorFile, centroids: Vectors, cells: Any, probes: int
 ) -> Cells:
     rows, begins = _listed(cells[:, 0], len(centroids))
-    # A vector's further cells, row by row: it visits these.
+    # A vector visits its further cells, which are listed row by row.
     visits = cells[:, 1:].ravel()
     visitors, visits_begin = _listed(visits, len(centroids))
     visitors //= max(1, cells.shape[1] - 1)
@@ -214,7 +214,7 @@ def _shipped(
         visits_begin=visits_begin,
     )
     ship_file(session, folder() / name)
-    # A cell's work is about that of its members and visitors.
+    # The work of a cell depends on the number of its members and visitors.
     work = begins + visits_begin
     cuts = np.searchsorted(work, np.arange(0, work[-1], _TASK_VECTORS))
     cuts = np.unique(np.append(cuts, len(centroids))).tolist()
@@ -222,7 +222,7 @@ def _shipped(
 
 
 def _listed(cell: Any, count: int) -> tuple[Any, Any]:
-    """Places by cell, int32, and where each of ``count`` cells begins among them, and the end."""
+    """Returns positions by cell, int32, and where each of ``count`` cells begins, with the end."""
     order = np.argsort(cell, kind="stable").astype(np.int32)
     return order, np.searchsorted(cell[order], np.arange(count + 1))
 
@@ -236,10 +236,10 @@ def _write(**arrays: Any) -> str:
 def nearest_in_cells(
     queries: Vectors, units: Vectors, cells: Cells, k: int
 ) -> tuple[Indices, Indices, Vectors]:
-    """On a worker: queries are compared with the vectors of their nearest cells.
+    """Compares queries with the vectors of their nearest cells, on a worker.
 
     Returns:
-        Rows of queries, indices of vectors and cosines, in the order of the result.
+        Query rows, vector indices and cosines, in the order of the result.
     """
     arrays = cells.arrays()
     asked, _ = nearest_units(queries, arrays["centroids"], cells.probes)  # (B, P)
@@ -252,7 +252,7 @@ def nearest_in_cells(
         if len(here) and len(members):
             parts.append(_found_among(queries, here, units, members, k))
     row, index, cosine = (np.concatenate(part) for part in zip(*parts, strict=True))
-    # Cells with fewer than k vectors between them: such a query is compared with all.
+    # If the cells of a query have fewer than k vectors in total, compare it with all vectors.
     enough = np.bincount(row, minlength=len(queries)) >= min(k, len(units))
     few = np.flatnonzero(~enough)
     kept = enough[row]
@@ -279,7 +279,7 @@ def _found_among(
 def linked_in_cell(
     task: tuple[int, int], vectors: VectorFile, min_cosine: float, cells: Cells
 ) -> Iterator[tuple[Indices, Indices]]:
-    """On a worker: of each cell its members, compared with one another and with its visitors."""
+    """Compares the members of each cell with one another and its visitors, on a worker."""
     arrays = cells.arrays()
     units = vectors.units()
     for cell in range(*task):
@@ -289,7 +289,7 @@ def linked_in_cell(
         ]
         rows = np.concatenate([members, visitors]).astype(np.int64)
         for begin in range(0, len(members), _MEMBER_ROWS):
-            # A cell may be large, of many copies: its vectors are read some at a time.
+            # A cell with many copies may be large: its vectors are read in parts.
             some = rows[begin : begin + _MEMBER_ROWS]
             for other in range(begin, len(rows), _MEMBER_ROWS):
                 beside = rows[other : other + _MEMBER_ROWS]

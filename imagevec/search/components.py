@@ -1,4 +1,4 @@
-"""Connected components of a graph whose edges are rows, by joins on Spark."""
+"""Computes connected components of a graph by joins on Spark. Each row is an edge."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pyspark.sql import functions as F
 from imagevec.errors import ImageVecError
 from imagevec.spark.sessions import failures_in_words
 
-_ROWS = 1 << 17  # of a partition of the result; a session's number of them is for larger ones
+_ROWS = 1 << 17  # per partition of the result; the session's default suits larger results
 
 logger = logging.getLogger(__name__)
 
-MAX_ROUNDS = 50  # as many as a chain of 2**50 could need, about: each round halves what is left
+MAX_ROUNDS = 50  # about enough for a chain of 2**50: each round halves what is left
 
 
 def components(edges: DataFrame) -> DataFrame:
-    """The members of all components of two or more, each with its smallest member.
+    """Returns the members of all components of two or more, with the smallest member of each.
 
-    Large-star and small-star in turns (Kiveris et al. 2014, "Connected Components in MapReduce and
-    Beyond"), until nothing changes. A round is two shuffles of what is left; no more than
-    ``MAX_ROUNDS``.
+    Large-star and small-star alternate (Kiveris et al. 2014, "Connected Components in MapReduce and
+    Beyond") until nothing changes, for at most ``MAX_ROUNDS``. A round shuffles the remaining edges
+    twice.
 
     Args:
-        edges: ``a`` and ``b``, long.
+        edges: A data frame with the columns ``a`` and ``b``, long.
 
     Returns:
-        ``node`` and ``component``, long.
+        A data frame with the columns ``node`` and ``component``, long.
     """
     edges = edges.where("a <> b").select(
         F.greatest("a", "b").alias("u"), F.least("a", "b").alias("v")
@@ -48,11 +48,11 @@ def components(edges: DataFrame) -> DataFrame:
                 partitions = max(1, 2 * state[0] // _ROWS)
                 return stars.union(centres.distinct()).coalesce(partitions)
             before = state
-    raise ImageVecError(f"components were not connected after {MAX_ROUNDS} rounds")
+    raise ImageVecError(f"the connected components did not converge in {MAX_ROUNDS} rounds")
 
 
 def _state(edges: DataFrame) -> tuple[int, ...]:
-    """Equal for two sets of edges that are the same."""
+    """Returns a state that is equal for equal sets of edges."""
     found = edges.agg(
         F.count("*"),
         F.coalesce(F.sum(F.xxhash64("u", "v").cast("decimal(20)")), F.lit(0)),
@@ -61,7 +61,7 @@ def _state(edges: DataFrame) -> tuple[int, ...]:
     return int(found[0]), int(found[1])
 
 
-# A round reads the edges once: plans that name them twice would double with each round.
+# A round uses the edges once: plans that use them twice would double with each round.
 
 
 def _large_star(edges: DataFrame) -> DataFrame:
@@ -73,12 +73,12 @@ def _large_star(edges: DataFrame) -> DataFrame:
 
 
 def _small_star(edges: DataFrame) -> DataFrame:
-    """Links each node and its smaller neighbours with the smallest one. Edges lead downwards."""
+    """Links each node and its smaller neighbours with the smallest one. Edges point downwards."""
     stars = edges.withColumn("least", F.min("v").over(Window.partitionBy("u")))
     return _each_of(stars, ("v", "least"), ("u", "least")).where("u <> v").distinct()
 
 
 def _each_of(edges: DataFrame, *pairs: tuple[str, str]) -> DataFrame:
-    """Several edges for each row: ``u`` and ``v`` from these pairs of columns."""
+    """Returns several edges per row: ``u`` and ``v`` from these pairs of columns."""
     made = F.array(*(F.struct(F.col(u).alias("u"), F.col(v).alias("v")) for u, v in pairs))
     return edges.select(F.explode(made).alias("edge")).select("edge.u", "edge.v")

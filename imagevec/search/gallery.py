@@ -1,4 +1,4 @@
-"""One HTML page to look at features with: neighbours, a map and near-duplicates of images."""
+"""Writes an HTML page to explore features: neighbours, a map and near-duplicates of images."""
 
 from __future__ import annotations
 
@@ -43,26 +43,27 @@ def write_gallery(
     max_images: int = 2000,
     groups: str | Path | None = None,
 ) -> int:
-    """Writes a page that needs nothing else: no server, no network, no other file.
+    """Writes a self-contained page, which needs no server, no network and no other file.
 
     Args:
-        features: The folder that ``imagevec extract`` wrote. The images are read again, from their
-            paths in it; one that cannot be read has a placeholder.
-        out: The HTML file.
-        neighbours: How many are shown of each image.
-        thumbnail_size: Pixels of a thumbnail's shorter side; the longer one has at most twice that.
-        max_images: Of more, a sample of that many is shown: those whose paths have the smallest
-            hashes. The same paths are in it whatever the order of the table, and most of them stay
-            when images are added. Memory is needed for the sample, not for the table.
+        features: The folder that ``imagevec extract`` wrote. The images are read again from their
+            paths; an image that cannot be read gets a placeholder.
+        out: The HTML file to write.
+        neighbours: The number of neighbours shown for each image.
+        thumbnail_size: The shorter side of a thumbnail in pixels; the longer one is at most twice
+            as long.
+        max_images: The maximum number of images. From a larger table, the images whose paths have
+            the smallest hashes are shown. This sample does not depend on the order of the table,
+            and most of it stays when images are added. Only the sample is held in memory.
         groups: The folder that ``imagevec duplicates`` wrote. Its groups are shown instead of those
-            of the images on the page, and the sample begins with them: whole groups, in the order
-            of their hashes, except those that are larger than the space that is left.
+            of the images on the page. The sample then begins with whole groups, in the order of
+            their hashes, except groups that are larger than the remaining space.
 
     Returns:
         The number of images on the page.
 
     Raises:
-        OptionError: A number is below 1, or there is no such table, or none of groups.
+        OptionError: A number is below 1, or one of the tables does not exist.
     """
     numbers = {
         "neighbours": neighbours,
@@ -119,11 +120,11 @@ def write_gallery(
 def _sample(
     features: str | Path, count: int, group_of: Mapping[str, str]
 ) -> tuple[list[str], Vectors, int]:
-    """The images of ``group_of``, and of the others those with the smallest hashes.
+    """Selects the images of ``group_of``, and then those with the smallest hashes.
 
     Returns:
-        At most ``count`` paths, sorted, their vectors, float32 ``(N, D)``, and how many images the
-        table has.
+        At most ``count`` paths, sorted, their vectors, float32 ``(N, D)``, and the number of images
+        in the table.
     """
     kept: list[tuple[tuple[bool, bytes, str], Vectors]] = []
     total = 0
@@ -131,7 +132,7 @@ def _sample(
         total += len(paths)
         keys = [(path not in group_of, _hash(path), path) for path in paths]
         new = [
-            (key, vectors[row].copy())  # a view would keep the block
+            (key, vectors[row].copy())  # a view would keep the whole block
             for row, key in enumerate(keys)
             if len(kept) < count or key < kept[-1][0]
         ]
@@ -141,15 +142,15 @@ def _sample(
 
 
 def _choose_groups(groups: str | Path, count: int) -> tuple[dict[str, str], int]:
-    """Whole groups of together at most ``count`` images.
+    """Selects whole groups with at most ``count`` images in total.
 
-    Of the table, which is read twice, only the sizes of ``count`` groups are held at a time.
+    The table is read twice. Only the sizes of ``count`` groups are held in memory at a time.
 
     Returns:
-        Each image's group, and how many groups the table has.
+        The group of each image, and the number of groups in the table.
     """
     sizes: Counter[tuple[bytes, str]] = Counter()
-    limit: tuple[bytes, str] | None = None  # what is above it has been dropped
+    limit: tuple[bytes, str] | None = None  # larger keys have been dropped
     in_all = 0
     for paths, names in read_groups(groups):
         in_all += sum(map(str.__eq__, paths, names))  # a group has its smallest path once
@@ -174,7 +175,7 @@ def _choose_groups(groups: str | Path, count: int) -> tuple[dict[str, str], int]
 
 
 def _groups_on_page(paths: list[str], group_of: Mapping[str, str]) -> list[list[int]]:
-    """The indices of each group of two or more, ascending; groups by their first index."""
+    """Returns the indices of each group of two or more, ascending, by first index."""
     members = defaultdict(list)
     for index, path in enumerate(paths):
         if path in group_of:
@@ -187,7 +188,7 @@ def _hash(path: str) -> bytes:
 
 
 def _made_by(metadata: Mapping[str, Any]) -> str:
-    """The model and what else fixes the vectors; empty if the column does not say."""
+    """Describes the model and its settings; empty if the column has no provenance."""
     made_of = metadata.get(METADATA_KEY)
     if made_of is None:
         return ""
@@ -204,20 +205,20 @@ def _made_by(metadata: Mapping[str, Any]) -> str:
 
 
 def _page(data: dict[str, Any]) -> str:
-    """The template with the data in it. No text of theirs can end the element that holds them."""
+    """Returns the template with the data, escaped so that no text can close its element."""
     template = importlib.resources.files("imagevec.search").joinpath("gallery.html")
     text = json.dumps(data, separators=(",", ":")).translate(_HTML_ESCAPES)
     return template.read_text(encoding="utf-8").replace("{{ data }}", text)
 
 
 def _common_folder(paths: list[str]) -> str:
-    """With a slash at its end, or empty."""
+    """Returns the common folder of paths with a trailing slash, or an empty string."""
     parts = os.path.commonprefix([path.split("/")[:-1] for path in paths])
     return "".join(f"{part}/" for part in parts)
 
 
 def _picture(path: str, size: int) -> dict[str, Any]:
-    """A thumbnail as a URI, and the image's width and height; or the problem with the file."""
+    """Returns a thumbnail as a data URI with the image's width and height, or the problem."""
     try:
         pixels, width, height = decode(
             read(path), max_pixels=DEFAULTS["max_pixels"], formats=FORMATS, min_side=2 * size

@@ -43,11 +43,11 @@ from imagevec.search.vectors import (
 from imagevec.spark.sessions import existing_column, is_connect
 from imagevec.table.provenance import Provenance, check_same
 
-_ROWS = 8192  # of a block of vectors that streams by
-_QUERY_ROWS = 4096  # of queries that are compared with all vectors at once
-_CELL_QUERY_ROWS = 1 << 14  # with those of cells: each cell is read once for so many
+_ROWS = 8192  # per block of streamed vectors
+_QUERY_ROWS = 4096  # queries that are compared with all vectors at once
+_CELL_QUERY_ROWS = 1 << 14  # the same with cells: each cell is read once for this many
 _EMITTED_ROWS = 1 << 16
-_DUPLICATE_ROWS = 1 << 14  # of a block of vectors that one task compares with another
+_DUPLICATE_ROWS = 1 << 14  # per block of vectors; a task compares two blocks
 
 _Batches = Iterator[pa.RecordBatch]
 
@@ -62,39 +62,38 @@ def nearest(
     method: Method = "exact",
     recall: float = 0.95,
 ) -> DataFrame:
-    """The ``k`` rows of ``features`` with the highest cosines to each row of ``queries``.
+    """Finds the ``k`` rows of ``features`` with the highest cosine to each row of ``queries``.
 
-    The result does not depend on partitions: ties go to the smaller key. A query that is itself in
-    ``features`` is its own neighbour. A row without a vector is in no result. A vector that is
-    zero, or has a value that is not finite, has cosine 0 to every vector.
+    The result does not depend on partitioning: ties go to the smaller key. A query that is also in
+    ``features`` is its own neighbour. Rows without a vector are ignored. A vector that is zero or
+    has a non-finite value has cosine 0 to every vector.
 
-    The smaller side is brought to the driver's disk when this is called, and from there to each
-    executor's, as a file that workers map: 4 bytes a value. The larger one is read when the result
-    is.
+    The call collects the smaller side to the driver's disk, and ships it to the executors as a file
+    that workers map: 4 bytes per value. The larger side is read when the result is computed.
 
     Args:
-        queries: Has the columns ``key`` and ``column``.
-        features: The same; it may be the same data frame.
-        k: At least 1. All of ``features`` where it is larger.
-        key: A column of strings, whole numbers or bytes that are unique on either side.
-        column: Of ``array<float>``, ``array<double>`` or vectors of ``pyspark.ml``, all of one
-            length.
-        method: ``"exact"``, or ``"clustered"``: the rows of ``features`` are put into the cells of
-            a k-means clustering, and a query is compared with those of its nearest cells (an
-            inverted file: Sivic and Zisserman 2003). It needs the extra ``search``.
-        recall: With ``"clustered"``, the share of the true neighbours that is aimed at: as many
-            cells are compared as reach it for a sample of the queries. What it was for the sample
-            is in the metadata of ``cosine``, as ``recall``, and in the log; it is no promise.
+        queries: A data frame with the columns ``key`` and ``column``.
+        features: A data frame with the same columns, possibly the same data frame.
+        k: The number of neighbours, at least 1. If ``features`` has fewer rows, all are returned.
+        key: The name of the key column: strings, integers or bytes, unique in each data frame.
+        column: The name of the vector column: ``array<float>``, ``array<double>`` or vectors of
+            ``pyspark.ml``, all of the same length.
+        method: ``"exact"`` or ``"clustered"``. The latter assigns the rows of ``features`` to the
+            cells of a k-means clustering, and compares a query only with its nearest cells (an
+            inverted file: Sivic and Zisserman 2003). It requires the extra ``search``.
+        recall: With ``"clustered"``, the target share of true neighbours to find. The number of
+            cells to compare is chosen on a sample of the queries. The recall on the sample is in
+            the metadata of ``cosine``, as ``recall``, and in the log. It is not a guarantee.
 
     Returns:
-        ``query`` and ``neighbour`` (of the type of ``key``), ``rank`` (int, from 1) and ``cosine``
-        (float, a multiple of 2**-20).
+        A data frame with the columns ``query`` and ``neighbour`` (of the type of ``key``), ``rank``
+        (int, from 1) and ``cosine`` (float, a multiple of 2**-20).
 
     Raises:
-        OptionError: An option is out of range, a column is missing or of another type, a key is
+        OptionError: An option is out of range, a column is missing or has another type, a key is
             null or not unique, or ``features`` has no rows.
-        FingerprintError: The two are features of different models, only one of them says of which,
-            or vectors differ in length. Where that shows on the workers, the query fails with it.
+        FingerprintError: The features come from different models, only one side has provenance, or
+            vectors differ in length. If the workers detect this, the query fails with this error.
     """
     check_positive("k", k)
     _check_method(method)
@@ -121,7 +120,7 @@ def nearest(
         others = None if queries is features else (asked, asked_count)
         cells, reached = cells_for_queries(session, others, vectors, k, recall)
         cosine = cosine.alias("cosine", metadata={"recall": reached})
-    if queries is features:  # the vectors are there: none is computed again
+    if queries is features:  # the vectors are collected: do not compute them again
         shares = _shares(session, vectors.rows, _rows_at_once(cells))
         rows = _each(session, len(shares))
         compared = functools.partial(_nearest_of_each, shares=shares)
@@ -141,29 +140,31 @@ def near_duplicates(
     column: str = "features",
     method: Method = "exact",
 ) -> DataFrame:
-    """Groups of rows that are linked by cosines of at least ``min_cosine``.
+    """Finds groups of rows that are linked by cosines of at least ``min_cosine``.
 
-    A group is a connected component of two or more: two of its members may be less alike, with
-    others between. The result does not depend on partitions.
+    A group is a connected component of two or more rows. Two of its members may be less similar, if
+    others link them. The result does not depend on partitioning.
 
-    All vectors are brought to the driver's disk, and from there to each executor's, as a file that
-    workers map. It is done when this is called, and so are the comparisons.
+    The call collects all vectors to the driver's disk, ships them to the executors as a file that
+    workers map, and compares them.
 
     Args:
-        features: Has the columns ``key`` and ``column``, as for ``nearest``.
-        min_cosine: Above 0, at most 1.
-        key: A column of strings, whole numbers or bytes that are unique.
-        column: Of ``array<float>``, ``array<double>`` or vectors of ``pyspark.ml``.
-        method: ``"exact"``, or ``"clustered"``: vectors are compared within the cells of a k-means
-            clustering, and with the cells that are nearest to them (as SemDeDup does: Abbas et al.
-            2023). As many as find 0.995 of a sample of pairs of that cosine. It needs the extra
-            ``search``.
+        features: A data frame with the columns ``key`` and ``column``, as for ``nearest``.
+        min_cosine: The threshold, above 0 and at most 1.
+        key: The name of the key column: unique strings, integers or bytes.
+        column: The name of the vector column: ``array<float>``, ``array<double>`` or vectors of
+            ``pyspark.ml``.
+        method: ``"exact"`` or ``"clustered"``. The latter compares vectors within the cells of a
+            k-means clustering and with the nearest other cells (as in SemDeDup: Abbas et al. 2023).
+            The number of cells is chosen to find 0.995 of a sample of pairs with that cosine. It
+            requires the extra ``search``.
 
     Returns:
-        The columns ``key``, under its own name, and ``group``: the smallest key of the group.
+        A data frame with the columns ``key``, under its own name, and ``group``, the smallest key
+        of the group.
 
     Raises:
-        OptionError: An option is out of range, a column is missing or of another type, or a key is
+        OptionError: An option is out of range, a column is missing or has another type, or a key is
             null or not unique.
         FingerprintError: Vectors differ in length.
     """
@@ -196,13 +197,13 @@ def _check_method(method: str) -> None:
 
 
 def _check_comparable(queries: DataFrame, features: DataFrame, column: str) -> None:
-    """Columns that do not say what made them are compared by their length alone, on the workers."""
+    """Checks provenance. Without any, only the vectors' lengths are checked, on the workers."""
     made_of = [_provenance_of(side, column) for side in (queries, features)]
     if all(made_of):
         check_same(*made_of)  # type: ignore[arg-type]
     elif any(made_of):
         silent = "queries" if made_of[1] else "features"
-        raise FingerprintError(f"the column {column!r} of {silent} does not say what made it")
+        raise FingerprintError(f"the column {column!r} of {silent} has no provenance")
 
 
 def _provenance_of(df: DataFrame, column: str) -> Provenance | None:
@@ -224,21 +225,21 @@ def _result(kind: DataType) -> StructType:
 
 
 def _each(session: SparkSession, count: int) -> DataFrame:
-    """A row for each task, ``id`` from 0: each in a partition of its own."""
+    """Returns a row for each task, with ``id`` from 0, each in its own partition."""
     return session.range(0, count, 1, max(1, count))
 
 
 def _nearest_of_many(
     batches: _Batches, vectors: VectorFile, cells: Cells | None, k: int
 ) -> _Batches:
-    """On a worker: queries stream by, and are compared with the vectors."""
+    """Compares streamed queries with the vectors, on a worker."""
     keys, units = vectors.read_keys(), vectors.units()
     for queries, block in blocks(batches, _rows_at_once(cells), vectors.features or None):
         yield from _found(queries, block, keys, units, cells, k)
 
 
 def _shares(session: SparkSession, rows: int, size: int) -> list[slice]:
-    """Equal ones, of at most ``size`` rows: as many as keep all cores busy to the end."""
+    """Returns equal shares of at most ``size`` rows, enough to keep all cores busy to the end."""
     cores = 1 if is_connect(session) else session.sparkContext.defaultParallelism
     count = max(1, math.ceil(rows / size / cores)) * cores
     ends = [rows * number // count for number in range(count + 1)]
@@ -248,7 +249,7 @@ def _shares(session: SparkSession, rows: int, size: int) -> list[slice]:
 def _nearest_of_each(
     batches: _Batches, vectors: VectorFile, cells: Cells | None, k: int, shares: list[slice]
 ) -> _Batches:
-    """On a worker: each task's share of the vectors is compared with all of them."""
+    """Compares each task's share of the vectors with all vectors, on a worker."""
     keys, units = vectors.read_keys(), vectors.units()
     for batch in batches:
         for task in batch.column(0).to_pylist():
@@ -277,7 +278,7 @@ def _found(
 def _emitted(
     queries: Any, keys: Any, row: Any, index: Any, cosine: Any
 ) -> Iterator[pa.RecordBatch]:
-    """The result's rows, of candidates that are in order and chosen."""
+    """Yields the rows of the result for selected candidates, which are in order."""
     rank = rank_in_row(row) + 1
     for begin in range(0, len(row), _EMITTED_ROWS):
         part = slice(begin, begin + _EMITTED_ROWS)
@@ -291,7 +292,7 @@ def _emitted(
 
 
 def _nearest_of_few(queries: VectorFile, there: DataFrame, k: int, kind: DataType) -> DataFrame:
-    """Each partition's best, and of these the best."""
+    """Selects the nearest of each partition, and the nearest among these."""
     found = there.mapInArrow(
         functools.partial(_nearest_of_partition, queries=queries, k=k, kind=kind), _result(kind)
     )
@@ -302,7 +303,7 @@ def _nearest_of_few(queries: VectorFile, there: DataFrame, k: int, kind: DataTyp
 def _nearest_of_partition(
     batches: _Batches, queries: VectorFile, k: int, kind: DataType
 ) -> _Batches:
-    """On a worker: vectors stream by, and are compared with all queries."""
+    """Compares streamed vectors with all queries, on a worker."""
     units = queries.units()
     if not queries.rows:
         return
@@ -341,7 +342,7 @@ def _edges(
     vectors: VectorFile,
     min_cosine: float,
 ) -> _Batches:
-    """On a worker: of each task's vectors a spanning forest of what is near."""
+    """Yields a spanning forest of near vectors for each task, on a worker."""
     for batch in batches:
         for task in batch.column(0).to_pylist():
             for rows, root in link(tasks[task], vectors, min_cosine):
@@ -372,7 +373,7 @@ def _linked_in_blocks(task: tuple[slice, slice], vectors: VectorFile, min_cosine
 
 
 def _named(batches: _Batches, vectors: VectorFile) -> _Batches:
-    """Keys for what was counted."""
+    """Replaces row numbers with keys."""
     keys = vectors.read_keys()
     for batch in batches:
         columns = [keys.take(batch.column(0)), keys.take(batch.column(1))]

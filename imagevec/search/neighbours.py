@@ -1,9 +1,9 @@
 """Exact nearest neighbours by cosine, in blocks of a matrix product: never an N x N matrix.
 
-The one implementation of the product and the choice of the best: what runs on Spark calls it.
+This is the only implementation of the product and the selection. The Spark code calls it.
 
-A vector that is zero, or that has a value which is not finite, has cosine 0 to every vector.
-Cosines are rounded to multiples of 2**-20, about 1e-6: a float32 product is good for no more.
+A vector that is zero or has a non-finite value has cosine 0 to every vector. Cosines are rounded to
+multiples of 2**-20, about 1e-6, because a float32 product is not more accurate.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from imagevec.options import check_positive
 Vectors = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
-_QUERY_ROWS = 1024  # of a block of the product; larger ones gain nothing
+_QUERY_ROWS = 1024  # per block of the product; larger blocks are not faster
 _VECTOR_ROWS = 4096
-_FEW_QUERIES = 2  # BLAS would wake its threads for each block, and they spin in between
-_RESCORED_VALUES = 1 << 21  # of float64, at a time
-_CROWDED = 64  # candidates for each neighbour that is wanted, before ties are settled early
-_STEPS = 1 << 20  # of a cosine of 1
+_FEW_QUERIES = 2  # computed without BLAS, whose threads would wake for each block and then spin
+_RESCORED_VALUES = 1 << 21  # float64 values at a time
+_CROWDED = 64  # candidates per requested neighbour, beyond which ties are resolved early
+_STEPS = 1 << 20  # in a cosine of 1
 
-_AXES = 10  # more than two, so that the first two converge soon
+_AXES = 10  # more than two, so that the first two converge quickly
 _ITERATIONS = 30
 
 
 def nearest(queries: Vectors, vectors: Vectors, k: int) -> tuple[Indices, Vectors]:
-    """The ``k`` vectors with the highest cosines to each query, highest first.
+    """Finds the ``k`` vectors with the highest cosines to each query, highest first.
 
-    Ties go to the lower index. A query that is itself among the vectors is its own neighbour.
+    Ties go to the lower index. A query that is also among the vectors is its own neighbour.
 
     Args:
         queries: float32 ``(Q, D)``.
         vectors: float32 ``(N, D)``, N at least 1.
-        k: At least 1; N where it is larger.
+        k: The number of neighbours, at least 1. Values above N mean N.
 
     Returns:
         Indices into ``vectors``, int64 ``(Q, k)``, and cosines, float32 ``(Q, k)``.
@@ -58,11 +58,11 @@ def nearest(queries: Vectors, vectors: Vectors, k: int) -> tuple[Indices, Vector
 
 
 def nearest_units(queries: Vectors, vectors: Vectors, k: int) -> tuple[Indices, Vectors]:
-    """``nearest`` of what ``unit_vectors`` returned, which may be mapped from a file."""
+    """Like ``nearest``, for results of ``unit_vectors``, which may be mapped from a file."""
     k = min(k, len(vectors))
     indices = np.empty((len(queries), k), np.int64)
     cosines = np.empty((len(queries), k), np.float32)
-    # A block has room for the candidates, of which there are more than k.
+    # A block must have room for its candidates, which are more than k.
     size = max(1, min(_QUERY_ROWS, _QUERY_ROWS * _VECTOR_ROWS // k))
     for begin in range(0, len(queries), size):
         rows = slice(begin, begin + size)
@@ -72,17 +72,17 @@ def nearest_units(queries: Vectors, vectors: Vectors, k: int) -> tuple[Indices, 
 
 
 def _nearest_of_block(queries: Vectors, vectors: Vectors, k: int) -> tuple[Indices, Indices]:
-    """Indices and steps, both int64 ``(B, k)``.
+    """Returns indices and steps, both int64 ``(B, k)``.
 
-    The float32 product proposes candidates: all that may be among the k nearest by its error. What
-    they are worth is computed again in float64, so that no result depends on how BLAS, or whoever
-    partitioned the vectors, cut the product into blocks.
+    The float32 product proposes candidates: all vectors that may be among the k nearest, given its
+    error. Their cosines are computed again in float64. The result therefore does not depend on how
+    BLAS or the partitioning of the vectors divides the product into blocks.
     """
     error = product_error(queries.shape[1])
-    floor = np.full(len(queries), -np.inf, np.float32)  # (B,): what is below is not among the k
-    row = np.empty(0, np.int64)  # of each candidate: its query,
+    floor = np.full(len(queries), -np.inf, np.float32)  # (B,): no cosine below is among the k
+    row = np.empty(0, np.int64)  # per candidate: its query,
     index = np.empty(0, np.int64)  # its vector,
-    about = np.empty(0, np.float32)  # and about its cosine
+    about = np.empty(0, np.float32)  # and its approximate cosine
     space = np.empty(len(queries) * min(_VECTOR_ROWS, len(vectors)), np.float32)
     for begin in range(0, len(vectors), _VECTOR_ROWS):
         block = vectors[begin : begin + _VECTOR_ROWS]
@@ -104,7 +104,7 @@ def _nearest_of_block(queries: Vectors, vectors: Vectors, k: int) -> tuple[Indic
             continue
         order = np.lexsort((-about, row))
         row, index, about = row[order], index[order], about[order]
-        # Each row has k candidates by now: its first ones in this order.
+        # Each row now has at least k candidates: the first k in this order.
         floor = about[np.searchsorted(row, np.arange(len(queries))) + k - 1] - 2 * error
         kept = about >= floor[row]
         row, index, about = row[kept], index[kept], about[kept]
@@ -118,7 +118,7 @@ def _nearest_of_block(queries: Vectors, vectors: Vectors, k: int) -> tuple[Indic
 def _best(
     queries: Vectors, vectors: Vectors, row: Indices, index: Indices, k: int
 ) -> tuple[Indices, Indices, Indices]:
-    """The ``k`` best candidates of each row, in order: rows, indices and steps."""
+    """Returns the ``k`` best candidates of each row, in order: rows, indices and steps."""
     steps = exact_steps(queries, vectors, row, index)
     order = np.lexsort((index, -steps, row))
     row, index, steps = row[order], index[order], steps[order]
@@ -127,12 +127,12 @@ def _best(
 
 
 def rank_in_row(row: Indices) -> Indices:
-    """The place of each candidate among those of its row, from 0; ``row`` is sorted."""
+    """Returns the rank of each candidate in its row, from 0; ``row`` must be sorted."""
     return np.arange(len(row)) - np.searchsorted(row, row)
 
 
 def exact_steps(first: Vectors, second: Vectors, left: Indices, right: Indices) -> Indices:
-    """The cosine of ``first[left[i]]`` and ``second[right[i]]`` for every i, in whole steps."""
+    """Returns the cosine of ``first[left[i]]`` and ``second[right[i]]`` for each i, in steps."""
     steps = np.empty(len(left), np.int64)
     size = max(1, _RESCORED_VALUES // max(1, first.shape[1]))
     for begin in range(0, len(left), size):
@@ -144,32 +144,32 @@ def exact_steps(first: Vectors, second: Vectors, left: Indices, right: Indices) 
 
 
 def product_error(features: int) -> float:
-    """How far a float32 product of unit vectors can be from what is rounded to a step.
+    """Returns the largest difference of a float32 product of unit vectors from the rounded cosine.
 
-    The bound of a sum of D products in any order, D * 2**-24 (Higham 2002, section 3.1), with some
-    room for what is rounded around it, and half a step.
+    It is the bound for a sum of D products in any order, D * 2**-24 (Higham 2002, section 3.1),
+    with a margin for other rounding, plus half a step.
     """
     return (features + 8) * 2.0**-24 + 0.5 / _STEPS
 
 
 def near_duplicates(vectors: Vectors, min_cosine: float) -> list[list[int]]:
-    """Groups of vectors that are linked by cosines of at least ``min_cosine``.
+    """Finds groups of vectors that are linked by cosines of at least ``min_cosine``.
 
-    A group is a connected component: two of its members may be less alike, with others between.
+    A group is a connected component: two of its members may be less similar, if others link them.
 
     Args:
         vectors: float32 ``(N, D)``.
-        min_cosine: Above 0, at most 1.
+        min_cosine: The threshold, above 0 and at most 1.
 
     Returns:
-        The indices of each group of two or more, ascending; groups by their first index.
+        The indices of each group of two or more, ascending. Groups are sorted by first index.
 
     Raises:
         OptionError: ``min_cosine`` is out of range.
     """
     check_min_cosine(min_cosine)
     units = unit_vectors(vectors)
-    root = np.arange(len(units))  # (N,): the lowest index that each is known to be linked to
+    root = np.arange(len(units))  # (N,): the lowest index known to be linked to each
     link_near(root, units, slice(0, len(units)), slice(0, len(units)), min_cosine)
     order = np.argsort(root, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(root[order])) + 1)
@@ -187,8 +187,8 @@ def check_min_cosine(min_cosine: float) -> None:
 def link_near(
     root: Indices, units: Vectors, below: slice, beside: slice, min_cosine: float
 ) -> None:
-    """Links, in ``root``, what is near between two ranges of rows; the first begins no later."""
-    least = math.ceil(min_cosine * _STEPS)  # what is rounded to it counts
+    """Links near vectors of two row ranges in ``root``. The first range must not begin later."""
+    least = math.ceil(min_cosine * _STEPS)  # cosines that round to it are near
     error = product_error(units.shape[1])
     threshold = np.float32(least / _STEPS)
     size = _VECTOR_ROWS
@@ -198,7 +198,7 @@ def link_near(
             columns = slice(left, min(left + size, beside.stop))
             product = units[rows] @ units[columns].T  # (B, B)
             near = product >= threshold - error
-            near &= root[rows, None] != root[columns]  # few are left, of many copies
+            near &= root[rows, None] != root[columns]  # of many copies, few pairs remain
             row, column = np.nonzero(near)
             if len(row) == 0:
                 continue
@@ -213,7 +213,7 @@ def link_near(
 
 
 def _link(root: Indices, first: Indices, second: Indices) -> None:
-    """Makes the components of ``first[i]`` and ``second[i]`` one, for every i, in ``root``."""
+    """Merges the components of ``first[i]`` and ``second[i]`` in ``root``, for each i."""
     while True:
         first, second = root[first], root[second]
         apart = first != second
@@ -226,16 +226,16 @@ def _link(root: Indices, first: Indices, second: Indices) -> None:
 
 
 def map_2d(vectors: Vectors) -> Vectors:
-    """Places on a plane, alike vectors close together: the first two principal components.
+    """Maps vectors to a plane, similar ones close together: the first two principal components.
 
-    The vectors are brought to length 1 first, so that the plane shows cosines. The same vectors
-    have the same places every time: an axis points to where its largest entry is positive.
+    The vectors are scaled to length 1 first, so that the plane reflects cosines. The result is
+    deterministic: the largest entry of each axis is positive.
 
     Args:
         vectors: float32 ``(N, D)``, both at least 1.
 
     Returns:
-        float32 ``(N, 2)``. Each column goes from 0 to 1, or is 0.5 where the vectors do not differ.
+        float32 ``(N, 2)``. Each column ranges from 0 to 1, or is 0.5 if the vectors do not differ.
     """
     centred = unit_vectors(vectors)  # (N, D)
     centred -= centred.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -251,20 +251,20 @@ def map_2d(vectors: Vectors) -> Vectors:
     axes *= np.where(axes[largest, np.arange(axes.shape[1])] < 0, -1, 1)
     places = centred @ axes
     low, extent = places.min(axis=0), np.ptp(places, axis=0)
-    differs = extent > 1e-5  # less is rounding
+    differs = extent > 1e-5  # a smaller extent is rounding
     plane = np.full((len(vectors), 2), 0.5, np.float32)
     plane[:, : len(extent)][:, differs] = ((places - low)[:, differs]) / extent[differs]
     return plane
 
 
 def unit_vectors(vectors: Vectors) -> Vectors:
-    """A float32 copy ``(N, D)``, each vector at length 1, or zero where it has no direction."""
+    """Returns a float32 copy ``(N, D)``, each vector of length 1, or zero if without direction."""
     with np.errstate(invalid="ignore", over="ignore"):
         units = np.array(vectors, np.float32)
         largest = np.maximum(units.max(axis=1, initial=0), -units.min(axis=1, initial=0))  # (N,)
     has_direction = np.isfinite(largest) & (largest > 0)
     units[~has_direction] = 0
-    units /= np.where(has_direction, largest, 1)[:, None]  # else squares overflow, or vanish
+    units /= np.where(has_direction, largest, 1)[:, None]  # else squares overflow or underflow
     lengths = np.sqrt(np.einsum("nd,nd->n", units, units, dtype=np.float64))
     units /= np.where(has_direction, lengths, 1).astype(np.float32)[:, None]
     return units

@@ -1,4 +1,4 @@
-"""The images of a table that are nearest to others. The table is streamed, never held."""
+"""Finds the images of a table that are nearest to queries, and streams the table."""
 
 from __future__ import annotations
 
@@ -29,31 +29,30 @@ def similar(
     weights: str | None = None,
     texts: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """The ``k`` nearest images to each query, by cosine.
+    """Finds the ``k`` nearest images to each query, by cosine.
 
-    A query that is not in the table, or has no features there, is computed here, with the model of
-    the table's features. The table names it, but a saved model or a ``.pt2`` file has to be given
-    again. A query that is in the table is not its own neighbour.
+    If a query is not in the table, or has no features there, its vector is computed with the
+    table's model. The table records the model, but a saved model or a ``.pt2`` file must be passed
+    as ``model``. A query that is in the table is not its own neighbour.
 
     Args:
         features: The folder that ``imagevec extract`` wrote, or its URI.
         queries: Paths or URIs of images.
-        k: At least 1; all other images where it is larger.
-        model: A saved model or a ``.pt2`` file, if the features are of one.
-        weights: The weights, if the cache does not have them.
-        texts: Descriptions of images. The features must be of a model of open_clip.
+        k: The number of neighbours, at least 1. If the table has fewer, all are returned.
+        model: The saved model or ``.pt2`` file that the table was made with, if any.
+        weights: The weights that the table was made with, if they are not in the cache.
+        texts: Descriptions of images. The features must come from an open_clip model.
 
     Returns:
         For each query, and then for each text,
-        ``{"query": ..., "neighbours": [{"path": ..., "cosine": ...}, ...]}``. Neighbours are in
-        order of descending cosine; those of equal cosines in order of their paths.
+        ``{"query": ..., "neighbours": [{"path": ..., "cosine": ...}, ...]}``. Neighbours are sorted
+        by descending cosine, and then by path.
 
     Raises:
-        OptionError: The table cannot be read or has no features, ``k`` is below 1, or the model has
-            to be given.
-        FingerprintError: The model at hand is not the one of the table, or the table does not say
-            which it is.
-        ImageError: A query that has to be computed cannot be read, or is not an image.
+        OptionError: The table cannot be read or has no features, ``k`` is below 1, or ``model`` is
+            required.
+        FingerprintError: The model is not the table's, or the table has no provenance.
+        ImageError: A query is not in the table, and cannot be read or is not an image.
     """
     check_positive("k", k)
     names = [_plain(query) for query in queries]
@@ -80,13 +79,13 @@ def similar(
 def _nearest(
     features: str, queries: Vectors, k: int, own: list[list[str]]
 ) -> list[list[tuple[float, str]]]:
-    """For each query its ``k`` neighbours, each a cosine's negative and a path, in order.
+    """Returns the ``k`` neighbours of each query, in order: negative cosines and paths.
 
     Args:
         features: The table.
         queries: float32 ``(Q, D)``.
-        k: At least 1.
-        own: The paths of each query's own rows, which are left out.
+        k: The number of neighbours, at least 1.
+        own: The paths of each query's own rows, which are excluded.
     """
     best: list[list[tuple[float, str]]] = [[] for _ in queries]
     compare = functools.partial(_nearest_of_block, queries=queries, k=k + max(map(len, own)))
@@ -111,10 +110,10 @@ def _nearest_of_block(
 
 
 def _rows_of(features: str, names: set[str]) -> tuple[dict[str, list[str]], set[RowGroup]]:
-    """The rows of images, by their paths alone.
+    """Finds the rows of images by path.
 
     Returns:
-        For each name the paths that the table has for it, and the row groups that have any.
+        For each name its paths in the table, and the row groups that contain any of them.
     """
     own: dict[str, list[str]] = {name: [] for name in names}
     row_groups = set()
@@ -130,7 +129,7 @@ def _rows_of(features: str, names: set[str]) -> tuple[dict[str, list[str]], set[
 def _vectors_there(
     features: str, own: dict[str, list[str]], row_groups: set[RowGroup]
 ) -> dict[str, Vectors]:
-    """The vectors of the images that have one in the table, by name."""
+    """Returns the vectors that the table has for these images, by name."""
     found: dict[str, Vectors] = {}
     if row_groups:
         name_of = {path: name for name, paths in own.items() for path in paths}
@@ -144,7 +143,7 @@ def _vectors_there(
 def _vectors_computed(
     features: str, queries: dict[str, str], model: str | None, weights: str | None
 ) -> dict[str, Vectors]:
-    """The vectors of other images, by name, as ``queries`` are."""
+    """Computes the vectors of images that are not in the table, by name like ``queries``."""
     from imagevec.spark.vectorizer import ImageVectorizer
     from imagevec.table.provenance import Provenance, check_same
 
@@ -160,7 +159,9 @@ def _vectors_computed(
     if model is None:
         name = made_of.model
         if made_of.precision == "int8" or name.startswith("pt2:"):
-            raise OptionError(f"the features are of {name!r}, a folder or file: give it as --model")
+            raise OptionError(
+                f"the table was made with {name!r}, a file or folder: give it as --model"
+            )
         options |= {"model": name, "weights": weights or _weights_at_hand(made_of)}
     else:
         options |= {"model": model, "weights": weights} if weights else {"model": model}
@@ -173,7 +174,7 @@ def _vectors_computed(
 
 
 def _vectors_of_texts(features: str, texts: Sequence[str], weights: str | None) -> list[Vectors]:
-    """The vectors of texts, in order, by the text tower of the model of the table's features."""
+    """Computes the vectors of texts, in order, with the text tower of the table's model."""
     from imagevec.spark.text import text_features, text_plan
     from imagevec.table.provenance import Provenance, check_same
 
@@ -188,7 +189,7 @@ def _provenance_of(features: str) -> Provenance:
 
     metadata = column_metadata(features, "features")
     if not metadata:
-        raise FingerprintError(f"{features} does not say what made its features")
+        raise FingerprintError(f"{features} has no provenance in its metadata")
     return Provenance.of_metadata(metadata)
 
 
@@ -202,7 +203,7 @@ def _weights_at_hand(made_of: Provenance) -> str:
 
 
 def _plain(path: str) -> str:
-    """A local path or ``file:`` URI as an absolute path; other URIs as they are."""
+    """Returns a local path or ``file:`` URI as an absolute path, other URIs unchanged."""
     if path.startswith("file:"):
         return "/" + path.removeprefix("file:").lstrip("/")
     return path if "://" in path else str(Path(path).absolute())

@@ -1,7 +1,6 @@
-"""The vectors of a table as a file that every executor has: mapped, not loaded.
+"""The vectors of a table as a file on every executor, which workers map instead of loading it.
 
-The rows are in the order of their keys, so that wherever a tie is to be broken, the lower index is
-the smaller key.
+The rows are sorted by key. In a tie, the lower index is the smaller key.
 """
 
 from __future__ import annotations
@@ -40,23 +39,23 @@ from imagevec.search.neighbours import Indices, Vectors, unit_vectors
 from imagevec.spark.sessions import existing_column, failures_in_words, is_connect, quoted
 from imagevec.spark.ship import ship_file, shipped
 
-_PACKED_BYTES = 2 << 20  # of a row that travels
-_PIECE_ROWS = 4096  # that travel at a time: the JVM holds some copies of them
+_PACKED_BYTES = 2 << 20  # per transferred row
+_PIECE_ROWS = 4096  # transferred at a time: the JVM holds several copies of them
 _GATHERED_ROWS = 1 << 13
 
 
 def keyed(df: DataFrame, key: str, column: str) -> DataFrame:
-    """The columns ``key`` and ``vector``, an array of floats or doubles.
+    """Returns the columns ``key`` and ``vector``, an array of floats or doubles.
 
     Raises:
-        OptionError: There is no such column, or it is of a type that cannot be searched.
+        OptionError: A column does not exist, or has a type that cannot be searched.
     """
     key, column = existing_column(df.columns, key), existing_column(df.columns, column)
     kind, vector = df.schema[key].dataType, F.col(quoted(column))
     if not isinstance(kind, StringType | IntegralType | BinaryType):
         raise OptionError(
             f"the key {key!r} is of type {kind.simpleString()}: "
-            "use a column of strings, whole numbers or bytes"
+            "use a column of strings, integers or bytes"
         )
     type = df.schema[column].dataType
     if type.typeName() == "vectorudt":
@@ -70,10 +69,10 @@ def keyed(df: DataFrame, key: str, column: str) -> DataFrame:
 
 
 def count_keys(side: DataFrame) -> int:
-    """How many rows there are.
+    """Returns the number of rows.
 
     Raises:
-        OptionError: A key is null, or is there twice.
+        OptionError: A key is null or not unique.
     """
     keys = side.select("key").groupBy("key").count()
     with failures_in_words():
@@ -86,12 +85,12 @@ def count_keys(side: DataFrame) -> int:
     assert found is not None, "an aggregate has a row"
     if found["nulls"]:
         raise OptionError(
-            f"{found['nulls']:,} of {found['rows']:,} rows have no key: leave them out"
+            f"{found['nulls']:,} of {found['rows']:,} rows have no key: filter them out"
         )
     if (found["most"] or 0) > 1:
         raise OptionError(
-            f"the key {found['most_frequent']!r} is there {found['most']:,} times: "
-            "choose one that is unique"
+            f"the key {found['most_frequent']!r} occurs {found['most']:,} times: "
+            "choose a unique key"
         )
     return int(found["rows"])
 
@@ -99,15 +98,15 @@ def count_keys(side: DataFrame) -> int:
 def blocks(
     batches: Iterator[pa.RecordBatch], rows: int, features: int | None = None
 ) -> Iterator[tuple[Any, Vectors]]:
-    """Of the columns ``key`` and ``vector``: blocks of ``rows`` or more, in the order of keys.
+    """Yields blocks of at least ``rows`` of the columns ``key`` and ``vector``, sorted by key.
 
-    Rows without a vector are left out.
+    Rows without a vector are omitted.
 
     Yields:
-        Keys, an Arrow array of B, and ``unit_vectors``, float32 ``(B, D)``.
+        Keys, an Arrow array of length B, and ``unit_vectors``, float32 ``(B, D)``.
 
     Raises:
-        FingerprintError: Vectors differ in length, or do not have ``features``.
+        FingerprintError: Vectors differ in length, or their length is not ``features``.
     """
     waiting: list[tuple[Any, Vectors]] = []
     for batch in batches:
@@ -139,12 +138,12 @@ def _in_order(parts: list[tuple[Any, Any]]) -> tuple[Any, Vectors]:
 
 @dataclass(frozen=True)
 class VectorFile:
-    """What a worker needs to open it.
+    """A file of vectors, as a worker needs it.
 
     Attributes:
-        name: Of the file of vectors, float32 ``(rows, features)``, each of length 1 or zero.
-        keys: Of the file of their keys, an Arrow table.
-        rows: How many there are.
+        name: The name of the file of vectors, float32 ``(rows, features)``, of length 1 or zero.
+        keys: The name of the file of their keys, an Arrow table.
+        rows: The number of vectors.
         features: The length of a vector.
     """
 
@@ -154,32 +153,33 @@ class VectorFile:
     features: int
 
     def units(self, folder: Path | None = None) -> Vectors:
-        """The vectors, float32 ``(rows, features)``, of a shipped file or one in a folder."""
+        """Returns the vectors, float32 ``(rows, features)``, of a shipped or a local file."""
         path = shipped(self.name) if folder is None else folder / self.name
         if self.rows == 0:
             return np.empty((0, self.features), np.float32)
         return np.memmap(path, np.float32, "r", shape=(self.rows, self.features))
 
     def read_keys(self) -> Any:
-        """On a worker: the keys, an Arrow array."""
+        """Returns the keys, an Arrow array, on a worker."""
         with pa.memory_map(str(shipped(self.keys))) as file:
             return pa.ipc.open_file(file).read_all().column(0).combine_chunks()
 
 
 def collect(side: DataFrame, rows: int) -> VectorFile:
-    """Brings the vectors of ``keyed`` to the driver's disk, and ships them from there.
+    """Collects the vectors of ``keyed`` to the driver's disk, and ships them to the executors.
 
-    They are computed once, by all workers. Neither the JVM nor this process holds them in memory.
+    All workers compute them, once. Neither the JVM nor this process holds them in memory.
 
     Args:
-        rows: How many ``count_keys`` found.
+        side: The data frame of ``keyed``.
+        rows: The result of ``count_keys``.
 
     Raises:
-        FingerprintError: They differ in length.
+        FingerprintError: Vectors differ in length.
     """
     kind = side.schema["key"].dataType
     packed = side.mapInArrow(_packed, f"keys array<{kind.simpleString()}>, vectors binary")
-    # Spark computes all before the first of these pieces arrives; then they come one by one.
+    # Spark computes all pieces before the first one arrives; then they arrive one by one.
     pieces = packed.repartition(max(1, math.ceil(rows / _PIECE_ROWS)), "keys")
     part = folder() / "part"
     chunks: list[Any] = []
@@ -208,10 +208,10 @@ def collect(side: DataFrame, rows: int) -> VectorFile:
 
 
 def _brought(pieces: DataFrame) -> Iterator[Row]:
-    """The rows, a piece at a time.
+    """Yields the rows, a piece at a time.
 
-    Text comes through Spark's pickling twice as fast as bytes. A data frame's own iterator would
-    leave all results in the JVM's memory: Spark 4 keeps the jobs of a query that it thinks ended.
+    Spark pickles text twice as fast as bytes. A data frame's own iterator would leave all results
+    in the JVM's memory: Spark 4 keeps the jobs of a query that it considers ended.
     """
     if is_connect(pieces.sparkSession):
         yield from pieces.toLocalIterator()
@@ -220,14 +220,14 @@ def _brought(pieces: DataFrame) -> Iterator[Row]:
 
 
 def arrow_type(kind: DataType) -> Any:
-    """Arrow's type of a key's."""
+    """Returns the Arrow type of a key."""
     from pyspark.sql.pandas.types import to_arrow_type
 
     return to_arrow_type(kind)
 
 
 def _packed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Some rows in one, as bytes: the driver takes them apart without a loop in Python."""
+    """Packs several rows into one, as bytes, which the driver unpacks without a Python loop."""
     for keys, units in blocks(batches, 1):
         size = max(1, _PACKED_BYTES // units[0].nbytes) if units.shape[1] else len(units)
         for begin in range(0, len(units), size):
@@ -242,7 +242,7 @@ def _packed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def _write_in_order(units: Vectors, order: Indices) -> str:
-    """Writes rows by their places; returns the file's name, which is of its content."""
+    """Writes rows in the given order. Returns the file's name, which depends on its content."""
     sha256 = hashlib.sha256()
     path = folder() / "ordered"
     with path.open("wb") as file:
@@ -262,7 +262,7 @@ def _write_keys(keys: Any) -> str:
 
 
 def write_bytes(content: memoryview, suffix: str) -> str:
-    """Writes a file that is named by its content; returns the name."""
+    """Writes a file that is named by its content. Returns the name."""
     name = f"{PREFIX}{hashlib.sha256(content).hexdigest()}.{suffix}"
     (folder() / name).write_bytes(content)
     return name
@@ -270,7 +270,7 @@ def write_bytes(content: memoryview, suffix: str) -> str:
 
 @functools.cache
 def folder() -> Path:
-    """Of this process: Spark serves the files from there as long as it lives."""
+    """Returns this process's folder, from which Spark serves files as long as the process lives."""
     path = Path(tempfile.mkdtemp(prefix="imagevec-search-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path

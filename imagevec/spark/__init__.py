@@ -1,1 +1,1 @@
-"""Where imagevec meets Spark."""
+"""The Spark interface: UDFs, ML stages and settings."""

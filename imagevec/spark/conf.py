@@ -1,4 +1,4 @@
-"""The Spark settings that image jobs want."""
+"""Recommended Spark settings for image jobs."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from imagevec.options import ENGINES, check_positive
 ARROW_RECORDS = "spark.sql.execution.arrow.maxRecordsPerBatch"
 ARROW_BYTES = "spark.sql.execution.arrow.maxBytesPerBatch"
 
-_ARROW_BATCH_BYTES = 16 << 20  # Spark holds a few Arrow batches a task, in the JVM and in Python
+_ARROW_BATCH_BYTES = 16 << 20  # Spark holds a few Arrow batches per task, in the JVM and in Python
 _MAX_ARROW_RECORDS = 10_000  # Spark's own default
 
 
 def recommended_conf(
     *, image_bytes: int = 100_000, executor_cores: int = 4, executor_gpus: int = 0
 ) -> dict[str, str]:
-    """Spark settings for jobs that extract features, to pass to ``SparkSession.builder.config``.
+    """Returns Spark settings for feature extraction, for ``SparkSession.builder.config``.
 
-    On the CPU each core runs a task of its own: workers of one thread each are at least as fast as
-    one worker of several threads, and need no tuning. With GPUs, each one serves a single task,
-    whose cores decode for it.
+    On CPUs, each core runs its own task: single-threaded workers are at least as fast as one worker
+    with several threads, and need no tuning. Each GPU serves a single task, whose cores decode
+    images for it.
 
     Args:
         image_bytes: The size of a typical image file, in bytes.
-        executor_cores: Cores of an executor.
-        executor_gpus: GPUs of an executor.
+        executor_cores: The number of cores per executor.
+        executor_gpus: The number of GPUs per executor.
 
     Returns:
-        - ``spark.sql.execution.arrow.maxBytesPerBatch``: 16 MiB. Spark 4.0 goes to 256 MiB, 4.3 to
-          64 MiB by default, in the JVM and again in Python; Spark 3.5 does not count bytes.
-        - ``spark.sql.execution.arrow.maxRecordsPerBatch``: rows that make up about 16 MiB, for 3.5,
-          where the default of 10,000 rows is 1 GB of 100 KB images.
+        - ``spark.sql.execution.arrow.maxBytesPerBatch``: 16 MiB. The default is 256 MiB on Spark
+          4.0 and 64 MiB on 4.3, in the JVM and again in Python. Spark 3.5 does not count bytes.
+        - ``spark.sql.execution.arrow.maxRecordsPerBatch``: rows that total about 16 MiB, for Spark
+          3.5, whose default of 10,000 rows is 1 GB of 100 KB images.
         - ``spark.task.cpus`` and ``spark.executor.cores``: see above.
-        - ``spark.python.worker.reuse``: without it, each task loads the model anew.
-        - ``spark.python.daemon.module``: imports are done once for each executor, and workers start
-          at once.
-        - ``spark.python.unix.domain.socket.enabled``: for Spark 4.1 and newer; a task ends 20 ms
-          sooner than over TCP, which waits to acknowledge small packets.
-        - ``spark.executor.memoryOverhead``: Python workers live outside the JVM's heap. Each gets
-          768 MiB, for a model of the size of ResNet-50; 1.5 GiB with PyTorch, which computes on
-          GPUs, and on the CPU where OpenVINO is not installed on the driver.
+        - ``spark.python.worker.reuse``: without it, each task loads the model again.
+        - ``spark.python.daemon.module``: each executor runs the imports once, and workers start
+          immediately.
+        - ``spark.python.unix.domain.socket.enabled``: for Spark 4.1 and newer. A task ends 20 ms
+          sooner than over TCP, which delays the acknowledgement of small packets.
+        - ``spark.executor.memoryOverhead``: Python workers use memory outside the JVM's heap. Each
+          gets 768 MiB, for a model the size of ResNet-50, or 1.5 GiB with PyTorch. PyTorch runs on
+          GPUs, and on CPUs if OpenVINO is not installed on the driver.
         - ``spark.executor.resource.gpu.amount`` and ``spark.task.resource.gpu.amount``, with GPUs.
 
     Raises:
-        OptionError: A number is below 1, or the cores do not divide among the GPUs.
+        OptionError: A number is below 1, or the cores cannot be divided equally among the GPUs.
     """
     for name, value in (("image_bytes", image_bytes), ("executor_cores", executor_cores)):
         check_positive(name, value)

@@ -1,9 +1,9 @@
-"""PySpark's daemon with imagevec's imports done: workers are forked from it, and start at once.
+"""PySpark's daemon with imagevec already imported, so that the workers it forks start immediately.
 
-``spark.python.daemon.module=imagevec.spark.daemon`` (of ``recommended_conf``) makes an executor use
-it. The imports take about a second, here once an executor, and their memory is shared. It does not
-import PyTorch, which the workers of the OpenVINO engine do without: those of the PyTorch engine do
-it themselves, once. No thread is started before the fork.
+``spark.python.daemon.module=imagevec.spark.daemon``, set by ``recommended_conf``, makes executors
+use it. The imports take about a second. They run once per executor, and workers share their memory.
+The daemon does not import PyTorch, which workers of the OpenVINO engine do not need. Each worker of
+the PyTorch engine imports it once. No thread starts before the fork.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if __name__ == "__main__":
     work = daemon.worker
 
     def quiet_worker(*arguments: Any) -> int:
-        """PySpark's, which prints a traceback where the JVM has ended before it."""
+        """Runs PySpark's worker, without a traceback if the JVM exits first."""
         try:
             return work(*arguments)
         except BrokenPipeError:
             os._exit(1)
 
     daemon.worker = quiet_worker  # type: ignore[assignment]
-    freeze_heap()  # or the workers' garbage collector would walk it after each task, and copy it
+    freeze_heap()  # else the workers' garbage collector walks it after each task, and copies it
     daemon.manager()

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from imagevec.models.factory import ModelFactory
 
 _OUTPUT_TYPES = ("array", "vector")
-_FILES = "files"  # the folder of what is saved beside the metadata
+_FILES = "files"  # the subfolder for files saved with the metadata
 _SAVED_NAME = re.compile(PREFIX + r"[0-9a-f]{64}(\.\w+)?")
 
 
@@ -74,8 +74,8 @@ _DEFAULTS: dict[str, Any] = {
 class FeaturizerParams(TypedDict, total=False):
     """The keyword arguments of ``ImageFeaturizer``.
 
-    ``inputCol``, ``outputCol`` and ``outputType`` (``"array"`` or ``"vector"``) are its own, all
-    others are those of ``imagevec.options.Options`` in camelCase.
+    ``inputCol``, ``outputCol`` and ``outputType`` (``"array"`` or ``"vector"``) are specific to it.
+    The others are those of ``imagevec.options.Options``, in camelCase.
     """
 
     inputCol: str
@@ -109,8 +109,8 @@ def _to_model(value: Any) -> Any:
 def _to_layer(value: Any) -> str:
     if isinstance(value, list | tuple):
         raise TypeError(
-            f"{value!r} is not one layer: use a featurizer for each, or ImageVectorizer, whose "
-            "layers are fields of a struct"
+            f"{value!r} is not a single layer: use one featurizer per layer, or ImageVectorizer, "
+            "which returns several layers as a struct"
         )
     return TypeConverters.toString(value)
 
@@ -135,7 +135,7 @@ _C = TypeVar("_C", bound=type)
 
 
 def _with_option_params(cls: _C) -> _C:
-    """Adds a Param for each of ``imagevec.options.OPTIONS``, with its getter and its setter."""
+    """Adds a Param, a getter and a setter for each of ``imagevec.options.OPTIONS``."""
     for name, option in _OPTION_OF.items():
         _add_param(cls, name, option)
     return cls
@@ -159,17 +159,17 @@ def _add_param(cls: type, name: str, option: Option) -> None:
 
 
 def _length_of_vectors(spec: FeatureSpec) -> dict[str, Any]:
-    """Metadata of an ML column: estimators need not run the model to count the features."""
-    return {"ml_attr": {"num_attrs": spec.num_features}}  # one layer's: the Param is one name
+    """Returns ML metadata, so that estimators need not run the model to count the features."""
+    return {"ml_attr": {"num_attrs": spec.num_features}}  # an int: the Param takes one layer
 
 
 class _Resolved(NamedTuple):
-    """What a featurizer's options came to.
+    """The result of resolving a featurizer's options.
 
     Attributes:
-        options: As they were set.
-        weights: A content-addressed copy of weights that are no library's, else ``None``.
-        vectorizer: Of these.
+        options: The options as they were set.
+        weights: A content-addressed copy of custom weights, else ``None``.
+        vectorizer: The vectorizer with these options.
     """
 
     options: Options
@@ -181,39 +181,39 @@ class _Resolved(NamedTuple):
 class ImageFeaturizer(
     Transformer, HasInputCol, HasOutputCol, MLReadable["ImageFeaturizer"], MLWritable
 ):
-    """A ``pyspark.ml`` Transformer from a column of images to a column of feature vectors.
+    """A ``pyspark.ml`` Transformer that computes feature vectors for a column of images.
 
         featurizer = ImageFeaturizer(model="resnet50", outputType="vector")
         model = Pipeline(stages=[featurizer, LogisticRegression()]).fit(photos)
 
-    Params of a wrong type are refused when they are set, wrong values before a job starts, by
-    ``transformSchema``. A null or bad image gives a null, which most estimators do not accept:
-    drop these rows in a stage between, or set ``onError="raise"``.
+    Wrong types are rejected when a param is set. Invalid values are rejected by
+    ``transformSchema``, before a job starts. A null or bad image gives a null, which most
+    estimators do not accept: drop these rows in an intermediate stage, or set ``onError="raise"``.
 
-    ``save`` works where Spark saves: local paths, and URIs of Hadoop file systems. Beside the
-    metadata goes what only this machine has, named by its SHA-256 and verified by ``load``: a
-    weights file, the weights that a registered model's factory built, a saved model's folder. Names
-    of torchvision's and timm's models and weights are saved as names, and mean what they mean to
-    the versions installed where they are loaded. Nothing in the folder is code: a registered model
-    has to be registered before the loaded featurizer is used, and a featurizer with a bare factory
-    cannot be saved. Under Spark Connect only names are saved.
+    ``save`` accepts local paths and URIs of Hadoop file systems. It copies files that only this
+    machine has: a weights file, the weights that a registered model's factory built, the folder of
+    a saved model. The copies are named by their SHA-256, and ``load`` verifies them. Models and
+    weights of torchvision and timm are saved by name, and resolved by the versions that are
+    installed where they are loaded. No code is saved: a registered model must be registered again
+    before the loaded featurizer is used, and a featurizer with a bare factory cannot be saved.
+    Spark Connect saves only names.
 
     Args:
         **params: See ``FeaturizerParams``.
 
     Raises:
-        OptionError: There is no param of that name.
-        TypeError: A value is of a wrong type.
+        OptionError: A param does not exist.
+        TypeError: A value has the wrong type.
     """
 
     outputType: Param[str] = Param(
         Params._dummy(),
         "outputType",
-        "array (of float), or vector (of pyspark.ml)",
+        "array (of floats) or vector (of pyspark.ml)",
         TypeConverters.toString,
     )
 
-    if TYPE_CHECKING:  # the params of options, their getters and their setters
+    if TYPE_CHECKING:  # the params of the options, with their getters and setters
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -224,23 +224,23 @@ class ImageFeaturizer(
         self.setParams(**params)
 
     def setParams(self, **params: Unpack[FeaturizerParams]) -> Self:
-        """Sets the given params, and leaves the others."""
+        """Sets the given params. The others keep their values."""
         for name in params.keys() - _DEFAULTS.keys():
             raise OptionError(f"the param {name!r} is not known: {did_you_mean(name, _DEFAULTS)}")
         return self._set(**params)
 
     def transformSchema(self, schema: StructType) -> StructType:
-        """The schema with the output column, after all that is checked before a job starts.
+        """Checks the schema and the options, and returns the schema with the output column.
 
         Raises:
-            OptionError: The input column is missing or of another type, the output column exists
-                already (in whatever case), or an option is wrong.
-            WeightsError: The weights cannot be had, or do not fit the model.
+            OptionError: The input column is missing or its type is not accepted, the output column
+                already exists (ignoring case), or an option is invalid.
+            WeightsError: The weights cannot be loaded, or do not fit the model.
         """
         check_input_column(schema, self.getInputCol())
         name = self.getOutputCol()
         if find_column(schema.names, name):
-            raise OptionError(f"outputCol={name!r} is not valid: there is such a column already")
+            raise OptionError(f"outputCol={name!r} is not valid: this column already exists")
         check_choice("outputType", self.getOutputType(), _OUTPUT_TYPES)
         spec = self._resolve().vectorizer.spec
         metadata = spec.metadata
@@ -258,15 +258,15 @@ class ImageFeaturizer(
         if self.getOutputType() == "array":
             return df
         features = col(quoted(name))
-        vectors = when(features.isNotNull(), array_to_vector(features))  # which fails on a null
+        vectors = when(features.isNotNull(), array_to_vector(features))  # fails on null
         metadata = df.schema[name].metadata | _length_of_vectors(vectorizer.spec)
         return df.withColumn(name, vectors.alias(name, metadata=metadata))
 
     def _resolve(self) -> _Resolved:
-        """Loads and checks the model, when first needed after its options were set.
+        """Loads and checks the model on first use after its options were set.
 
-        The weights stay what they are then, even if their file changes or a factory would draw
-        others the next time: what follows in a pipeline was fitted to them.
+        The weights are then fixed, even if their file changes or a factory would draw new ones:
+        later stages of a pipeline were fitted to them.
         """
         options = self._options()
         if self._resolved is None or self._resolved.options != options:
@@ -276,9 +276,9 @@ class ImageFeaturizer(
         return self._resolved
 
     def _options(self) -> Options:
-        """What was set, and what was the default where it was saved and is not here.
+        """Returns the options that were set, and saved defaults that differ from the current ones.
 
-        The other defaults are left to ``resolve``: a saved model has its own.
+        The other defaults are left to ``make_plan``: a saved model has its own.
         """
         return cast(
             Options,
@@ -290,19 +290,19 @@ class ImageFeaturizer(
         )
 
     def _has_own_weights(self) -> bool:
-        """Whether the weights are no library's, but a file's, or what a factory builds."""
+        """Returns whether the weights are custom: from a file or a factory, not a library."""
         model, weights = self.getModel(), self.getWeights()
         if saved_model.is_saved_model(model) or weights == RANDOM:
             return False
         return weights.endswith(WEIGHTS_SUFFIXES) or find_source(model).identity != "name"
 
     def _own_weights(self, spec: FeatureSpec) -> Path:
-        """A copy of these weights, which the vectorizer of this spec has."""
+        """Returns a copy of the custom weights of this spec."""
         stored = cache.find(spec.weights.removeprefix("sha256:"))
         return stored or cache.store(Path(self.getWeights()).expanduser())
 
     def write(self) -> MLWriter:
-        """What saves it: ``featurizer.write().overwrite().save(path)`` for example.
+        """Returns a writer, for example for ``featurizer.write().overwrite().save(path)``.
 
         Raises:
             OptionError: The model is a factory.
@@ -312,7 +312,7 @@ class ImageFeaturizer(
 
     @classmethod
     def read(cls) -> MLReader[ImageFeaturizer]:
-        """What loads it: ``load(path)`` is short for ``read().load(path)``."""
+        """Returns a reader. ``load(path)`` is short for ``read().load(path)``."""
         return _Reader()
 
     def setInputCol(self, value: str) -> Self:
@@ -329,13 +329,13 @@ class ImageFeaturizer(
 
 
 class _Writer(MLWriter):
-    """Saves a featurizer; what cannot be saved is refused before anything is overwritten."""
+    """Saves a featurizer. Options that cannot be saved raise before anything is overwritten."""
 
     def __init__(self, featurizer: ImageFeaturizer) -> None:
         super().__init__()
         model = featurizer.getModel()
         self._saved = featurizer.copy()
-        self._files: dict[str, Path] = {}  # the name in the folder of files, and what goes there
+        self._files: dict[str, Path] = {}  # from the name in the subfolder to the local file
         if saved_model.is_saved_model(model):
             folder = Path(str(model))
             files = saved_model.read(folder).files
@@ -374,27 +374,27 @@ class _Writer(MLWriter):
             hadoop.upload(session, file, f"{path}/{_FILES}/{name}")
 
     def _handleOverwrite(self, path: str) -> None:
-        if not is_connect(self.sparkSession):  # there PySpark has no way to delete a folder
+        if not is_connect(self.sparkSession):  # on Connect, PySpark cannot delete a folder
             super()._handleOverwrite(path)
 
 
 class _Reader(MLReader[ImageFeaturizer]):
-    """Loads a featurizer; its files are verified, and copied to the user's cache."""
+    """Loads a featurizer. Its files are verified and copied to the user's cache."""
 
     def load(self, path: str) -> ImageFeaturizer:
-        """The featurizer that was saved.
+        """Loads a saved featurizer.
 
         Raises:
-            OptionError: The folder holds something else.
-            WeightsError: A file is missing or was altered; the message names both digests.
+            OptionError: The folder contains something else.
+            WeightsError: A file is missing or was altered. The message contains both digests.
         """
         session = self.sparkSession
-        # Spark 3.5 reads metadata by the context, Spark 4 by either, Spark Connect has none.
+        # Spark 3.5 needs the context, Spark 4 accepts either, Spark Connect has no context.
         reads = session if is_connect(session) else session.sparkContext
         metadata = DefaultParamsReader.loadMetadata(path, reads)
         expected = f"{ImageFeaturizer.__module__}.{ImageFeaturizer.__qualname__}"
         if metadata["class"] != expected:
-            raise OptionError(f"{path} holds a {metadata['class']}, not an {expected}")
+            raise OptionError(f"{path} contains a {metadata['class']}, not an {expected}")
         featurizer = ImageFeaturizer()._resetUid(metadata["uid"])
         DefaultParamsReader.getAndSetParams(featurizer, metadata)
         model, weights = featurizer.getModel(), featurizer.getWeights()
@@ -406,7 +406,7 @@ class _Reader(MLReader[ImageFeaturizer]):
 
 
 def _load_weights(session: SparkSession, folder: str, name: str) -> Path:
-    """A saved featurizer's weights file, in the user's cache."""
+    """Copies the weights file of a saved featurizer to the user's cache."""
     if not _SAVED_NAME.fullmatch(name):
         raise WeightsError(f"weights={name!r} in {folder} is not the name of a saved file")
     with cache.temporary_folder() as temporary:
@@ -415,7 +415,7 @@ def _load_weights(session: SparkSession, folder: str, name: str) -> Path:
 
 
 def _load_saved_model(session: SparkSession, folder: str, name: str) -> Path:
-    """A saved featurizer's saved model, in the user's cache; its name is its spec's digest."""
+    """Copies the saved model of a saved featurizer to the cache. Its name is its spec's digest."""
     cached = cache.folder("saved_models") / name
     source = f"{folder}/{_FILES}/{name}"
     with cache.temporary_folder() as temporary:
@@ -432,7 +432,7 @@ def _load_saved_model(session: SparkSession, folder: str, name: str) -> Path:
         saved_model.read(copy)
         try:
             saved_model.read(cached)
-        except WeightsError:  # not there, or damaged
+        except WeightsError:  # missing or damaged
             shutil.rmtree(cached, ignore_errors=True)
             with contextlib.suppress(OSError):  # another process was first
                 copy.rename(cached)

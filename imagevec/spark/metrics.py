@@ -1,4 +1,4 @@
-"""What queries did, in numbers that Spark's accumulators gather from the tasks."""
+"""Counts of what queries process, which Spark's accumulators collect from the tasks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from imagevec.stream import Counts
 
 
 class Metrics:
-    """What the queries that were made with it did: rows, errors, and where the time went.
+    """Counts what queries process: rows, errors, and the time of each step.
 
         metrics = Metrics()
         df.withColumn("features", features_udf("content", metrics=metrics)).write.parquet(...)
         metrics.value  # {"rows": 1000, "images": 997, "nulls": 1, "errors.corrupt": 2, ...}
 
     Tasks report when they end. A task that Spark runs twice, after a failure or for speculation,
-    may count twice; one that Spark ends early, since ``limit(3)`` or ``first()`` has what it wants,
-    does not report. Under Spark Connect there are no accumulators: ``value`` stays empty.
+    may count twice. A task that Spark stops early, because ``limit(3)`` or ``first()`` has enough
+    rows, does not report. Spark Connect has no accumulators, so ``value`` stays empty.
     """
 
     def __init__(self) -> None:
@@ -32,20 +32,20 @@ class Metrics:
     def value(self) -> dict[str, float]:
         """The sums over all tasks that have ended.
 
-        - ``rows`` are ``images`` + ``nulls`` + ``errors.<code>`` (of ``imagevec.ImageError``).
+        - ``rows``: ``images`` + ``nulls`` + ``errors.<code>`` (codes of ``imagevec.ImageError``).
         - ``batches``: forward passes.
-        - ``tasks``: those that reported.
-        - ``seconds.start`` (until the engine is there, which a worker loads once),
-          ``seconds.read`` (waiting for Spark's rows and for files), ``seconds.decode``,
-          ``seconds.preprocess``, ``seconds.forward``: of the workers, added up.
-        - ``seconds.total``: of the tasks, from their first line of imagevec to their last. What is
-          not in the steps is handing over vectors. What is not in it either, and yet in the time
-          that Spark shows for a task, is Spark's own.
+        - ``tasks``: tasks that reported.
+        - ``seconds.start`` (until the engine is loaded, once per worker), ``seconds.read`` (waiting
+          for Spark's rows and for files), ``seconds.decode``, ``seconds.preprocess``,
+          ``seconds.forward``: summed over all workers.
+        - ``seconds.total``: summed over all tasks, from the first line of imagevec's code to the
+          last. The part that no step covers is spent passing vectors to Spark. Spark's own time for
+          a task is longer; the difference is Spark's overhead.
         """
         return {} if self._sum is None else dict(sorted(self._sum.value.items()))
 
     def add(self, counts: Counts) -> None:
-        """What one task did, from its worker."""
+        """Adds the counts of one task, on its worker."""
         if self._sum is not None:
             self._sum.add(counts)
 

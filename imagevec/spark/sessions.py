@@ -1,4 +1,4 @@
-"""What imagevec asks of a session and of a data frame's columns."""
+"""Queries on Spark sessions and on the columns of data frames."""
 
 from __future__ import annotations
 
@@ -19,40 +19,38 @@ _JAVA = ("java.", "javax.", "org.", "com.", "scala.", "py4j.")
 
 
 def active_session() -> SparkSession:
-    """The session that this thread uses.
+    """Returns the session that this thread uses.
 
     Raises:
-        ImageVecError: There is none.
+        ImageVecError: No session is active.
     """
     session = SparkSession.getActiveSession()
     if session is None and SparkContext._active_spark_context is not None:
-        session = SparkSession.builder.getOrCreate()  # made, but by another thread
+        session = SparkSession.builder.getOrCreate()  # created by another thread
     if session is None:
-        raise ImageVecError(
-            "there is no active SparkSession: call SparkSession.builder.getOrCreate() first"
-        )
+        raise ImageVecError("no active SparkSession: call SparkSession.builder.getOrCreate() first")
     return session
 
 
 def is_connect(session: SparkSession) -> bool:
-    """Whether it is of Spark Connect, which has no JVM of its own."""
+    """Returns whether the session uses Spark Connect, which has no JVM in this process."""
     return not hasattr(session, "_jsc")
 
 
 def is_local(session: SparkSession) -> bool:
-    """Whether the workers are on this machine."""
+    """Returns whether the workers run on this machine."""
     return str(session.conf.get("spark.master", "")).split("[")[0] == "local"
 
 
 def gpus_of_tasks(session: SparkSession) -> bool | None:
-    """Whether Spark assigns GPUs to tasks; ``None`` if not, and they run on this machine."""
+    """Returns whether Spark assigns GPUs to tasks; ``None`` if not and they run on this machine."""
     if session.conf.get("spark.task.resource.gpu.amount", None):
         return True
     return None if is_local(session) else False
 
 
 def find_column(names: Iterable[str], name: str) -> str | None:
-    """The column that Spark takes a name for, whose case does not matter."""
+    """Returns the column that Spark resolves a name to, ignoring case, or ``None``."""
     names = list(names)
     if name in names:
         return name
@@ -60,7 +58,7 @@ def find_column(names: Iterable[str], name: str) -> str | None:
 
 
 def existing_column(names: Iterable[str], name: str) -> str:
-    """``find_column``, or an ``OptionError`` with the nearest names."""
+    """Like ``find_column``, but raises ``OptionError`` with the nearest names."""
     names = list(names)
     found = find_column(names, name)
     if found is None:
@@ -69,15 +67,15 @@ def existing_column(names: Iterable[str], name: str) -> str:
 
 
 def quoted(name: str) -> str:
-    """A column's name as SQL takes it: without quotes, a dot would lead to a struct's field."""
+    """Quotes a column's name for SQL. Without quotes, a dot would refer to a struct's field."""
     return "`" + name.replace("`", "``") + "`"
 
 
 def check_input_column(schema: StructType, name: str) -> str:
-    """The name of the column, as the schema has it.
+    """Returns the name of the column as in the schema.
 
     Raises:
-        OptionError: There is no such column, or it is of a type that is not accepted.
+        OptionError: The column does not exist, or its type is not accepted.
     """
     found = existing_column(schema.names, name)
     kind = schema[found].dataType
@@ -92,7 +90,7 @@ def check_input_column(schema: StructType, name: str) -> str:
 
 @contextlib.contextmanager
 def failures_in_words() -> Iterator[None]:
-    """Turns what Spark raises, which fills pages, into an ``ImageVecError`` of one line."""
+    """Converts Spark's exceptions, which fill pages, to an ``ImageVecError`` with one line."""
     try:
         yield
     except (PySparkException, Py4JError) as error:
@@ -100,11 +98,11 @@ def failures_in_words() -> Iterator[None]:
 
 
 def cause_of(error: Exception) -> str:
-    """The line of Spark's message that says what happened, on a worker or in the JVM."""
+    """Returns the line of Spark's message that states the cause, on a worker or in the JVM."""
     text = str(error)
     if isinstance(error, Py4JJavaError):
         text = f"{error.java_exception.toString()}\n{text}"
-    # A traceback of a worker ends with its exception; the cause of a JVM's comes last.
+    # A worker's traceback ends with its exception; a JVM stack trace ends with the root cause.
     of_python = re.findall(r"^((?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)): (.*)$", text, re.M)
     of_python = [(name, said) for name, said in of_python if not name.startswith(_JAVA)]
     if of_python:
@@ -112,7 +110,7 @@ def cause_of(error: Exception) -> str:
         return said if name.startswith("imagevec.") else f"{name}: {said}"
     first = text.strip().partition("\n")[0]
     of_java = re.findall(r"^Caused by: (.*)$", text, re.M)
-    # Spark's own errors begin with their name; but that a task failed says nothing.
+    # Spark's own errors begin with their name, but the failure of a task is not a cause.
     is_told = first.startswith("[") and "TASK" not in first.partition("]")[0]
     line = first if is_told or not of_java else of_java[-1]
     return re.sub(r"^\[[A-Z_.0-9]+\] | ?SQLSTATE: \w+$", "", line)

@@ -1,4 +1,4 @@
-"""Files of a plan from the driver to the executors, once each, by Spark's own distribution."""
+"""Sends a plan's files from the driver to the executors, once each, through Spark."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ship(session: SparkSession, plan: Plan) -> None:
 
 
 def ship_file(session: SparkSession, path: Path) -> None:
-    """Makes a file available to every executor, under its name, which is of its content."""
+    """Makes a file available to every executor, under its name, which depends on its content."""
     if is_connect(session):
         session.addArtifacts(str(path), file=True)
     else:
@@ -27,5 +27,5 @@ def ship_file(session: SparkSession, path: Path) -> None:
 
 
 def shipped(name: str) -> Path:
-    """On a worker: the path of a file that was shipped."""
+    """Returns the path of a shipped file, on a worker."""
     return Path(SparkFiles.get(name))

@@ -1,4 +1,4 @@
-"""Texts to feature vectors, in the space of a model's images."""
+"""Feature vectors of texts, in the same space as a model's image features."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 def text_features(
     texts: Iterable[str], *, model: str, **options: Unpack[TextOptions]
 ) -> npt.NDArray[np.float32]:
-    """The feature vectors of texts, computed in this process.
+    """Computes the feature vectors of texts, in this process.
 
         text_features(["a red shoe"], model="open_clip/ViT-B-32", weights="laion2b_s34b_b79k")
 
-    They are comparable with the features of images of the same model and weights. A text that is
-    longer than the model's context (77 tokens for CLIP, 64 for SigLIP) is cut there, as open_clip's
-    tokenizer cuts it.
+    They are comparable with image features from the same model and weights. A text that exceeds the
+    model's context length (77 tokens for CLIP, 64 for SigLIP) is truncated, as in open_clip's
+    tokenizer.
 
     Args:
         texts: Any number of strings.
@@ -43,9 +43,9 @@ def text_features(
         float32 ``(N, num_features)``, in the order of ``texts``.
 
     Raises:
-        OptionError: An option is wrong, the model cannot encode text, or ``texts`` is a single
-            string or contains anything but strings.
-        WeightsError: The weights cannot be had, or do not fit the model.
+        OptionError: An option is invalid, the model cannot encode text, or ``texts`` is a single
+            string or contains values that are not strings.
+        WeightsError: The weights cannot be loaded, or do not fit the model.
     """
     if isinstance(texts, str):
         raise OptionError(f"texts={texts[:80]!r} is not valid: give a list of strings")
@@ -70,7 +70,7 @@ def text_features_udf(
     metrics: Metrics | None = None,
     **options: Unpack[TextOptions],
 ) -> Column:
-    """A column of feature vectors of a column of texts.
+    """Returns a column of feature vectors for a column of texts.
 
         clip = {"model": "open_clip/ViT-B-32", "weights": "laion2b_s34b_b79k"}
         captions.withColumn("features", text_features_udf("caption", **clip))
@@ -78,19 +78,19 @@ def text_features_udf(
     See ``text_features``, and ``features_udf`` for images.
 
     Args:
-        column: Of type string.
+        column: A column of type string.
         model: ``"open_clip/<name>"``.
-        metrics: Where queries add up what they did.
+        metrics: A ``Metrics`` that counts what the queries process.
         **options: See ``imagevec.options.TextOptions``.
 
     Returns:
-        ``array<float>`` of ``num_features`` values, null for a null. The column is called
-        ``features``, its metadata say what made it, and it counts as not deterministic.
+        ``array<float>`` of ``num_features`` values, or null for a null. The column is named
+        ``features``, its metadata describes how it was computed, and it is nondeterministic.
 
     Raises:
-        OptionError: An option is wrong, or the model cannot encode text. The query fails with it
-            where the column is of another type.
-        WeightsError: The weights cannot be had, or do not fit the model.
+        OptionError: An option is invalid, or the model cannot encode text. If the column has
+            another type, the query fails with this error.
+        WeightsError: The weights cannot be loaded, or do not fit the model.
     """
     from imagevec.spark.sessions import active_session, gpus_of_tasks
     from imagevec.spark.udf import feature_column
@@ -101,6 +101,6 @@ def text_features_udf(
 
 
 def text_plan(model: str, gpus: bool | None = None, **options: Unpack[TextOptions]) -> Plan:
-    """The plan of the text tower of a model; ``gpus`` is the one of ``make_plan``."""
+    """Returns the plan for a model's text tower. For ``gpus``, see ``make_plan``."""
     given: Any = checked(options, TextOptions.__annotations__)
     return make_plan(gpus=gpus, texts=True, model=model, **given)

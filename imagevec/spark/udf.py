@@ -1,11 +1,11 @@
-"""The pandas UDF: the one place where Spark's rows meet the feature stream.
+"""The pandas UDF, which connects Spark's rows to the feature stream.
 
-``features_udf`` gives a column, ``make_features_udf`` a function of columns, and ``register`` a
-function of SQL. They differ in one thing more. The column counts as not deterministic, so that
-Spark computes it once for each row: a deterministic UDF is computed twice where rows are then
-filtered by its result, in the filter, which is pushed down, and again for the rows that are left.
-The functions are ordinary, deterministic ones: SQL does not allow others inside of aggregates, and
-moves other filters before them. ``make_features_udf().asNondeterministic()`` is computed once, too.
+``features_udf`` returns a column, ``make_features_udf`` a function of columns, and ``register``
+adds a SQL function. The column is nondeterministic, so Spark computes it once per row. Spark would
+compute a deterministic UDF twice if rows are filtered by its result: in the filter, which it pushes
+down, and again for the remaining rows. The functions are deterministic, because SQL allows no other
+functions inside aggregates, and because Spark then moves other filters before them.
+``make_features_udf().asNondeterministic()`` is computed once per row.
 """
 
 from __future__ import annotations
@@ -51,28 +51,28 @@ _VECTOR = ArrayType(FloatType())
 def features_udf(
     column: Column | str, *, metrics: Metrics | None = None, **options: Unpack[Options]
 ) -> Column:
-    """A column of feature vectors of a column of images.
+    """Returns a column of feature vectors for a column of images.
 
         df.withColumn("features", features_udf("content"))
 
     Args:
-        column: Of type binary (encoded images) or string (paths or URIs), Spark's image struct, or
-            a row struct of the binaryFile source, or a struct of ``bytes`` and ``path``, as in
-            Hugging Face's Parquet files: where ``bytes`` is null, ``path`` is read.
-        metrics: Where queries add up what they did.
+        column: A column of type binary (encoded images) or string (paths or URIs), Spark's image
+            struct, a row struct of the binaryFile source, or a struct of ``bytes`` and ``path``,
+            as in Hugging Face's Parquet files. If ``bytes`` is null, ``path`` is read.
+        metrics: A ``Metrics`` that counts what the queries process.
         **options: See ``imagevec.options.Options``.
 
     Returns:
-        ``array<float>`` of ``num_features`` values, null for a null or bad image; or a struct, with
-        several layers or ``output="struct"``. The column is called ``features``, and its metadata
-        say what made it: see ``imagevec.provenance``. (Spark Connect loses them in
-        ``withColumn``, not in ``select``.) It counts as not deterministic, so that Spark computes
-        it once for each row even where rows are then filtered by it: filter by other columns
-        before.
+        ``array<float>`` of ``num_features`` values, or null for a null or bad image. With several
+        layers or ``output="struct"``, a struct. The column is named ``features``, and its metadata
+        describes how it was computed: see ``imagevec.provenance``. (On Spark Connect,
+        ``withColumn`` drops the metadata; ``select`` keeps it.) The column is nondeterministic:
+        Spark computes it once per row, even if rows are then filtered by it. Filter by other
+        columns first.
 
     Raises:
-        OptionError: An option is wrong. The message names the nearest valid choice.
-        WeightsError: The weights cannot be had, or do not fit the model.
+        OptionError: An option is invalid. The message suggests the nearest valid choice.
+        WeightsError: The weights cannot be loaded, or do not fit the model.
     """
     session = active_session()
     plan = make_plan(gpus=gpus_of_tasks(session), **options)
@@ -80,12 +80,12 @@ def features_udf(
 
 
 def make_features_udf(*, metrics: Metrics | None = None, **options: Unpack[Options]) -> Any:
-    """The pandas UDF of ``features_udf``, to use several times or to register for SQL.
+    """Returns the pandas UDF behind ``features_udf``, to use several times or register for SQL.
 
         spark.udf.register("image_features", make_features_udf(model="resnet18"))
 
-    It needs an active session, which ships the weights to the executors. Spark may compute it twice
-    where rows are filtered by its result; its ``asNondeterministic()`` is computed once.
+    It requires an active session, which ships the weights to the executors. If rows are filtered by
+    its result, Spark may compute it twice. ``asNondeterministic()`` on the UDF prevents this.
     """
     session = active_session()
     return udf_of(session, make_plan(gpus=gpus_of_tasks(session), **options), metrics)
@@ -98,17 +98,19 @@ def register(
     metrics: Metrics | None = None,
     **options: Unpack[Options],
 ) -> None:
-    """Makes ``SELECT image_features(content) FROM photos`` work in a session.
+    """Registers a SQL function for ``SELECT image_features(content) FROM photos``.
+
+    If rows are filtered by its result, Spark may compute it twice.
 
     Args:
         spark: The session.
-        name: Of the SQL function. Spark may compute it twice where rows are filtered by its result.
-        metrics: Where queries add up what they did.
+        name: The name of the SQL function.
+        metrics: A ``Metrics`` that counts what the queries process.
         **options: See ``imagevec.options.Options``.
 
     Raises:
-        OptionError: An option is wrong.
-        WeightsError: The weights cannot be had, or do not fit the model.
+        OptionError: An option is invalid.
+        WeightsError: The weights cannot be loaded, or do not fit the model.
     """
     plan = make_plan(gpus=gpus_of_tasks(spark), **options)
     spark.udf.register(name, udf_of(spark, plan, metrics))
@@ -117,22 +119,22 @@ def register(
 def feature_column(
     name: str, column: Column | str, session: SparkSession, plan: Plan, metrics: Metrics | None
 ) -> Column:
-    """A column of features with its provenance, which Spark computes once for each row."""
+    """Returns a column of features with its provenance, which Spark computes once per row."""
     features: Column = udf_of(session, plan, metrics).asNondeterministic()(column)
     return features.alias(name, metadata=plan.spec.metadata)
 
 
 def udf_of(session: SparkSession, plan: Plan, metrics: Metrics | None = None) -> Any:
-    """The pandas UDF of a plan, whose files it ships."""
+    """Returns the pandas UDF of a plan, and ships the plan's files."""
     if is_local(session):
-        device_here(plan.execution.device)  # the workers are on this machine: ask here
+        device_here(plan.execution.device)  # the workers run on this machine: check here
     ship(session, plan)
 
     return_type = _return_type(plan.spec, plan.execution.output)
 
     @pandas_udf(return_type)  # type: ignore[untyped-decorator, call-overload]
     def image_features(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
-        # With a struct as the return type, Spark takes data frames for Series.
+        # If the return type is a struct, Spark accepts data frames in place of Series.
         yield from extract_in_worker(batches, plan, metrics)  # type: ignore[misc]
 
     return image_features
@@ -157,7 +159,7 @@ def _return_type(spec: FeatureSpec, output: str) -> DataType:
 def extract_in_worker(
     batches: Iterator[pd.Series], plan: Plan, metrics: Metrics | None = None
 ) -> Iterator[pd.Series | pd.DataFrame]:
-    """What runs in a Python worker, once a task."""
+    """Computes one task's features, in a Python worker."""
     start = time.perf_counter()
     context = TaskContext.get()
     gpu = context.resources().get("gpu") if context else None
@@ -170,6 +172,6 @@ def extract_in_worker(
     else:
         yield from feature_stream(batches, engine, plan.spec, plan.execution, how, counts)
     counts["seconds.total"] = time.perf_counter() - start
-    logger.debug("a task did %s", dict(counts))
+    logger.debug("task counts: %s", dict(counts))
     if metrics is not None:
         metrics.add(counts)

@@ -1,4 +1,4 @@
-"""``ImageVectorizer``: one set of options, for data frames and for single images."""
+"""``ImageVectorizer``: one set of options for data frames and for single images."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 
 
 class ImageVectorizer:
-    """Images to feature vectors. It holds options alone, so it can be pickled and used anywhere.
+    """Computes feature vectors of images.
+
+    It holds only options, so it can be pickled and used anywhere.
 
     Args:
         **options: See ``imagevec.options.Options``.
 
     Raises:
-        OptionError: An option is wrong. The message names the nearest valid choice.
-        WeightsError: The weights cannot be had, or do not fit the model.
+        OptionError: An option is invalid. The message suggests the nearest valid choice.
+        WeightsError: The weights cannot be loaded, or do not fit the model.
     """
 
     def __init__(self, **options: Unpack[Options]) -> None:
@@ -42,12 +44,12 @@ class ImageVectorizer:
 
     @property
     def spec(self) -> FeatureSpec:
-        """What fixes the numbers of its vectors."""
+        """The specification that determines the vectors."""
         return self._plan.spec
 
     @property
     def num_features(self) -> int | dict[str, int]:
-        """The length of a vector; of several layers, by name."""
+        """The length of a vector. With several layers, a dictionary from layer to length."""
         spec = self._plan.spec
         return cast(int, spec.num_features) if spec.layer_sizes is None else spec.layer_sizes
 
@@ -58,16 +60,16 @@ class ImageVectorizer:
         output_col: str = "features",
         metrics: Metrics | None = None,
     ) -> DataFrame:
-        """The data frame with a column of feature vectors.
+        """Returns the data frame with a column of feature vectors.
 
         Args:
-            df: Has a column of images, of a type that ``features_udf`` takes.
+            df: A data frame with a column of images, of a type that ``features_udf`` accepts.
             input_col: The name of that column.
             output_col: The name of the new column.
-            metrics: Where queries add up what they did.
+            metrics: A ``Metrics`` that counts what the queries process.
 
         Raises:
-            OptionError: The column is missing or of another type.
+            OptionError: The column is missing, or its type is not accepted.
         """
         from pyspark.sql.functions import col
 
@@ -77,22 +79,22 @@ class ImageVectorizer:
         column = col(sessions.quoted(sessions.check_input_column(df.schema, input_col)))
         plan = self._plan_for(sessions.gpus_of_tasks(df.sparkSession))
         features = feature_column(output_col, column, df.sparkSession, plan, metrics)
-        if sessions.find_column(df.columns, output_col):  # it is to be replaced
+        if sessions.find_column(df.columns, output_col):  # replace it
             return df.withColumn(output_col, features)
         return df.select("*", features)  # Spark Connect's withColumn would lose the metadata
 
     def extract_features(self, image: bytes | str) -> list[float] | dict[str, list[float]] | None:
-        """The feature vector of one image, in this process and without Spark.
+        """Computes the feature vector of one image, in this process and without Spark.
 
         Args:
-            image: The bytes of an image file, or a path or URI of one.
+            image: The bytes of an image file, or its path or URI.
 
         Returns:
-            ``num_features`` floats, or a dictionary of such lists if there are several layers;
+            ``num_features`` floats. With several layers, a dictionary from layer to such a list.
             ``None`` for a bad image, unless ``on_error="raise"``.
 
         Raises:
-            ImageError: The image is bad, with ``on_error="raise"``.
+            ImageError: The image is bad, and ``on_error="raise"``.
         """
         plan = self._plan
         if plan.execution.device != "cpu" and not has_cuda():  # the driver of a cluster with GPUs
@@ -109,12 +111,12 @@ class ImageVectorizer:
         return None if None in vectors.values() else cast("dict[str, list[float]]", vectors)
 
     def _plan_for(self, gpus: bool | None) -> Plan:
-        """Its plan, unless it was made for tasks of another kind."""
+        """Returns the plan for tasks with or without GPUs."""
         return self._plan if gpus == self._gpus else make_plan(gpus=gpus, **self._options)
 
 
 def _gpus_of_session() -> bool | None:
-    """Of the tasks of the session there is, if any: PySpark is not imported to ask."""
+    """Returns ``gpus_of_tasks`` of the active session, if any, without importing PySpark."""
     if "pyspark.sql" not in sys.modules:
         return None
     from pyspark.sql import SparkSession

@@ -1,12 +1,12 @@
-"""The table that ``extract`` writes: features, and beside them what became of the other images.
+"""The table that ``extract`` writes: features, and separately bad images and nulls.
 
     DEST/part-*.parquet            features
     DEST/_errors/part-*.parquet    bad images and nulls, with the same columns
-    DEST/_imagevec/                there while a run is under way, or was killed
+    DEST/_imagevec/                exists during a run, or after a run was killed
 
-Spark commits the file of each task, when it ends, to ``_imagevec/committed/<run>``, in a folder for
-each kind. From there the driver moves it to its place, during the run or, if that was killed, at
-the start of the next. A move keeps the file's name, which is unique, so that it can be done again.
+When a task ends, Spark commits its files to ``_imagevec/committed/<run>``, in one folder per kind.
+The driver moves them to their final place during the run. If the run is killed, the next run moves
+them when it starts. A move can be repeated, because it keeps the file's name, which is unique.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from imagevec.table.provenance import Provenance, check_same, provenance
 
 ERRORS = "_errors"
 WORK = "_imagevec"
-KIND = "imagevec_kind"  # no column that is kept will have this name
+KIND = "imagevec_kind"  # kept columns are assumed not to have this name
 _LOCK = "lock.json"
 _KEY = "path string, version string"
 _PLACES = {"features": "", "errors": f"/{ERRORS}"}
@@ -37,7 +37,7 @@ _ROW_GROUP_BYTES = 64 << 20
 
 
 class Dest:
-    """The features and errors at one place, on whatever file system Spark knows."""
+    """The features and errors in one folder, on any file system that Spark supports."""
 
     def __init__(self, spark: SparkSession, path: str) -> None:
         self._spark = spark
@@ -49,13 +49,13 @@ class Dest:
         return Lock(self._folder, f"{self.work}/{_LOCK}", run)
 
     def check_is_table(self) -> None:
-        """Raises ``OptionError`` if there is something else in its place."""
+        """Raises ``OptionError`` if the folder contains other data."""
         is_data = any(not name.startswith(("_", ".")) for name in self._folder.names())
         if is_data and self._any_part() is None:
-            raise OptionError(f"{self.path} exists and holds no features: choose another DEST")
+            raise OptionError(f"{self.path} exists and has no features: choose another DEST")
 
     def check(self, spec: FeatureSpec, columns: Sequence[str]) -> None:
-        """Raises if there are features of another fingerprint, or with other columns."""
+        """Raises an error if the table has another fingerprint or other columns."""
         there = self._any_part()
         if there is None:
             return
@@ -66,18 +66,18 @@ class Dest:
         if set(there.columns) != set(columns):
             raise OptionError(
                 f"{self.path} has the columns {', '.join(there.columns)}, not "
-                f"{', '.join(columns)}: keep the same ones, or use overwrite=True"
+                f"{', '.join(columns)}: keep the same columns, or use overwrite=True"
             )
 
     def clear(self) -> None:
-        """Deletes the features and errors; what is not a table of features stays."""
+        """Deletes the features and errors, if this is a table of features."""
         there = self._any_part()
         if there is not None and provenance(there):
             for name in (*self._parquet_files(""), ERRORS):
                 self._folder.delete(f"{self.path}/{name}")
 
     def known(self) -> DataFrame | None:
-        """``path`` and ``version`` of every row; ``None`` if there is none."""
+        """Returns ``path`` and ``version`` of every row, or ``None`` if the table is empty."""
         known = None
         for place in _PLACES.values():
             if self._parquet_files(place.lstrip("/")):
@@ -86,21 +86,21 @@ class Dest:
         return known
 
     def write(self, rows: DataFrame, run: str) -> None:
-        """Runs the job: each task commits its files as it ends.
+        """Runs the job. Each task commits its files when it ends.
 
-        ``rows`` have a column ``KIND``: ``features`` or ``errors``.
+        ``rows`` must have a column ``KIND``: ``features`` or ``errors``.
         """
         (
             rows.write.mode("append")
             .partitionBy(KIND)
-            # A task's files are moved when it ends, not when the job does.
+            # Moves a task's files when the task ends, not when the job ends.
             .option("mapreduce.fileoutputcommitter.algorithm.version", "2")
             .option("parquet.block.size", _ROW_GROUP_BYTES)
             .parquet(f"{self.work}/committed/{run}")
         )
 
     def publish(self, run: str) -> list[str]:
-        """Moves what a run committed to its place; returns the paths of the files of errors."""
+        """Moves the committed files of a run to their place. Returns the paths of error files."""
         errors = []
         for kind, place in _PLACES.items():
             committed = f"{WORK}/committed/{run}/{KIND}={kind}"
@@ -112,14 +112,14 @@ class Dest:
         return errors
 
     def read(self, files: list[str]) -> DataFrame:
-        """Some files of the table."""
+        """Reads some files of the table."""
         return self._spark.read.parquet(*map(escaped, files))
 
     def recover(self, previous_run: str | None) -> None:
-        """Ends what a run that was killed had begun.
+        """Completes the work of a killed run.
 
-        What another run than the last one committed came too late: from an executor that outlived
-        its driver. Its images were done again, or will be.
+        Files that an older run committed are deleted: they come from an executor that outlived its
+        driver, and their images were computed again, or will be.
         """
         if previous_run is not None:
             self.publish(previous_run)
@@ -127,15 +127,15 @@ class Dest:
         self.remove_work()
 
     def remove_work(self) -> None:
-        """Deletes what only a run needs, but for its lock."""
+        """Deletes the working files of a run, except its lock."""
         for name in self._folder.names(WORK):
             if name != _LOCK:
                 self._folder.delete(f"{self.work}/{name}")
 
     def take_out(self, changed: DataFrame) -> None:
-        """Removes the rows of some paths, by writing the files that hold them anew.
+        """Removes the rows of some paths by rewriting the files that contain them.
 
-        What is to be deleted is written down before it is: see ``_end_replacement``.
+        The list of files to delete is written first: see ``_end_replacement``.
         """
         old: list[str] = []
         for kind in _PLACES:
@@ -158,7 +158,7 @@ class Dest:
         try:
             old = json.loads(text or "")
         except ValueError:
-            return  # none had begun, or it was cut off here: the files of before are all there
+            return  # no replacement began, or it was interrupted before it deleted a file
         for file in old:
             self._folder.delete(file)
         for kind, place in _PLACES.items():
@@ -180,7 +180,7 @@ class Dest:
 
     def _read(self, schema: str | None, place: str) -> DataFrame:
         reader = self._spark.read if schema is None else self._spark.read.schema(schema)
-        # Only what Dest itself takes for data: not what a user put beside it.
+        # Only the data of the table: a user may have put other files next to it.
         reader = reader.option("pathGlobFilter", "*.parquet")
         return reader.parquet(f"{escaped(self.path)}{place}")
 
@@ -189,13 +189,13 @@ class Dest:
 
 
 def check_outside(dest: str, src: str) -> None:
-    """Raises ``OptionError`` if DEST lies in SRC, where its files would be taken for images."""
+    """Raises ``OptionError`` if DEST is inside SRC, where its files would be read as images."""
     base, *patterns = glob_parts(src)
     here, there = (f"{_comparable(path)}/" for path in (dest, base))
     names = here[len(there) :].split("/")
     is_inside = here.startswith(there) and len(names) > len(patterns)
     if is_inside and all(matcher(p)(name) for p, name in zip(patterns, names, strict=False)):
-        raise OptionError(f"DEST lies in SRC, {src}: choose another one")
+        raise OptionError(f"DEST is inside SRC, {src}: choose another DEST")
 
 
 def _comparable(path: str) -> str:

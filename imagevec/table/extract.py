@@ -1,8 +1,8 @@
-"""Images to a Parquet table of features, in one pass that can be cut off and continued.
+"""Extracts features of images into a Parquet table, in one resumable pass.
 
-List what there is, subtract what the table has, compute the rest in one Spark job, and let each
-task commit its own files when it ends. The driver holds no list of images, and what is done is what
-is in the table: see ``imagevec.table.dest`` for how a row gets there once.
+A run lists the source, subtracts the images that the table has, and computes the rest in one Spark
+job. Each task commits its own files when it ends. The driver holds no list of images. The table
+itself records which images are done: ``imagevec.table.dest`` explains how each row is written once.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ if TYPE_CHECKING:
 _LOOK_EVERY_SECONDS = 0.25
 
 Progress = Callable[[int, int, int], None]
-"""Called with the images that are committed, the errors among them, and how many are to do."""
+"""Called with the number of committed images, the errors among them, and the total of this run."""
 
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What one run of ``extract`` did.
+    """The result of one run of ``extract``.
 
     Attributes:
         found: Images in the source.
-        done_before: Those of them that the table had.
-        features: Vectors that were added to it.
-        errors: Bad images that were added to its errors, by code: see ``imagevec.ImageError``.
-        nulls: Nulls of a table that were added there, too.
-        skipped: What is in the source and counts as no image, by reason.
-        seconds: That it took.
-        fingerprint: Of the features: see ``imagevec.provenance``.
-        dest: Where the table is.
+        done_before: Images that the table already had.
+        features: Vectors added to the table.
+        errors: Bad images added to the table's errors, by code: see ``imagevec.ImageError``.
+        nulls: Null images added to the table's errors.
+        skipped: Entries of the source that are not images, by reason.
+        seconds: Duration of the run.
+        fingerprint: Fingerprint of the features: see ``imagevec.provenance``.
+        dest: Path or URI of the table.
     """
 
     found: int
@@ -98,47 +98,48 @@ def extract(
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> ExtractReport:
-    """Adds to a Parquet table of features what it lacks of a source.
+    """Extracts features of images into a Parquet table, except images that it already has.
 
         extract("photos/", "features/", recursive=True, model="resnet50")
         extract(df, "features/", column="image", key="id")
 
-    Each task commits its own files as it ends. Run it again to continue, after a crash too: each
-    image is in the table once. Images that are new or have changed are done, images that are gone
-    keep their rows.
+    Each task commits its own files when it ends. To continue after a crash, run it again: each
+    image is in the table exactly once. New and changed images are computed. Images that were
+    deleted from the source keep their rows.
 
     Args:
-        src: A folder, a glob or a URI of image files, which the workers read. With ``column`` or
-            ``format``, a table for Spark to read; or a data frame.
-        dest: A folder or URI for Spark to write. Bad images are in ``<dest>/_errors``.
-        spark: The session; by default the active one. Not of Spark Connect.
-        recursive: Include subfolders.
-        pattern: Only files whose names match this glob.
-        format: Of the table: ``parquet`` (the default), ``orc``, ``delta``, ``binaryFile``, ...;
-            ``table`` for a name in the catalog; or ``webdataset`` for shards.
-        column: Of images, of a type that ``features_udf`` takes.
-        key: A column that identifies each row, ``path`` in the result. By default ``path``, or the
-            paths themselves if ``column`` holds any.
-        version: A column whose value is another one where an image has changed. By default a
-            64-bit hash of the bytes, which takes reading them.
-        where: A condition in SQL: only these rows of the table.
-        keep: Further columns to keep; of ``webdataset``, extensions such as ``json``.
-        overwrite: Replace features of another fingerprint.
-        progress: Called with ``(done, errors, total)`` as tasks end, from a thread of its own.
-        **options: See ``imagevec.options.Options``, but for ``on_error`` and ``output``.
+        src: A folder, glob or URI of image files, which the workers read. With ``column`` or
+            ``format``, a table that Spark reads. Or a data frame.
+        dest: A folder or URI that Spark writes. Bad images are listed in ``<dest>/_errors``.
+        spark: The session; by default the active one. Spark Connect is not supported.
+        recursive: Whether to include subfolders.
+        pattern: A glob: only files whose names match are included.
+        format: The format of the table: ``parquet`` (the default), ``orc``, ``delta``,
+            ``binaryFile``, ...; ``table`` for a name in the catalog; or ``webdataset`` for shards.
+        column: The column of images, of a type that ``features_udf`` accepts.
+        key: A column that uniquely identifies each row, ``path`` in the result. By default
+            ``path``, or the paths themselves if ``column`` contains paths.
+        version: A column whose value changes when an image changes. By default a 64-bit hash of the
+            bytes, which requires reading them.
+        where: A SQL condition that selects rows of the table.
+        keep: Further columns to copy; for ``webdataset``, extensions such as ``json``.
+        overwrite: Whether to replace existing features, even with another fingerprint.
+        progress: A function called with ``(done, errors, total)`` as tasks end, from its own
+            thread.
+        **options: See ``imagevec.options.Options``; ``on_error`` and ``output`` are not accepted.
 
     Raises:
-        OptionError: An option is wrong, the source or a column does not exist, a key is null or
-            not unique, or ``dest`` holds something else or lies in ``src``.
-        FingerprintError: ``dest`` has features of another fingerprint.
-        WeightsError: The weights cannot be had, or do not fit the model.
-        ImageVecError: Another run writes to ``dest``, or the job failed: a file could not be read
-            (``ReadError`` in the message), the disk is full, and so on. What was committed stays.
+        OptionError: An option is invalid, the source or a column does not exist, a key is null or
+            not unique, or ``dest`` contains other data or is inside ``src``.
+        FingerprintError: ``dest`` has features with another fingerprint.
+        WeightsError: The weights cannot be loaded, or do not fit the model.
+        ImageVecError: Another run is writing to ``dest``, or the job failed: a file could not be
+            read (``ReadError`` in the message), the disk is full, and so on. Committed images stay.
     """
     start = time.perf_counter()
     for name in ("on_error", "output"):
         if name in options:
-            raise OptionError(f"{name} is not an option of extract: the table fixes it")
+            raise OptionError(f"{name} is not an option of extract, which sets it itself")
     if spark is None:
         spark = src.sparkSession if isinstance(src, DataFrame) else active_session()
     check_has_jvm(spark)
@@ -176,7 +177,7 @@ def extract(
             try:
                 done = _add_missing(source, table, lock, vectorizer, kept, progress)
             except BaseException:
-                with suppress(Exception):  # or the next run does it
+                with suppress(Exception):  # else the next run does it
                     lock.check()
                     table.publish(lock.run)
                     table.remove_work()
@@ -208,7 +209,7 @@ def _source(
     of_tables = {"key": key, "version": version, "where": where}
     of_files = {"recursive": recursive, "pattern": pattern}
     if is_files:
-        _refuse(of_tables | {"keep": keep}, "a table: give its column, too")
+        _refuse(of_tables | {"keep": keep}, "tables: also give column")
         return FileSource(
             spark,
             str(src),
@@ -217,16 +218,16 @@ def _source(
             timeout_seconds=timeout_seconds,
         )
     if format == "webdataset":
-        _refuse(of_tables | {"column": column, "pattern": pattern}, "other sources")
+        _refuse(of_tables | {"column": column, "pattern": pattern}, "sources other than webdataset")
         return ShardSource(
             spark, str(src), recursive=recursive, keep=keep, timeout_seconds=timeout_seconds
         )
-    _refuse(of_files, "files, not for a table")
+    _refuse(of_files, "files, not for tables")
     if column is None:
-        raise OptionError("which column holds the images? give column")
+        raise OptionError("column is missing: give the name of the column of images")
     if isinstance(src, DataFrame):
         if format is not None:
-            raise OptionError("format is for a table that is to be read, not for a data frame")
+            raise OptionError("format is only for tables that extract reads, not for data frames")
         df = src
     elif format == "table":
         df = spark.read.table(str(src))
@@ -249,7 +250,7 @@ def _loaded(spark: SparkSession, format: str, src: str) -> DataFrame:
 def _refuse(given: dict[str, Any], whose: str) -> None:
     for name, value in given.items():
         if value:
-            raise OptionError(f"{name} is for {whose}")
+            raise OptionError(f"{name} is only for {whose}")
 
 
 def _add_missing(
@@ -265,7 +266,7 @@ def _add_missing(
     known = table.known()
     survey, pending = _everything(source) if known is None else _pending(source, known, table)
     if not survey.found:
-        raise OptionError(f"there are no images{_passed_over(source.skipped)}")
+        raise OptionError(f"no images found{_passed_over(source.skipped)}")
     metrics = Metrics()
     errors: dict[str, int] = {}
     if survey.pending:
@@ -289,7 +290,7 @@ def _passed_over(skipped: dict[str, int]) -> str:
 
 
 def _everything(source: Source) -> tuple[Survey, None]:
-    """Where nothing is known, every image is to do."""
+    """Returns a survey where every image is pending, for an empty table."""
     found = source.keys().agg(*found_in_keys()).first()
     assert found is not None, "an aggregate has a row"
     check_keys(found.asDict())
@@ -297,10 +298,10 @@ def _everything(source: Source) -> tuple[Survey, None]:
 
 
 def _pending(source: Source, known: DataFrame, table: Dest) -> tuple[Survey, DataFrame]:
-    """The keys to do, by one job. Rows that were done in another version are taken out.
+    """Finds the pending keys in one job. Removes the table's rows of changed images.
 
     Returns:
-        The survey, and a data frame with the ``path`` of each.
+        The survey, and a data frame with the ``path`` of each pending image.
     """
     spark = known.sparkSession
     there = known.withColumnRenamed("version", "known_version").withColumn("is_known", F.lit(True))
@@ -342,7 +343,7 @@ def _computed(
         f"{_RESULT}.height",
         F.coalesce(SOURCE_ERROR, f"{_RESULT}.error").alias("error"),
         *map(quoted, kept),
-        # Of several layers, features are never null themselves.
+        # With several layers, features is a struct, which is never null.
         F.when(F.col(f"{_RESULT}.width").isNotNull(), "features").otherwise("errors").alias(KIND),
     )
 
@@ -355,7 +356,7 @@ def _written(
     total: int,
     progress: Progress | None,
 ) -> dict[str, int]:
-    """Runs the job; returns how many errors there are by code."""
+    """Runs the job. Returns the number of errors by code."""
     spark = rows.sparkSession
     files: list[str] = []
 
@@ -383,7 +384,7 @@ def _written(
 def _watching(
     metrics: Metrics, look: Callable[[], None], cancel: Callable[[], None]
 ) -> Iterator[None]:
-    """Looks whenever tasks have ended. Where that fails, it cancels the job and raises why."""
+    """Calls ``look`` when tasks have ended. If it fails, cancels the job and raises the error."""
     stop = threading.Event()
     failures: list[Exception] = []
 
@@ -394,7 +395,7 @@ def _watching(
             try:
                 if tasks != seen:
                     look()
-            except Exception as error:  # of the callback, too
+            except Exception as error:  # includes errors of the callback
                 failures.append(error)
                 cancel()
                 return
@@ -405,13 +406,13 @@ def _watching(
         thread.join()
         if failures:
             raise failures[0]
-        look()  # what was committed stays, whatever happened
+        look()  # publishes committed files, whatever happened
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
-    except KeyboardInterrupt:  # it may break what either thread just asks the JVM
+    except KeyboardInterrupt:  # it may interrupt a JVM call of either thread
         for last in (cancel, end, look):
             with suppress(Exception):
                 last()

@@ -1,4 +1,4 @@
-"""The image files of a folder, a glob or a URI, found without opening any of them."""
+"""Lists the image files of a folder, a glob or a URI, without opening them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _GLOB = re.compile(r"[*?\[{]")
 
 
 class Listed(NamedTuple):
-    """A file, or something that is passed over.
+    """A file, or an entry that is skipped.
 
     Attributes:
         path: Absolute path or URI.
-        length: In bytes.
-        modified: Microseconds since 1970 UTC, if the store says so.
-        skipped: Why it is passed over; ``None`` for a file.
+        length: Size in bytes.
+        modified: Modification time in microseconds since 1970 UTC, if the store reports it.
+        skipped: The reason why it is skipped; ``None`` for a file.
     """
 
     path: str
@@ -39,17 +39,18 @@ class Listed(NamedTuple):
 
 
 def check_exists(src: str, timeout_seconds: float = DEFAULTS["read_timeout_seconds"]) -> None:
-    """Raises ``OptionError`` if nothing is there, without a look into folders.
+    """Checks that a source exists, without listing folders.
 
     Raises:
-        ReadError: The store does not say so within the time.
+        OptionError: The source does not exist, or is not valid.
+        ReadError: The store does not answer within the timeout.
     """
     base, *patterns = glob_parts(src)
     try:
         retried(base, lambda: store_of(base).entry(base), timeout_seconds)
     except (UnsupportedURIError, OSError, ValueError) as error:
         what = (
-            "does not exist" if isinstance(error, FileNotFoundError) else f"is no source: {error}"
+            "does not exist" if isinstance(error, FileNotFoundError) else f"is not valid: {error}"
         )
         raise OptionError(f"{src} {what}") from error
     if patterns and not any(True for _ in _roots(src, timeout_seconds)):
@@ -63,14 +64,14 @@ def list_files(
     pattern: str | None = None,
     timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
 ) -> Iterator[Listed]:
-    """The files of a source, folder by folder; what is passed over, with the reason.
+    """Yields the files of a source, folder by folder, and skipped entries with the reason.
 
     Args:
-        src: A folder, a file or a glob: a path, or a URI. A glob has ``*``, ``?``, ``[...]`` and
-            ``{a,b}``; a folder that it matches is listed.
-        recursive: Whether to go into subfolders, and through links to folders.
-        pattern: A glob of file names: files with other names are left out, without a word.
-        timeout_seconds: For each folder of a store that does not answer.
+        src: A folder, a file or a glob: a path or a URI. A glob may contain ``*``, ``?``, ``[...]``
+            and ``{a,b}``; matching folders are listed.
+        recursive: Whether to include subfolders and linked folders.
+        pattern: A glob for file names. Files with other names are omitted, and not reported.
+        timeout_seconds: The timeout for each folder of a store that does not answer.
 
     Raises:
         OptionError: The source does not exist.
@@ -93,10 +94,10 @@ def _files_in(
         if scheme_of(path) == "file":
             real = os.path.realpath(local_path(path))
             if real in above:
-                continue  # a link that leads in a circle
+                continue  # a circular link
             above = (*above, real)
         for entry in _entries(path, timeout_seconds):
-            is_link = entry.path.rstrip("/") == path.rstrip("/")  # a web page's, to itself
+            is_link = entry.path.rstrip("/") == path.rstrip("/")  # of a web page to itself
             if entry.kind == "folder" and not is_link and _is_hidden(entry.name):
                 yield Listed(_printable(entry.path), skipped="hidden")
             elif entry.kind == "folder" and not is_link and not recursive:
@@ -108,7 +109,7 @@ def _files_in(
 
 
 def _entries(folder: str, timeout_seconds: float) -> Iterator[Entry]:
-    # Local folders are read as they come; of stores, one answer may hold up to a folder.
+    # Local folders are streamed. The answer of a store may be a whole folder.
     if scheme_of(folder) == "file":
         try:
             yield from store_of(folder).entries(folder)
@@ -143,14 +144,14 @@ def _printable(path: str) -> str:
 
 
 def glob_parts(src: str) -> list[str]:
-    """What stands before a source's first glob, and then name by name."""
+    """Splits a source into the part before its first glob, and the names after it."""
     if scheme_of(src) == "file":
         plain = local_path(src)
         if os.path.exists(plain) or not _GLOB.search(plain):
-            return [src]  # names may hold what looks like a glob
+            return [src]  # names may contain glob characters
         src = plain
     elif scheme_of(src) in ("http", "https") or not _GLOB.search(src.partition("?")[0]):
-        return [src]  # a question mark begins a query there
+        return [src]  # here, a question mark begins a query
     place, mark, query = (src, "", "") if scheme_of(src) == "file" else src.partition("?")
     names = place.split("/")
     for number, name in enumerate(names):
@@ -161,7 +162,7 @@ def glob_parts(src: str) -> list[str]:
 
 
 def _roots(src: str, timeout_seconds: float) -> Iterator[Entry]:
-    """The files and folders that a source names."""
+    """Yields the files and folders that a source names."""
     base, *patterns = glob_parts(src)
     try:
         found = [retried(base, lambda: store_of(base).entry(base), timeout_seconds)]
@@ -181,7 +182,7 @@ def _roots(src: str, timeout_seconds: float) -> Iterator[Entry]:
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Whether a name matches a glob of Hadoop's: ``*``, ``?``, ``[...]``, ``{a,b}``."""
+    """Returns a matcher of names for a Hadoop glob: ``*``, ``?``, ``[...]``, ``{a,b}``."""
     try:
         expression = re.compile(_expression(pattern), re.DOTALL)
     except re.error as error:
@@ -216,5 +217,5 @@ def _expression(pattern: str) -> str:
 
 
 def escaped(path: str) -> str:
-    """A path that Hadoop would else take for a glob."""
+    """Escapes a path that Hadoop would otherwise read as a glob."""
     return "".join(f"\\{letter}" if letter in "{}[]*?\\" else letter for letter in path)

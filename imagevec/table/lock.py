@@ -1,4 +1,4 @@
-"""Who writes to a table: one process at a time, which says every few seconds that it lives."""
+"""A lock for writing to a table: one process at a time, which renews it every few seconds."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from imagevec.spark.hadoop import Folder
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
-_JVM_SECONDS = 30.0  # that a JVM without its driver takes to end
+_JVM_SECONDS = 30.0  # time for a JVM to exit after its driver
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who has a lock.
+    """The holder of a lock.
 
     Attributes:
-        run: The run's id.
-        host: Its machine.
-        processes: Its driver there, and that one's JVM.
-        user: Whose it is.
-        beat: When it last said that it lives, in seconds since 1970.
+        run: The ID of the run.
+        host: The host of its driver.
+        processes: The process IDs of the driver and of its JVM.
+        user: The user who runs it.
+        beat: The time of the last heartbeat, in seconds since 1970.
     """
 
     run: str
@@ -52,11 +52,11 @@ class Owner:
 
 
 class Lock:
-    """A lock that is held.
+    """The lock of a table.
 
     Attributes:
-        run: The id of this run.
-        previous_run: The run that left the lock behind when it died, if one did.
+        run: The ID of this run.
+        previous_run: The ID of a run that died and left the lock behind, if any.
     """
 
     def __init__(self, folder: Folder, file: str, run: str) -> None:
@@ -68,10 +68,10 @@ class Lock:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Takes the lock, and keeps it alive.
+        """Takes the lock, and renews it until the context exits.
 
         Raises:
-            ImageVecError: Another process that lives has it.
+            ImageVecError: Another live process holds the lock.
         """
         self._take()
         end = threading.Event()
@@ -87,7 +87,7 @@ class Lock:
                 self._folder.delete_if_empty(self._file.rpartition("/")[0])
 
     def check(self) -> None:
-        """Raises ``ImageVecError`` if another process took the lock, since this one slept."""
+        """Raises ``ImageVecError`` if another process took the lock while this one slept."""
         if self._is_lost():
             raise ImageVecError(f"another run took over {self._folder.path}: this one stops")
 
@@ -98,19 +98,19 @@ class Lock:
                 _refuse_if_alive(owner, self._folder.path)
                 self.previous_run = owner.run
                 logger.warning(
-                    "%s was locked by %s, which has ended: its work is taken over",
+                    "%s was locked by %s, which has exited: taking over its work",
                     self._folder.path,
                     owner,
                 )
             self._folder.write_text(self._file, self._text())
-            time.sleep(0.5)  # of two that take over at the same time, the last one has it
+            time.sleep(0.5)  # if two runs take over at the same time, the last one wins
         taken = self._owner()
         if taken is None or taken.run != self.run:
             raise ImageVecError(f"{self._folder.path} was just locked by {taken}: try again later")
 
     def _beat(self, end: threading.Event) -> None:
         while not end.wait(BEAT_SECONDS):
-            with contextlib.suppress(Exception):  # of the store: a beat may be left out
+            with contextlib.suppress(Exception):  # an error of the store: one beat may be missed
                 if self._is_lost():
                     return
                 self._folder.write_text(self._file, self._text())
@@ -138,7 +138,7 @@ class Lock:
 
 def _refuse_if_alive(owner: Owner, path: str) -> None:
     if owner.host == socket.gethostname() and not _is_alive(owner.processes[0]):
-        # Its driver was killed. Tasks of its JVM may still commit until that notices.
+        # The driver was killed. Its tasks may still commit until its JVM exits.
         deadline = time.monotonic() + _JVM_SECONDS
         while any(map(_is_alive, owner.processes)) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -159,6 +159,6 @@ def _is_alive(process: int) -> bool:
         return False
     except PermissionError:
         return True
-    with contextlib.suppress(OSError):  # Linux says whether it has ended, and nobody asked how
+    with contextlib.suppress(OSError):  # on Linux: a zombie has exited
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True

@@ -1,4 +1,4 @@
-"""Where a column of features comes from, by the column's metadata.
+"""The provenance of a column of features, which is stored in the column's metadata.
 
 Spark keeps a column's metadata through ``withColumn``, ``select`` and Parquet.
 """
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What made a column of features.
+    """How a column of features was computed.
 
     Attributes:
-        fingerprint: 16 hex digits: equal for two columns of images, or of texts, if and only if
-            their vectors are comparable.
+        fingerprint: 16 hex digits. They are equal for two columns of images, or of texts, if and
+            only if their vectors are comparable.
         model: The model's name.
         weights: ``sha256:<hex digest of the weights file>``, or ``random``.
-        layer: ``"pooled"``, ``"logits"`` or a node name; several as a tuple.
-        num_features: The length of a vector; of each layer's, in order, if there are several.
-        preprocessing: What happened to the pixels before the model, or to the texts.
+        layer: ``"pooled"``, ``"logits"`` or a node name; a tuple of several.
+        num_features: The length of a vector; with several layers, a tuple in the same order.
+        preprocessing: How the pixels or texts were prepared for the model.
         precision: The arithmetic of the forward pass.
         normalize: Whether each vector has length 1.
-        imagevec: The version that computed it.
+        imagevec: The version of imagevec that computed the features.
     """
 
     fingerprint: str
@@ -48,15 +48,15 @@ class Provenance:
 
     @classmethod
     def of(cls, spec: FeatureSpec) -> Provenance:
-        """Of features that would be made now."""
+        """Returns the provenance of features that this spec computes."""
         return cls.of_metadata(spec.metadata)
 
     @classmethod
     def of_metadata(cls, metadata: Mapping[str, Any]) -> Provenance:
-        """Of a column with this metadata.
+        """Returns the provenance in a column's metadata.
 
         Raises:
-            FingerprintError: They do not say.
+            FingerprintError: The metadata contains none.
         """
         try:
             fields = dict(metadata[METADATA_KEY])
@@ -65,42 +65,42 @@ class Provenance:
             made_of = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
             return cls(**own, **made_of)
         except (KeyError, TypeError) as error:
-            raise FingerprintError("the column does not say what made its features") from error
+            raise FingerprintError("the column has no provenance in its metadata") from error
 
 
 def provenance(df: DataFrame, column: str = "features") -> Provenance:
-    """What made a column of features.
+    """Returns the provenance of a column of features.
 
     Raises:
-        OptionError: There is no such column.
-        FingerprintError: The column does not say: ``features_udf`` did not make it, or its metadata
-            was lost on the way. A UDF that was registered for SQL cannot pass any on.
+        OptionError: The column does not exist.
+        FingerprintError: The column has no provenance: ``features_udf`` did not compute it, or its
+            metadata was lost. A UDF that is registered for SQL cannot set metadata.
     """
     name = existing_column(df.columns, column)
     try:
         return Provenance.of_metadata(df.schema[name].metadata)
     except FingerprintError as error:
-        message = f"column {name!r} does not say what made its features"
+        message = f"column {name!r} has no provenance in its metadata"
         raise FingerprintError(message) from error
 
 
 def check_comparable(first: DataFrame, second: DataFrame, column: str = "features") -> None:
-    """Checks features before they are compared: they must have the same fingerprint.
+    """Checks that two columns of features are comparable: they must have the same fingerprint.
 
     Features of texts and of images are comparable if they have the same model and weights.
 
     Raises:
-        FingerprintError: They are not; the message says what differs.
+        FingerprintError: They are not comparable. The message states the differences.
     """
     check_same(provenance(first, column), provenance(second, column))
 
 
 def check_same(first: Provenance, second: Provenance) -> None:
-    """``check_comparable`` of two provenances."""
+    """Like ``check_comparable``, for two provenances."""
     if first.fingerprint == second.fingerprint:
         return
     names = {field.name for field in dataclasses.fields(Provenance)} - {"fingerprint", "imagevec"}
-    if type(first.preprocessing) is not type(second.preprocessing):  # a text's and an image's
+    if type(first.preprocessing) is not type(second.preprocessing):  # texts and images
         names = {"model", "weights", "layer"}
     differing = [
         f"{name} {getattr(first, name)!r} and {getattr(second, name)!r}"

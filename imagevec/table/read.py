@@ -1,4 +1,4 @@
-"""The tables that imagevec writes, as Parquet: read in blocks, so that any size fits in memory."""
+"""Reads the Parquet tables that imagevec writes, in blocks, so that any size fits in memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pyarrow import fs, parquet
 
 from imagevec.errors import OptionError
 
-_ROWS = 2048  # of a block
-_BUFFER_BYTES = 4 << 20  # of a file; else all of a row group is held, which Spark makes 128 MB
+_ROWS = 2048  # per block
+_BUFFER_BYTES = 4 << 20  # per file; else a whole row group is held, 128 MB by Spark's default
 _FEATURES = ["path", "features"]
 _GROUPS = ["path", "group"]
 _EXTRACT = "give the folder that `imagevec extract` wrote"
@@ -28,11 +28,11 @@ _SPARK_SCHEMA = b"org.apache.spark.sql.parquet.row.metadata"
 
 
 class RowGroup(NamedTuple):
-    """A part of a table that can be read without the rest.
+    """A part of a table that can be read separately.
 
     Attributes:
         file: The path of a Parquet file.
-        number: The row group's number in the file, from 0.
+        number: The index of the row group in the file, from 0.
     """
 
     file: str
@@ -42,19 +42,19 @@ class RowGroup(NamedTuple):
 def read_vectors(
     folder: str | Path, row_groups: Collection[RowGroup] | None = None
 ) -> Iterator[tuple[list[str], npt.NDArray[np.float32]]]:
-    """The images of a table that have features, in blocks.
+    """Yields the images of a table that have features, in blocks.
 
     Args:
         folder: A Parquet folder, or its URI, with the columns ``path`` (string) and ``features``
-            (``array<float>``). Files whose names start with ``_`` or ``.`` are not data.
-        row_groups: Where to read; everywhere by default.
+            (``array<float>``). Files whose names start with ``_`` or ``.`` are ignored.
+        row_groups: The row groups to read; by default all.
 
     Yields:
-        N paths or URIs as they stand in the table, and float32 ``(N, D)``, which may be read-only.
-        N is at least 1.
+        N paths or URIs as in the table, and float32 ``(N, D)``, which may be read-only. N is at
+        least 1.
 
     Raises:
-        OptionError: There is no such table, no row has features, or their lengths differ.
+        OptionError: The table does not exist, no row has features, or vectors differ in length.
     """
     lengths: set[int] = set()
     for _, batch in _batches(str(folder), _FEATURES, _FEATURES, _EXTRACT, row_groups):
@@ -64,30 +64,28 @@ def read_vectors(
         features = rows.column("features")
         lengths.update(pc.unique(pc.list_value_length(features)).to_pylist())
         if len(lengths) > 1:
-            raise OptionError(
-                f"{folder} holds vectors of {sorted(lengths)} features: use one model"
-            )
+            raise OptionError(f"{folder} has vectors of {sorted(lengths)} features: use one model")
         values = _floats(features.flatten())
         yield rows.column("path").to_pylist(), values.reshape(rows.num_rows, *lengths)
     if not lengths and row_groups is None:
-        raise OptionError(f"{folder} holds no features: no row has any")
+        raise OptionError(f"{folder} has no features: no row has a vector")
 
 
 def read_paths(folder: str | Path) -> Iterator[tuple[RowGroup, list[str]]]:
-    """The paths of a table's rows, whether or not they have features, in blocks.
+    """Yields the paths of all rows of a table, with or without features, in blocks.
 
     Yields:
-        Where the block is, and its paths.
+        The row group of the block, and its paths.
 
     Raises:
-        OptionError: There is no such table.
+        OptionError: The table does not exist.
     """
     for row_group, batch in _batches(str(folder), _FEATURES, ["path"], _EXTRACT):
         yield row_group, batch.column("path").drop_null().to_pylist()
 
 
 def read_groups(folder: str | Path) -> Iterator[tuple[list[str], list[str]]]:
-    """The rows of a table of near-duplicates, in blocks.
+    """Yields the rows of a table of near-duplicates, in blocks.
 
     Args:
         folder: A Parquet folder, or its URI, with the columns ``path`` and ``group`` (strings).
@@ -96,7 +94,7 @@ def read_groups(folder: str | Path) -> Iterator[tuple[list[str], list[str]]]:
         N paths, and for each the smallest path of its group.
 
     Raises:
-        OptionError: There is no such table.
+        OptionError: The table does not exist.
     """
     for _, batch in _batches(str(folder), _GROUPS, _GROUPS, _DUPLICATES):
         rows = batch.drop_null()
@@ -104,10 +102,10 @@ def read_groups(folder: str | Path) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def column_metadata(folder: str | Path, column: str) -> dict[str, Any]:
-    """What Spark wrote into a table's files about a column; empty if it wrote nothing.
+    """Returns the metadata that Spark stored for a column of a table; empty if there is none.
 
     Raises:
-        OptionError: There is no such table.
+        OptionError: The table does not exist.
     """
     filesystem, (first, *_) = _files(str(folder), _EXTRACT)
     schema = parquet.read_schema(first, filesystem=filesystem)
@@ -123,7 +121,7 @@ def _batches(
     hint: str,
     row_groups: Collection[RowGroup] | None = None,
 ) -> Iterator[tuple[RowGroup, Any]]:
-    """Arrow batches of some of the columns that are expected, and where each is."""
+    """Yields Arrow batches of some of the expected columns, and the row group of each."""
     with _errors_of(folder, hint):
         filesystem, paths = _files(folder, hint)
         for path in paths:
@@ -143,15 +141,15 @@ def _errors_of(folder: str, hint: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise OptionError(f"{folder} is not there: {hint}") from error
+        raise OptionError(f"{folder} does not exist: {hint}") from error
     except (OSError, pa.ArrowException) as error:
         raise OptionError(f"{folder} cannot be read as Parquet: {hint} ({error})") from error
 
 
 def _files(folder: str, hint: str) -> tuple[Any, list[str]]:
-    """A folder's file system, and the paths of its data files there, at least one.
+    """Returns a folder's file system and the paths of its data files, at least one.
 
-    It is what ``pyarrow.dataset`` does, which imports pandas.
+    ``pyarrow.dataset`` does the same, but imports pandas.
     """
     is_uri = "://" in folder or folder.startswith("file:")
     filesystem, root = fs.FileSystem.from_uri(folder if is_uri else os.path.abspath(folder))
@@ -164,7 +162,7 @@ def _files(folder: str, hint: str) -> tuple[Any, list[str]]:
         if info.type == fs.FileType.File and _is_data(info.path.removeprefix(root))
     ]
     if not paths:
-        raise OptionError(f"{folder} holds no Parquet files: {hint}")
+        raise OptionError(f"{folder} has no Parquet files: {hint}")
     return filesystem, sorted(paths)
 
 
@@ -199,7 +197,7 @@ def _is_list_of_floats(type: Any) -> bool:
 
 
 def _floats(values: Any) -> npt.NDArray[np.float32]:
-    """An Arrow array of numbers as NumPy's; a null among them is NaN."""
+    """Converts an Arrow array of numbers to NumPy. Nulls become NaN."""
     if values.null_count:
         values = pc.fill_null(values, math.nan)
     return np.from_dlpack(values).astype(np.float32, copy=False)  # to_numpy imports pandas

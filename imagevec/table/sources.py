@@ -1,7 +1,7 @@
-"""What ``extract`` reads: files, a table or data frame, or shards of WebDataset.
+"""The sources that ``extract`` reads: files, a table or data frame, or WebDataset shards.
 
-A source is asked twice. ``keys`` says what there is, without the images, and ``rows`` gives those
-of some keys with their images, so that no image is moved to find out whether it is to be done.
+A source is read twice. ``keys`` returns all keys without the images. ``rows`` returns the images of
+selected keys. No image is moved to find out whether it is pending.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from imagevec.spark.sessions import check_input_column, existing_column, find_co
 from imagevec.table.listing import check_exists, escaped, list_files
 from imagevec.table.webdataset import IMAGE_EXTENSIONS, read_shards, shards
 
-# What a task commits at a time: some seconds of a small model to some minutes of a large one.
+# The work that a task commits: seconds with a small model, minutes with a large one.
 _TASK_BYTES = 64 << 20
 _TASK_ROWS = 10_000
 _SMALLEST_TASK_BYTES = 2 << 20
-_LEAST_BYTES = 32 << 10  # that a file counts for: a small one is work, too
+_LEAST_BYTES = 32 << 10  # a smaller file counts as this many
 _TASKS_PER_CORE = 3
 
 _MAX_BROADCAST_KEYS = 200_000
 
 _LISTING = pa.schema([("path", pa.string()), ("length", pa.int64()), ("modified", pa.int64())])
-_LISTING_ROWS = 10_000  # that are held in memory
+_LISTING_ROWS = 10_000  # held in memory at a time
 
 OWN_COLUMNS = (
     *("path", "length", "modificationTime", "version"),
@@ -46,20 +46,20 @@ OWN_COLUMNS = (
 )
 """The columns of a result."""
 
-# No column that is kept will have these names.
+# Kept columns are assumed not to have these names.
 IMAGE = "imagevec_image"
 SOURCE_ERROR = "imagevec_error"
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the keys of a source are, in numbers.
+    """Statistics of the keys of a source.
 
     Attributes:
-        found: Images.
-        partitions: That they lie in.
-        pending: Images to do.
-        changed: Those of them that were done in another version.
+        found: The number of images.
+        partitions: The number of partitions with these images.
+        pending: The number of images to compute.
+        changed: The number of pending images that the table has in another version.
     """
 
     found: int
@@ -69,46 +69,47 @@ class Survey:
 
 
 def found_in_keys() -> tuple[Column, ...]:
-    """Aggregates of ``Source.keys``: how a ``Survey`` begins, and what ``check_keys`` looks at."""
+    """Returns aggregates over ``Source.keys``, for a ``Survey`` and for ``check_keys``."""
     return (
         F.coalesce(F.sum("count"), F.lit(0)).alias("found"),
         F.coalesce(F.max("partition") + 1, F.lit(1)).alias("partitions"),
         F.sum(F.when(F.col("path").isNull(), F.col("count"))).alias("nulls"),
         F.max("count").alias("most"),
-        F.max_by("path", "count").alias("most_frequent"),  # no struct: 3.5 observes none
+        F.max_by("path", "count").alias("most_frequent"),  # no struct: Spark 3.5 cannot observe one
     )
 
 
 class Source(Protocol):
-    """Images with keys."""
+    """A source of images with keys."""
 
     def prepare(self, folder: str) -> None:
-        """Writes to a folder what is to be the same whenever it is asked for."""
+        """Writes the listing to a folder, so that all later reads see the same images."""
 
     def keys(self) -> DataFrame:
-        """A row for each key.
+        """Returns a row for each key.
 
-        The columns are ``path``, ``version`` (a string, another one where an image has changed),
-        ``count`` of the images with this key, and the number of the last ``partition`` with one.
+        The columns are ``path``, ``version`` (a string that differs if an image has changed),
+        ``count`` (the number of images with this key) and ``partition`` (the number of the last
+        partition with such an image).
         """
 
     def rows(self, survey: Survey, pending: DataFrame | None) -> DataFrame:
-        """The images of the keys in ``pending``, or all, in partitions that make good tasks.
+        """Returns the images of the keys in ``pending``, or all, in partitions of a suitable size.
 
         The columns are ``path``, ``length``, ``modificationTime``, ``version``, ``IMAGE`` (of a
-        type that ``features_udf`` takes), ``SOURCE_ERROR`` and those that are kept.
+        type that ``features_udf`` accepts), ``SOURCE_ERROR`` and the kept columns.
         """
 
     def mended(self, known: DataFrame) -> list[str]:
-        """Paths of a table's rows that say what is wrong with the source, and no longer is."""
+        """Returns the paths of table rows that report damage which has been repaired."""
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How much is passed over, by reason."""
+        """The number of skipped entries, by reason."""
 
 
 class FileSource:
-    """Image files. The driver lists them to a file, a few at a time; workers read their paths."""
+    """Image files. The driver writes their list to a file, in parts; the workers read them."""
 
     def __init__(
         self,
@@ -153,7 +154,7 @@ class FileSource:
     def rows(self, survey: Survey, pending: DataFrame | None) -> DataFrame:
         rows = _of_keys(self._files(), survey, pending).withColumn(IMAGE, F.col("path"))
         size = self._size * survey.pending / survey.found
-        # By the path: a partition that is computed again, after a crash, holds the same files.
+        # By path: a partition that is computed again after a crash has the same files.
         cores = self._spark.sparkContext.defaultParallelism
         return rows.repartition(_number_of_tasks(size, cores), "path")
 
@@ -173,7 +174,7 @@ class FileSource:
 
 
 class TableSource:
-    """Rows of a data frame with a column of images, or of paths of images."""
+    """Rows of a data frame with a column of images or image paths."""
 
     def __init__(
         self,
@@ -196,17 +197,17 @@ class TableSource:
         self._modified = F.lit(None).cast("timestamp")
         if version is not None:
             self._version = F.col(quoted(existing_column(df.columns, version))).cast("string")
-        elif length and modified:  # of the binaryFile source
+        elif length and modified:  # columns of the binaryFile source
             self._modified = F.col(modified)
             self._version = F.concat_ws(":", F.col(length), F.unix_micros(modified))
-        elif isinstance(kind, StringType):  # of a path, it would always be the same
+        elif isinstance(kind, StringType):  # the hash of a path would never change
             self._version = F.lit(None).cast("string")
         else:
             self._version = F.hex(F.xxhash64(self._image))
         self._length = _length_of(self._image, kind)
 
     def prepare(self, folder: str) -> None:
-        pass  # it is the same, as far as Spark knows
+        pass  # the data frame is assumed not to change
 
     def keys(self) -> DataFrame:
         path, version = self._key.alias("path"), self._version.alias("version")
@@ -223,7 +224,7 @@ class TableSource:
             *self._kept,
         )
         rows = _of_keys(rows, survey, pending)
-        # So many rows of a partition are small ones, which cost little to move.
+        # Partitions with this many rows have small rows, which are cheap to move.
         if survey.pending > survey.partitions * _TASK_ROWS:
             return rows.repartition(math.ceil(survey.pending / _TASK_ROWS), "path")
         return rows
@@ -242,12 +243,12 @@ class TableSource:
         if isinstance(kind, StructType) and "path" in kind.names:
             return self._image["path"]
         raise OptionError(
-            f"there is no column 'path' to name the rows: choose a key among {self._df.columns}"
+            f"there is no column 'path' to use as the key: choose a key from {self._df.columns}"
         )
 
 
 class ShardSource:
-    """Samples in shards of WebDataset. A shard that is damaged has a row of its own."""
+    """Samples in WebDataset shards. A damaged shard has its own row."""
 
     def __init__(
         self,
@@ -292,7 +293,7 @@ class ShardSource:
         return _of_keys(rows, survey, pending)
 
     def mended(self, known: DataFrame) -> list[str]:
-        """Shards that were damaged, and are whole."""
+        """Returns shards that were damaged and are now complete."""
         paths = [(shard.path,) for shard in self._shards]
         whole = self._spark.createDataFrame(paths, "path string").join(
             self._keys.where(F.col("path") == F.col("__url__")), "path", "left_anti"
@@ -300,7 +301,7 @@ class ShardSource:
         return [row.path for row in known.join(F.broadcast(whole), "path", "left_semi").collect()]
 
     def _with_version(self, samples: DataFrame) -> DataFrame:
-        """The version of a sample is its shard's."""
+        """Adds the version of each sample, which is its shard's."""
         versions = [(shard.path, f"{shard.length}:{shard.modified}") for shard in self._shards]
         of_shards = self._spark.createDataFrame(versions, "__url__ string, version string")
         return samples.join(F.broadcast(of_shards), "__url__")
@@ -315,7 +316,7 @@ def _counted(keys: DataFrame) -> DataFrame:
 
 
 def _of_keys(rows: DataFrame, survey: Survey, pending: DataFrame | None) -> DataFrame:
-    """Those of the keys. Few keys go to the rows; with many, Spark moves both by the key."""
+    """Selects the pending rows. Few keys are broadcast; with many, Spark shuffles both sides."""
     if pending is None:
         return rows
     keys = pending.select("path")
@@ -328,7 +329,7 @@ def _path_of_sample() -> Column:
 
 
 def _number_of_tasks(size: float, cores: int) -> int:
-    """Of files that count for so many bytes."""
+    """Returns the number of tasks for files that count as ``size`` bytes."""
     for_all_cores = min(_TASKS_PER_CORE * cores, math.ceil(size / _SMALLEST_TASK_BYTES))
     return max(1, math.ceil(size / _TASK_BYTES), for_all_cores)
 
@@ -339,7 +340,7 @@ def _length_of(image: Column, kind: object) -> Column:
         return F.octet_length(image[names[0]]).cast("long")
     if isinstance(kind, BinaryType):
         return F.octet_length(image).cast("long")
-    return F.lit(None).cast("long")  # of a path: it is not known here
+    return F.lit(None).cast("long")  # unknown for a path
 
 
 def _kept_columns(df: DataFrame, keep: Sequence[str]) -> list[Column]:
@@ -350,20 +351,20 @@ def _kept_columns(df: DataFrame, keep: Sequence[str]) -> list[Column]:
 def _check_names(keep: Sequence[str]) -> None:
     for name in keep:
         if find_column(OWN_COLUMNS, name):
-            raise OptionError(f"keep={name!r} is not valid: the result has a column of that name")
+            raise OptionError(f"keep={name!r} is not valid: the result already has this column")
         if list(keep).count(name) > 1:
             raise OptionError(f"keep={name!r} is not valid: give it once")
 
 
 def check_keys(found: Mapping[str, Any]) -> None:
-    """Raises ``OptionError`` unless each key names one image, by ``found_in_keys``."""
+    """Raises ``OptionError`` unless each key identifies one image, according to ``found``."""
     if found["nulls"]:
         raise OptionError(
             f"{found['nulls']:,} of {found['found']:,} rows have no key: "
-            "choose another key, or leave them out with where"
+            "choose another key, or exclude them with where"
         )
     if (found["most"] or 0) > 1:
         raise OptionError(
-            f"the key {found['most_frequent']!r} is there {found['most']:,} times: "
-            "choose one that is unique, or make one in a data frame"
+            f"the key {found['most_frequent']!r} occurs {found['most']:,} times: "
+            "choose a unique key, or add one to a data frame"
         )

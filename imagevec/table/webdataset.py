@@ -1,11 +1,11 @@
-"""WebDataset: tar files whose members ``<key>.<extension>`` make up samples.
+"""WebDataset: tar files whose members ``<key>.<extension>`` form samples.
 
     spark.dataSource.register(WebDatasetSource)  # Spark 4
     spark.read.format("webdataset").option("members", "json,cls").load("shards/")
-    WebDatasetSource.read(spark, "shards/", members=("json", "cls"))  # Spark 3.5, too
+    WebDatasetSource.read(spark, "shards/", members=("json", "cls"))  # Spark 3.5 and 4
 
-The rows are those of ``schema``. One partition reads one shard, from its start to its end, and
-holds a few samples at a time.
+``schema`` defines the columns. Each partition reads one shard from start to end, and holds a few
+samples at a time.
 """
 
 from __future__ import annotations
@@ -48,22 +48,21 @@ _Content = Callable[[], bytes | None]
 
 
 class WebDatasetSource(DataSource):
-    """The data source ``webdataset``.
+    """The Spark data source ``webdataset``.
 
     Options:
-        path: A folder or glob of shards (``.tar``, ``.tar.gz``, ``.tgz``), or one of them: a path
-            or a URI that workers can read.
-        members: Extensions, separated by commas, whose members become columns of text:
-            ``"json,txt,cls"``.
-        recursive: ``"true"`` to go into subfolders.
+        path: A shard (``.tar``, ``.tar.gz``, ``.tgz``), or a folder or glob of shards: a path or
+            URI that the workers can read.
+        members: Comma-separated extensions whose members become text columns: ``"json,txt,cls"``.
+        recursive: ``"true"`` to include subfolders.
 
     Columns:
-        - ``__key__`` string: of the sample. Null in a row that reports a damaged shard.
+        - ``__key__`` string: the sample's key. Null in a row that reports a damaged shard.
         - ``__url__`` string: the shard.
-        - ``image`` binary: the first member that has an image's extension; null if there is none.
-        - ``error`` string: why the shard could not be read to its end. Its samples before the
-          damage are there.
-        - one string for each of ``members``; null where a sample has none.
+        - ``image`` binary: the first member with an image extension; null if there is none.
+        - ``error`` string: why the shard could not be read to its end. Samples before the damage
+          have rows.
+        - one string column for each of ``members``; null if a sample has no such member.
     """
 
     @classmethod
@@ -86,10 +85,10 @@ class WebDatasetSource(DataSource):
     def read(
         spark: SparkSession, src: str, *, members: Sequence[str] = (), recursive: bool = False
     ) -> DataFrame:
-        """The same rows as a data frame, on Spark 3.5 as well.
+        """Returns the same rows as a data frame, also on Spark 3.5.
 
         Raises:
-            OptionError: There are no shards.
+            OptionError: The source has no shards.
         """
         return read_shards(spark, shards(src, recursive), tuple(members))
 
@@ -109,11 +108,11 @@ class _Reader(DataSourceReader):
 def shards(
     src: str, recursive: bool = False, timeout_seconds: float = DEFAULTS["read_timeout_seconds"]
 ) -> list[Listed]:
-    """The shards of a source, by name.
+    """Returns the shards of a source, sorted by path.
 
     Raises:
-        OptionError: It does not exist, or has none.
-        ReadError: It cannot be listed within the time.
+        OptionError: The source does not exist, or has no shards.
+        ReadError: The source cannot be listed within the timeout.
     """
     if not src:
         raise OptionError("webdataset needs a path: .load('shards/')")
@@ -121,12 +120,12 @@ def shards(
     listed = list_files(src, recursive=recursive, pattern=SHARDS, timeout_seconds=timeout_seconds)
     found = sorted(file for file in listed if file.skipped is None)
     if not found:
-        raise OptionError(f"{src} has no shards: their names end in .tar, .tar.gz or .tgz")
+        raise OptionError(f"{src} has no shards: their names must end in .tar, .tar.gz or .tgz")
     return found
 
 
 def schema(members: Sequence[str] = ()) -> str:
-    """Of the rows, as Spark writes it."""
+    """Returns the schema of the rows, as a DDL string."""
     columns = ["__key__ string", "__url__ string", "image binary", "error string"]
     return ", ".join(columns + [f"`{name}` string" for name in members])
 
@@ -138,7 +137,7 @@ def read_shards(
     images: bool = True,
     timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
 ) -> DataFrame:
-    """The rows of some shards; without ``images``, the images are null, and are not read."""
+    """Returns the rows of some shards. If ``images`` is false, images are null and are not read."""
     paths = [shard.path for shard in found]
 
     def rows(frames: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -146,7 +145,7 @@ def read_shards(
             for number in frame.column(0).to_pylist():
                 yield from batches(paths[number], members, images, timeout_seconds)
 
-    # A partition has one number, of one shard.
+    # Each partition has one number, that of its shard.
     numbers = spark.range(0, len(paths), 1, len(paths))
     return numbers.mapInArrow(rows, schema(members))
 
@@ -157,10 +156,10 @@ def batches(
     images: bool = True,
     timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of one shard, a few at a time.
+    """Yields the rows of one shard, a few at a time.
 
     Raises:
-        ReadError: The shard cannot be opened, or the store breaks off.
+        ReadError: The shard cannot be opened, or the store fails while it is read.
     """
     arrow = pa.schema(
         [("__key__", pa.string()), ("__url__", pa.string()), ("image", pa.binary())]
@@ -189,7 +188,7 @@ def _rows(
                 count += 1
                 row["__url__"] = shard
                 yield row if images else {**row, "image": None}
-    # These say that the bytes are not those of a whole tar file.
+    # These errors mean that the bytes are not a complete tar file.
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         reason = f"corrupt: {shard} is damaged after {count} samples: {error}"
         yield {"__url__": shard, "error": reason}
@@ -206,7 +205,7 @@ def _samples(
             if row:
                 yield row
             row = {"__key__": key}
-        data = content()  # after the sample before it: this one may be cut off
+        data = content()  # after the previous sample was yielded: this one may be truncated
         if extension in members and data is not None:
             row[extension] = data.decode("utf-8", "replace")
         if extension in IMAGE_EXTENSIONS:
@@ -218,7 +217,7 @@ def _samples(
 def _members_of(
     file: Any, members: tuple[str, ...], images: bool
 ) -> Iterator[tuple[str, str, _Content]]:
-    """Key, extension and content of each member: ``None`` unless it is wanted."""
+    """Yields each member's key, extension and content, which is ``None`` unless it is needed."""
     start = file.read(2)
     file.seek(0)
     is_gzip = start == b"\x1f\x8b"
@@ -228,18 +227,19 @@ def _members_of(
             match = _MEMBER.fullmatch(member.name)
             if match and member.isfile() and not match[1].rpartition("/")[2].startswith("__"):
                 extension = match[2].lower()
-                # A gzip file is read through anyway, and where it is cut off depends on how.
+                # A gzip file is read completely anyway, and where a truncated one fails depends
+                # on how it is read.
                 is_image = extension in IMAGE_EXTENSIONS
                 wanted = extension in members or (is_image and (images or is_gzip))
                 content = tar.extractfile(member) if wanted else None
                 yield match[1], extension, content.read if content else lambda: None
-            tar.members.clear()  # else it remembers all of them
+            tar.members.clear()  # else tarfile keeps all of them
     if stream.last != b"\0" * _TAR_BLOCK:
-        raise tarfile.ReadError("it does not end as a tar file does")
+        raise tarfile.ReadError("the end-of-archive marker is missing")
 
 
 class _Stream:
-    """A file that remembers what was read last: where a tar file ends, it is a block of zeros."""
+    """A file that remembers its last read, a block of zeros at the end of a complete tar file."""
 
     def __init__(self, file: Any) -> None:
         self._file = file

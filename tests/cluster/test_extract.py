@@ -143,7 +143,7 @@ def test_overwrite_spares_what_is_no_table_of_features(capsys, photos, tmp_path)
         "local[2]",
     ]
     assert main(arguments) == 1
-    assert "holds no features" in capsys.readouterr().err
+    assert "has no features" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
@@ -158,7 +158,7 @@ def test_a_source_that_is_not_there(capsys, tmp_path):
 def test_a_table_among_its_images_is_refused(capsys, photos, dest):
     before = set(photos.rglob("*"))
     assert main(["extract", str(photos), str(photos / dest), *MODEL, "--master", "local[1]"]) == 1
-    assert "DEST lies in SRC" in capsys.readouterr().err
+    assert "DEST is inside SRC" in capsys.readouterr().err
     assert set(photos.rglob("*")) == before
 
 

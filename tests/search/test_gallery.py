@@ -234,7 +234,7 @@ def test_no_groups_at_all(tmp_path):
 def test_a_table_that_is_not_of_groups(table, tmp_path):
     with pytest.raises(OptionError, match="no column 'group'.*`imagevec duplicates` wrote"):
         write_gallery(table, tmp_path / "g.html", groups=table)
-    with pytest.raises(OptionError, match="is not there: .*`imagevec duplicates` wrote"):
+    with pytest.raises(OptionError, match="does not exist: .*`imagevec duplicates` wrote"):
         write_gallery(table, tmp_path / "g.html", groups=tmp_path / "nowhere")
     assert not (tmp_path / "g.html").exists()
 
@@ -312,7 +312,7 @@ def test_a_number_below_1_is_an_option_error(table, tmp_path, option):
 
 
 def test_a_missing_table_is_an_option_error_and_leaves_no_page(tmp_path):
-    with pytest.raises(OptionError, match="is not there"):
+    with pytest.raises(OptionError, match="does not exist"):
         write_gallery(tmp_path / "nowhere", tmp_path / "g.html")
     assert not (tmp_path / "g.html").exists()
 

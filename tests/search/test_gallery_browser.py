@@ -168,11 +168,11 @@ def test_the_note_on_groups_of_the_page(page):
             [[3, 4, 5], [8, 9]],
             {"min_cosine": 0.9},
             2,
-            "2 groups of the whole table, linked by cosines of 0.9 or more",
+            "2 groups in the whole table, linked by cosines of 0.9 or more",
         ),
-        ([[3, 4]], None, 1, "1 group of the whole table"),
-        ([[3, 4], [COUNT, COUNT + 1]], None, 1, "1 of 2 groups of the whole table"),
-        ([], {"min_cosine": 0.9}, 0, "the whole table has no groups"),
+        ([[3, 4]], None, 1, "1 group in the whole table"),
+        ([[3, 4], [COUNT, COUNT + 1]], None, 1, "1 of 2 groups in the whole table"),
+        ([], {"min_cosine": 0.9}, 0, "no groups in the whole table"),
     ],
 )
 def test_groups_of_the_whole_table(open_page, gallery, tmp_path, groups, metadata, count, note):

@@ -249,9 +249,9 @@ def test_min_cosine_out_of_range(spark: SparkSession, min_cosine: float) -> None
 def test_keys_that_name_no_row(spark: SparkSession) -> None:
     good = table(spark, vectors_of(3))
     twice = good.union(good.limit(1))
-    with pytest.raises(OptionError, match="is there 2 times: choose one that is unique"):
+    with pytest.raises(OptionError, match="occurs 2 times: choose a unique key"):
         nearest(good, twice)
-    with pytest.raises(OptionError, match="is there 2 times"):
+    with pytest.raises(OptionError, match="occurs 2 times"):
         near_duplicates(twice)
     unnamed = good.withColumn("path", F.lit(None).cast("string"))
     with pytest.raises(OptionError, match="3 of 3 rows have no key"):
@@ -279,9 +279,9 @@ def test_features_of_other_models(spark: SparkSession) -> None:
 
     with pytest.raises(FingerprintError, match="not comparable: .*normalize False and True"):
         nearest(made_by(), made_by(normalize=True))
-    with pytest.raises(FingerprintError, match="'features' of queries does not say"):
+    with pytest.raises(FingerprintError, match="'features' of queries has no provenance"):
         nearest(features, made_by())
-    with pytest.raises(FingerprintError, match="'features' of features does not say"):
+    with pytest.raises(FingerprintError, match="'features' of features has no provenance"):
         nearest(made_by(), features)
     assert nearest(made_by(), made_by(), 1).count() == 3
 

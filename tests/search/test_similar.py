@@ -150,7 +150,7 @@ def test_k_below_1(tmp_path, k):
 
 
 def test_a_table_that_is_not_there(tmp_path):
-    with pytest.raises(OptionError, match="nowhere is not there: give the folder"):
+    with pytest.raises(OptionError, match="nowhere does not exist: give the folder"):
         similar(str(tmp_path / "nowhere"), ["/p/a.jpg"], 1)
 
 
@@ -169,7 +169,7 @@ def test_vectors_of_two_lengths(tmp_path):
 
 @pytest.mark.parametrize("query", ["/p/d.jpg", "/elsewhere/a.jpg"])
 def test_a_query_without_a_vector_needs_the_model(tmp_path, query):
-    with pytest.raises(FingerprintError, match="does not say what made its features"):
+    with pytest.raises(FingerprintError, match="has no provenance"):
         similar(str(write_table(tmp_path, ROWS)), [query], 1)
     spec = FeatureSpec(
         model="some",
@@ -181,10 +181,12 @@ def test_a_query_without_a_vector_needs_the_model(tmp_path, query):
         normalize=False,
     )
     folder = write_made_of(tmp_path, ROWS, spec.metadata)
-    with pytest.raises(OptionError, match="of 'some', a folder or file: give it as --model"):
+    with pytest.raises(OptionError, match="made with 'some', a file or folder: give it as --model"):
         similar(folder, [query], 1)
     exported = dataclasses.replace(spec, model="pt2:some", precision="float32")
-    with pytest.raises(OptionError, match="of 'pt2:some', a folder or file: give it as --model"):
+    with pytest.raises(
+        OptionError, match="made with 'pt2:some', a file or folder: give it as --model"
+    ):
         similar(write_made_of(tmp_path, ROWS, exported.metadata), [query], 1)
 
 

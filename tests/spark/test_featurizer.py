@@ -221,7 +221,7 @@ def test_a_value_of_another_type_is_refused_at_once(name: str, value: object) ->
 
 
 def test_several_layers_are_refused_with_another_way() -> None:
-    with pytest.raises(TypeError, match="is not one layer: use a featurizer for each"):
+    with pytest.raises(TypeError, match="is not a single layer: use one featurizer per layer"):
         ImageFeaturizer(layer=("conv", "pooled"))  # type: ignore[arg-type]
 
 
@@ -697,7 +697,7 @@ def test_weights_that_were_altered_are_refused(place: Path) -> None:
 def test_weights_that_are_missing_are_refused(place: Path) -> None:
     (file,) = files_in(place)
     file.unlink()
-    with pytest.raises(WeightsError, match=f"{file.name} is not there"):
+    with pytest.raises(WeightsError, match=f"{file.name} does not exist"):
         ImageFeaturizer.load(str(place))
 
 
@@ -719,7 +719,7 @@ def test_weights_elsewhere_are_refused(place: Path, name: str) -> None:
 
 def test_another_class_is_not_loaded(place: Path) -> None:
     rewrite_metadata(place, lambda content: content.update({"class": "os.getcwd"}))
-    with pytest.raises(OptionError, match=r"holds a os\.getcwd"):
+    with pytest.raises(OptionError, match=r"contains a os\.getcwd"):
         ImageFeaturizer.load(str(place))
 
 

@@ -45,7 +45,7 @@ def test_a_table_in_its_source(
     monkeypatch.chdir(tmp_path)
     dest = dest.format(here=tmp_path)
     if is_inside:
-        with pytest.raises(OptionError, match="DEST lies in SRC"):
+        with pytest.raises(OptionError, match="DEST is inside SRC"):
             check_outside(dest, src)
     else:
         check_outside(dest, src)
@@ -194,7 +194,7 @@ def test_something_else_in_its_place(spark: SparkSession, tmp_path: Path) -> Non
             (tmp_path / "begun" / name).mkdir(parents=True, exist_ok=True)
         Dest(spark, str(tmp_path / "begun")).check_is_table()
     (tmp_path / "begun" / "mine.txt").touch()
-    with pytest.raises(OptionError, match="exists and holds no features: choose another DEST"):
+    with pytest.raises(OptionError, match="exists and has no features: choose another DEST"):
         Dest(spark, str(tmp_path / "begun")).check_is_table()
 
 

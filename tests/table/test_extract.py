@@ -117,11 +117,11 @@ def test_a_source_is_looked_at_before_the_model(run: Extract, tmp_path: Path, de
 def test_a_source_without_images(run: Extract, tmp_path: Path) -> None:
     (tmp_path / "photos" / "sub").mkdir(parents=True)
     (tmp_path / "photos" / "sub" / "a.png").write_bytes(image(0))
-    said = r"there are no images \(1 subfolder\): recursive=True includes subfolders"
+    said = r"no images found \(1 subfolder\): recursive=True includes subfolders"
     with pytest.raises(OptionError, match=said):
         run(tmp_path / "photos")
     assert not (tmp_path / "dest" / "_imagevec").exists()
-    with pytest.raises(OptionError, match="there are no images$"):
+    with pytest.raises(OptionError, match="no images found$"):
         run(tmp_path / "photos", recursive=True, pattern="*.jpg")
     assert run(tmp_path / "photos", recursive=True).features == 1
 
@@ -161,7 +161,7 @@ def test_a_table_with_columns_to_keep(
     assert bad["c"]["error"] is None and bad["c"]["label"] == 2
     assert bad["d"]["error"].startswith("unsupported_format:") and bad["d"]["label"] == 3
     assert list(done["a"]) == list(bad["c"])
-    with pytest.raises(OptionError, match="keep the same ones, or use overwrite=True") as raised:
+    with pytest.raises(OptionError, match="keep the same columns, or use overwrite=True") as raised:
         run(tmp_path / "images", **{**options, "keep": "label"})
     assert_one_line(raised)
 
@@ -277,19 +277,19 @@ def test_a_table_of_the_catalog(run: Extract, spark: SparkSession, table: DataFr
         ({"column": "jpg", "key": "id"}, "no column 'jpg': did you mean 'jpeg'"),
         ({"column": "label", "key": "id"}, "column 'label' is of type int"),
         ({"column": "jpeg", "key": "ids"}, "no column 'ids': did you mean 'id'"),
-        ({"column": "jpeg"}, "choose a key among"),
-        ({"key": "id"}, "which column holds the images"),
+        ({"column": "jpeg"}, "choose a key from"),
+        ({"key": "id"}, "column is missing: give the name"),
         ({"column": "jpeg", "key": "id", "keep": "labels"}, "no column 'labels'"),
         ({"column": "jpeg", "key": "id", "keep": "Path"}, "keep='Path' is not valid"),
         ({"column": "jpeg", "key": "id", "keep": ["label", "label"]}, "give it once"),
         ({"column": "jpeg", "key": "id", "version": "edition"}, "no column 'edition'"),
         ({"column": "jpeg", "key": "id", "where": "nothing = 1"}, "nothing"),
         ({"column": "jpeg", "key": "id", "where": "1 ="}, "[Ss]yntax error"),
-        ({"column": "jpeg", "key": "id", "format": "orc"}, "not for a data frame"),
-        ({"column": "jpeg", "key": "id", "recursive": True}, "recursive is for files"),
-        ({"column": "jpeg", "key": "split"}, "the key 'train' is there 3 times"),
+        ({"column": "jpeg", "key": "id", "format": "orc"}, "not for data frames"),
+        ({"column": "jpeg", "key": "id", "recursive": True}, "recursive is only for files"),
+        ({"column": "jpeg", "key": "split"}, "the key 'train' occurs 3 times"),
         ({"column": "jpeg", "key": "id", "output": "array"}, "output is not an option of extract"),
-        ({"column": "jpeg", "key": "id", "where": "label > 9"}, "there are no images"),
+        ({"column": "jpeg", "key": "id", "where": "label > 9"}, "no images found"),
     ],
 )
 def test_wrong_options_of_tables(
@@ -304,7 +304,7 @@ def test_wrong_options_of_tables(
 def test_rows_without_a_key(run: Extract, spark: SparkSession) -> None:
     found = [(None, image(0)), (None, image(1)), ("a", image(2))]
     df = spark.createDataFrame(found, "id string, content binary")
-    with pytest.raises(OptionError, match="2 of 3 rows have no key: choose another key, or leave"):
+    with pytest.raises(OptionError, match="2 of 3 rows have no key: choose another key, or"):
         run(df, column="content", key="id")
     assert run(df, column="content", key="id", where="id IS NOT NULL").features == 1
 
@@ -314,9 +314,9 @@ def test_formats_and_sources_that_do_not_fit(run: Extract, tmp_path: Path) -> No
     (tmp_path / "images" / "1.png").write_bytes(image(1))
     for options, said in (
         ({"format": "parkett", "column": "x"}, "parkett"),
-        ({"key": "id"}, "key is for a table: give its column, too"),
-        ({"keep": ["id"]}, "keep is for a table"),
-        ({"format": "webdataset", "key": "id"}, "key is for other sources"),
+        ({"key": "id"}, "key is only for tables: also give column"),
+        ({"keep": ["id"]}, "keep is only for tables"),
+        ({"format": "webdataset", "key": "id"}, "key is only for sources other than webdataset"),
         ({"format": "parquet", "column": "x"}, "1.png"),
     ):
         with pytest.raises(ImageVecError, match=said) as raised:
@@ -354,7 +354,7 @@ def test_what_is_no_table_of_features_is_spared(
 ) -> None:
     dest.mkdir()
     (dest / "mine.txt").write_text("mine")
-    with pytest.raises(OptionError, match="exists and holds no features: choose another DEST"):
+    with pytest.raises(OptionError, match="exists and has no features: choose another DEST"):
         run(photos, overwrite=True)
     assert [path.name for path in dest.iterdir()] == ["mine.txt"]
     (dest / "mine.txt").unlink()

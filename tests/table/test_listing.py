@@ -173,7 +173,7 @@ def test_a_source_that_is_not_there(files: Path, name: str) -> None:
 
 def test_a_source_of_no_scheme_that_is_known() -> None:
     for src in ("nope://bucket/x", "s3:///x"):
-        with pytest.raises(OptionError, match="is no source"):
+        with pytest.raises(OptionError, match="is not valid"):
             check_exists(src)
 
 

@@ -132,7 +132,7 @@ def test_one_that_has_ended_is_taken_over(there: Owner, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING), lock.held():
         assert lock.previous_run == "theirs"
         assert json.loads(folder.files[FILE])["run"] == "mine"
-    assert "/table was locked by process" in caplog.text and "taken over" in caplog.text
+    assert "/table was locked by process" in caplog.text and "taking over" in caplog.text
 
 
 def test_a_jvm_that_outlives_its_driver_is_waited_for() -> None:

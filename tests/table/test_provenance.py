@@ -67,7 +67,7 @@ def test_what_differs_is_told(frame, tmp_path):
 
 def test_a_column_without_provenance(frame):
     df = frame(IMAGES).withColumn("features", make_features_udf(**OPTIONS)("content"))
-    with pytest.raises(FingerprintError, match="does not say"):
+    with pytest.raises(FingerprintError, match="has no provenance"):
         provenance(df)
     with pytest.raises(OptionError, match="did you mean 'features'"):
         provenance(df, "feature")

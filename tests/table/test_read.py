@@ -83,13 +83,13 @@ def write_other(folder: Path, **columns: Any) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(OptionError, match="nowhere is not there: give the folder that .imagevec"):
+    with pytest.raises(OptionError, match="nowhere does not exist: give the folder that .imagevec"):
         read_all(tmp_path / "nowhere")
 
 
 def test_a_folder_without_parquet_files(tmp_path):
     (tmp_path / "_SUCCESS").touch()
-    with pytest.raises(OptionError, match="holds no Parquet files: give the folder"):
+    with pytest.raises(OptionError, match="has no Parquet files: give the folder"):
         read_all(tmp_path)
 
 
@@ -121,7 +121,7 @@ def test_features_of_another_type(tmp_path, features):
 
 @pytest.mark.parametrize("rows", [{}, {"a": None, "b": None}])
 def test_no_features_at_all(tmp_path, rows):
-    with pytest.raises(OptionError, match="holds no features"):
+    with pytest.raises(OptionError, match="has no features"):
         read_all(write_table(tmp_path, rows))
 
 
@@ -181,7 +181,7 @@ def test_groups(tmp_path):
     assert list(read_groups(tmp_path / "g")) == [(["a", "b"], ["a", "a"])]
     with pytest.raises(OptionError, match="no column 'group'.*`imagevec duplicates` wrote"):
         list(read_groups(write_table(tmp_path / "t", {"a": [1]})))
-    with pytest.raises(OptionError, match="nowhere is not there: .*`imagevec duplicates` wrote"):
+    with pytest.raises(OptionError, match="nowhere does not exist: .*`imagevec duplicates` wrote"):
         list(read_groups(tmp_path / "nowhere"))
 
 

@@ -175,7 +175,7 @@ def test_versions(spark: SparkSession) -> None:
 def test_keys_must_be_unique_and_there(spark: SparkSession) -> None:
     schema = "id string, content binary"
     twice = spark.createDataFrame([("a", b""), ("b", b""), ("a", b"x")], schema)
-    with pytest.raises(OptionError, match="the key 'a' is there 2 times"):
+    with pytest.raises(OptionError, match="the key 'a' occurs 2 times"):
         survey_of(table(twice))
     nulls = spark.createDataFrame([(None, b"")] * 2 + [("b", b"")], schema)
     with pytest.raises(OptionError, match="2 of 3 rows have no key"):

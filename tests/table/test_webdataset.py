@@ -223,7 +223,7 @@ def test_a_shard_that_is_gone(tmp_path: Path) -> None:
 def test_sources_without_shards(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="does not exist"):
         shards(str(tmp_path / "nothing"))
-    with pytest.raises(OptionError, match=r"has no shards: their names end in \.tar"):
+    with pytest.raises(OptionError, match=r"has no shards: their names must end in \.tar"):
         shards(str(tmp_path))
     with pytest.raises(OptionError, match="needs a path"):
         shards("")
@@ -328,7 +328,7 @@ def test_a_sample_without_an_image_is_a_null(spark: SparkSession, tmp_path: Path
 def test_keys_that_are_there_twice(spark: SparkSession, tmp_path: Path) -> None:
     for name in ("a.tar", "b.tar"):
         write_shard(tmp_path / "shards" / name, [sample(0)])
-    with pytest.raises(OptionError, match="the key 'sample000' is there 2 times"):
+    with pytest.raises(OptionError, match="the key 'sample000' occurs 2 times"):
         extract(tmp_path / "shards", tmp_path / "dest", spark=spark, format="webdataset", **OPTIONS)
 
 
