@@ -52,7 +52,7 @@ class Engine:
         net = load_feature_model(self.model)
         if not self.model.startswith("vit_"):  # no batch norm to fold, and no symbolic trace
             net = fuse(net)
-        net = net.to(dtype=dtype, memory_format=torch.channels_last)
+        net = net.to(dtype).to(memory_format=torch.channels_last)
 
         def prepare(batch_size: int) -> Callable[[], Any]:
             images = torch.rand(batch_size, 3, self.input_size, self.input_size, dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from imagevec.plan import make_plan
 from tests.helpers.factories import tiny
 from tests.helpers.pipeline import run_python, saved
 
-MODEL = {"model": "squeezenet1_1", "weights": "random", "engine": "torch"}
+MODEL: dict[str, Any] = {"model": "squeezenet1_1", "weights": "random", "engine": "torch"}
 
 
 @pytest.fixture
@@ -124,6 +125,7 @@ def test_a_plan_is_made_once_in_a_process(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_another_model_in_the_same_file_is_another_plan(folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any]
     options = {"model": tiny, "weights": str(tmp_path / "w.pth"), "engine": "torch"}
     saved(tiny, tmp_path / "w.pth", seed=1)
     first = make_plan(**options)
