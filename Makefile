@@ -11,10 +11,11 @@ IN_TWO = -n 2 --dist loadfile
 WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
 
 .DEFAULT_GOAL := help
-.PHONY: help java setup demo test test-unit test-models test-cluster test-matrix bench bench-peers docs check format clean
+.PHONY: help java setup demo test test-unit test-models test-cluster test-matrix bench bench-peers \
+	docs check format release-check clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Create .venv and install everything into it (the other targets do so when needed)
 	@bash scripts/setup.sh
@@ -26,8 +27,8 @@ java:
 demo: java setup ## Find the nearest neighbours of photos, offline, and draw a contact sheet
 	@$(WITH_JAVA) $(PYTHON) examples/demo.py
 
-test: java setup ## Run the tests
-	@$(WITH_JAVA) $(PYTHON) -m pytest $(IN_TWO)
+test: java setup ## Run the tests, and report their coverage
+	@$(WITH_JAVA) $(PYTHON) -m pytest $(IN_TWO) --cov --cov-report=term:skip-covered
 
 test-unit: setup ## Run the tests that need no Java and build no large models (under 2 minutes)
 	@$(PYTHON) -m pytest -m 'not java and not models'
@@ -39,7 +40,7 @@ test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the co
 	@$(WITH_JAVA) $(PYTHON) -m pytest $(IN_TWO) tests/cluster
 	@$(WITH_JAVA) $(PYTHON) -m pytest tests/connect
 
-test-matrix: java setup ## Run the Spark tests on the oldest and newest PySpark 3.5 and 4
+test-matrix: java setup ## Test the lowest versions of all dependencies, and other PySparks
 	@$(WITH_JAVA) bash scripts/test-matrix.sh
 
 bench: java setup ## Compare features_udf with the usual approaches (30 minutes)
@@ -61,7 +62,10 @@ format: setup ## Format the code, and apply the linter's fixes
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
+release-check: java ## Build the sdist and the wheel, and try the wheel in a new environment
+	@$(WITH_JAVA) bash scripts/release-check.sh
+
 clean: ## Remove all generated files: .venv, caches, outputs
-	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info
+	rm -rf .venv .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info
 	rm -rf demo_output spark-warehouse metastore_db derby.log artifacts
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

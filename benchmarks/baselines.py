@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 from pyspark.ml.functions import predict_batch_udf
 from pyspark.sql import SparkSession
-from pyspark.sql.functions import pandas_udf, udf
+from pyspark.sql.functions import udf
+from pyspark.sql.pandas.functions import pandas_udf
 from pyspark.sql.types import ArrayType, FloatType
 from torch import nn
 from torch.utils.data import DataLoader, Dataset

@@ -54,7 +54,7 @@ class Engine:
             "vit_"
         ):  # has no batch norms, and cannot be traced symbolically
             net = fuse(net)
-        net = net.to(dtype=dtype, memory_format=torch.channels_last)
+        net = net.to(dtype).to(memory_format=torch.channels_last)
 
         def prepare(batch_size: int) -> Callable[[], Any]:
             images = torch.rand(batch_size, 3, self.input_size, self.input_size, dtype=dtype)

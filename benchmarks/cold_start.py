@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
-from pyspark.sql.functions import pandas_udf
+from pyspark.sql.pandas.functions import pandas_udf
 
 from benchmarks.images import generated
 from benchmarks.spark import image_frame, session, timed_seconds
@@ -97,7 +97,7 @@ def nothing_seconds() -> float:
 
     with session(2) as spark:
 
-        @pandas_udf("array<float>")
+        @pandas_udf("array<float>")  # type: ignore[call-overload]
         def nothing(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
             for batch in batches:
                 yield pd.Series([[0.0]] * len(batch))

@@ -30,7 +30,11 @@ from imagevec import features_udf, recommended_conf
 RESULTS = Path("benchmarks/results")
 ROWS = 8_000
 ROUNDS = 3
-MODEL = {"model": "mobilenet_v3_large", "weights": "random", "precision": "bfloat16"}
+MODEL: dict[str, Any] = {
+    "model": "mobilenet_v3_large",
+    "weights": "random",
+    "precision": "bfloat16",
+}
 FOLDERS = 8
 _IMAGE_BYTES = 110_000
 

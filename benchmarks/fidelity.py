@@ -61,8 +61,8 @@ def measure(shared: Path, folder: Path) -> Iterator[dict[str, Any]]:
             "int8": {"model": str(quantized)},
         }
         if model == "squeezenet1_1":
-            exact = reference_vectors(path, queries)
-            yield row(model, "float32 vs. torchvision", vectors(options, queries), exact)
+            reference = reference_vectors(path, queries)
+            yield row(model, "float32 vs. torchvision", vectors(options, queries), reference)
         exact = {"gallery": vectors(options, gallery), "query": vectors(options, queries)}
         for name, way in ways.items():
             of_queries = vectors(way, queries)

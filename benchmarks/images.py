@@ -102,7 +102,8 @@ def _write(path: Path, content: bytes) -> None:
 def _jpeg(recipe: Recipe, rng: np.random.Generator) -> bytes:
     shares = np.array(list(recipe.sizes.values()), dtype=float)
     width, height = list(recipe.sizes)[rng.choice(len(shares), p=shares / shares.sum())]
-    typical_area = math.prod(max(recipe.sizes, key=lambda size: recipe.sizes[size]))
+    typical_size = max(recipe.sizes, key=recipe.sizes.__getitem__)
+    typical_area = math.prod(typical_size)
     target_bytes = recipe.median_bytes * width * height / typical_area * rng.lognormal(0, 0.25)
     scene = _scene(width, height, rng)
     noise = rng.standard_normal((height, width, 1), dtype=np.float32)

@@ -100,6 +100,7 @@ def measure(stages: list[Stage], workers: int, folder: Path | None = None) -> di
 def result_of(spark: SparkSession, rows: list[Row], image_sets: dict[str, Any]) -> dict[str, Any]:
     """Returns the content of the JSON file."""
     arrow = spark.conf.get("spark.sql.execution.pythonUDF.arrow.enabled")
+    jvm: Any = spark._jvm
     return {
         "machine": machine(),
         "versions": versions(),
@@ -107,7 +108,7 @@ def result_of(spark: SparkSession, rows: list[Row], image_sets: dict[str, Any]) 
             "master": spark.sparkContext.master,
             "arrow_batch_rows": ARROW_BATCH_ROWS,
             "row_wise_udfs_through_arrow": arrow,
-            "java": spark._jvm.System.getProperty("java.version"),
+            "java": jvm.System.getProperty("java.version"),
         },
         "image_sets": image_sets,
         "rows": derived(rows),

@@ -42,7 +42,7 @@ from imagevec.search.vectors import folder as served_folder
 RESULTS = Path("benchmarks/results")
 WORKERS = 2
 K = 10
-CONF = {"spark.sql.execution.arrow.maxRecordsPerBatch": 10_000}  # Spark's default
+CONF = {"spark.sql.execution.arrow.maxRecordsPerBatch": "10000"}  # Spark's default
 PAIR_COSINE = 0.97
 _PART_ROWS = 25_000
 _CENTRES = 2_000
@@ -114,7 +114,7 @@ class Heap:
 
     def __init__(self, spark: SparkSession) -> None:
         self.megabytes = 0.0
-        self._jvm = spark._jvm
+        self._jvm: Any = spark._jvm
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -244,7 +244,7 @@ def by_join(queries: DataFrame, features: DataFrame) -> DataFrame:
 def share_of_same(ours: DataFrame, theirs: DataFrame) -> float:
     """Returns the share of neighbours found by both; an equally near one counts as the same."""
     first = {(row.query, row.neighbour): row.cosine for row in ours.collect()}
-    last = {}
+    last: dict[str, float] = {}
     for (query, _), cosine in first.items():
         last[query] = min(cosine, last.get(query, 2))
     rows = theirs.collect()
@@ -332,15 +332,15 @@ def lsh() -> dict[str, Any]:
             bucketLength=width,
             seed=0,
         ).fit(units)
-        some = units.sample(0.25, seed=0)
+        some = units.sample(fraction=0.25, seed=0)
         model.approxSimilarityJoin(some, some, 0.3).count()  # warms up the JVM
         start = time.perf_counter()
         near = model.approxSimilarityJoin(units, units, math.sqrt(2 - 2 * 0.95))
         near = near.select("datasetA.path", F.col("datasetB.path").alias("other"))
-        near = near.where("path < other").collect()
+        rows_near = near.where("path < other").collect()
         figures[f"LSH, {tables} tables, buckets of {width:.3f}"] = {
             "seconds": time.perf_counter() - start,
-            "recall": len({(row.path, row.other) for row in near} & true) / len(true),
+            "recall": len({(row.path, row.other) for row in rows_near} & true) / len(true),
         }
     return figures
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql.functions import pandas_udf
+from pyspark.sql.pandas.functions import pandas_udf
 
 from benchmarks.images import generated
 from benchmarks.spark import image_frame, session
@@ -69,7 +69,7 @@ def measure(images: list[bytes], unix_sockets: str) -> dict[str, str]:
 def nothing(spark: SparkSession) -> float:
     """Returns the core-milliseconds of a task that returns its only row; median of the rounds."""
 
-    @pandas_udf("long")
+    @pandas_udf("long")  # type: ignore[call-overload]
     def same(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
         yield from batches
 

@@ -111,13 +111,14 @@ def _contestant(
 
 
 def _columns(spark: SparkSession) -> list[tuple[str, str, Any]]:
-    options = {"model": f"open_clip/{NAME}", "weights": "random"}
+    options: dict[str, Any] = {"model": f"open_clip/{NAME}", "weights": "random"}
     columns = [(BASELINE, "float32", rowwise_udf(spark, NAME))]
-    for engine, precision in [
+    ours: list[tuple[Any, Any]] = [
         ("torch", "float32"),
         ("openvino", "float32"),
         ("openvino", "bfloat16"),
-    ]:
+    ]
+    for engine, precision in ours:
         column = functools.partial(text_features_udf, engine=engine, precision=precision, **options)
         columns.append((f"text_features_udf, {engine}, {precision}", precision, column))
     return columns

@@ -27,7 +27,7 @@ def rowwise_udf(spark: SparkSession, name: str) -> Any:
     """Returns a UDF with one text per forward pass; each worker rebuilds a broadcast model once."""
     state_dict = spark.sparkContext.broadcast(model(name).state_dict())
     return udf(
-        lambda text: _one_text(*_rebuilt_once(name, state_dict), text), ArrayType(FloatType())
+        lambda text: _one_text(_rebuilt_once(name, state_dict), text), ArrayType(FloatType())
     )
 
 
@@ -54,7 +54,8 @@ def _rebuilt_once(name: str, state_dict: Any) -> Any:
     return _rebuilt[name]
 
 
-def _one_text(net: Any, tokenizer: Any, text: str) -> list[float]:
+def _one_text(rebuilt: tuple[Any, Any], text: str) -> list[float]:
+    net, tokenizer = rebuilt
     with torch.inference_mode():
         vector: list[float] = net.encode_text(tokenizer([text]))[0].tolist()
     return vector

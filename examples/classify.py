@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from pyspark.ml import Pipeline, PipelineModel
 from pyspark.ml.classification import LogisticRegression
@@ -46,7 +47,7 @@ def main() -> int:
         outputType="vector",
         onError="raise",  # there is nothing to learn from a bad photo
     )
-    model = Pipeline(stages=[classes, featurizer, LogisticRegression(regParam=0.1)]).fit(train)
+    model: Any = Pipeline(stages=[classes, featurizer, LogisticRegression(regParam=0.1)]).fit(train)
     predicted = predictions(model, test)
     right = sum(label == prediction for _, label, prediction in predicted)
     print(f"train: {train.count()} photos, {len(model.stages[0].labels)} classes")

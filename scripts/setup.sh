@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Creates .venv with imagevec and everything that its demo, tests and benchmarks need.
-# Does nothing if nothing has changed since the last run.
+# Does nothing if nothing has changed since the last run. SETUP_PYTHON names a Python to use.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,13 +12,13 @@ fail() {
 # The constraints apply to Python 3.11 and newer, so 3.10 is the last choice.
 best_python() {
     local python
-    for python in python3.13 python3.12 python3.11 python3 python3.14 python3.10; do
+    for python in ${SETUP_PYTHON:-python3.13 python3.12 python3.11 python3 python3.14 python3.10}; do
         if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             command -v "$python"
             return
         fi
     done
-    fail "imagevec needs Python 3.10 or newer: install it, for example as python3.12"
+    fail "imagevec needs Python 3.10 or newer: install it, for example as python3.12, or set SETUP_PYTHON"
 }
 
 # Debian packages ensurepip, which venv needs, separately.

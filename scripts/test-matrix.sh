@@ -1,37 +1,62 @@
 #!/usr/bin/env bash
-# Runs the Spark tests on the oldest and newest PySpark of each supported line, each with the pandas
-# and PyArrow of its time. These overlay .venv, so that all of them share its PyTorch (6 GB).
+# Runs the tests with other versions of the dependencies. Each leg has an environment of its own on top
+# of .venv, so that all of them share its PyTorch (6 GB).
 #
-#   scripts/test-matrix.sh [NAME...]      # all, or some: 3.5-oldest 3.5-newest 4-oldest 4-newest
+#   scripts/test-matrix.sh [NAME...]      # all, or some: lowest 3.5-newest 4-oldest 4-newest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-declare -A overlays=(
-    [3.5-oldest]='pyspark[pandas_on_spark]==3.5.0 pandas==2.2.2 pyarrow==15.0.2 numpy==1.26.4'
+# What pyproject.toml states as the lowest, with PySpark 3.5.0; but for PyTorch, which is that of .venv.
+lowest="$(.venv/bin/python - <<'END'
+import re
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+of_users = ("timm", "openvino", "quantize", "connect", "fsspec", "search")
+extras = project["optional-dependencies"]
+for requirement in project["dependencies"] + [line for name in of_users for line in extras[name]]:
+    name, version = re.match(r"(.+?)>=([\d.]+)", requirement).groups()
+    if name not in ("torch", "torchvision"):
+        print(f"{name}=={version}")
+END
+)"
+declare -A packages=(
+    [lowest]="$lowest"
     [3.5-newest]='pyspark[pandas_on_spark]<4 pandas==2.2.3 pyarrow==18.1.0 numpy==1.26.4'
     [4-oldest]='pyspark[pandas_on_spark]==4.0.0 pandas==2.2.3 pyarrow==18.1.0 numpy==2.1.3'
     [4-newest]=''
 )
-of_tables=(tests/table/test_{provenance,sources,extract,dest,webdataset}.py tests/search/test_{joins,components}.py)
+of_spark=(tests/spark tests/table/test_{provenance,sources,extract,dest,webdataset}.py
+    tests/search/test_{joins,components}.py)
+declare -A tests=(
+    [lowest]='tests'
+    [3.5-newest]="${of_spark[*]}"
+    [4-oldest]="${of_spark[*]}"
+    [4-newest]="${of_spark[*]}"
+)
 names=("$@")
 if [ "${#names[@]}" = 0 ]; then
-    names=(3.5-oldest 3.5-newest 4-oldest 4-newest)
+    names=(lowest 3.5-newest 4-oldest 4-newest)
 fi
+
+site_packages() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 
 failed=()
 for name in "${names[@]}"; do
     folder=".cache/matrix/$name"
-    read -ra packages <<<"${overlays[$name]}"
-    if [ "${#packages[@]}" -gt 0 ] && [ ! -f "$folder/.installed" ]; then
-        rm -rf "$folder"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-            --target "$folder" "${packages[@]}" 2>/dev/null
-        touch "$folder/.installed"
+    python="$PWD/$folder/bin/python"
+    if [ "$(cat "$folder/.installed" 2>/dev/null)" != "${packages[$name]}" ]; then
+        .venv/bin/python -m venv --clear --without-pip "$folder"
+        site_packages .venv/bin/python >"$(site_packages "$python")/base.pth" # pip is there, too
+        [ -z "${packages[$name]}" ] || "$python" -m pip install --quiet \
+            --disable-pip-version-check ${packages[$name]} 2>/dev/null
+        echo "${packages[$name]}" >"$folder/.installed"
     fi
-    echo "== $name: $(PYTHONPATH="$folder" .venv/bin/python -c '
+    echo "== $name: $("$python" -c '
 import numpy, pandas, pyarrow, pyspark
 print(*(f"{m.__name__} {m.__version__}" for m in (pyspark, pandas, pyarrow, numpy)), sep=", ")')"
-    PYTHONPATH="$PWD/$folder" .venv/bin/python -m pytest -q -W ignore tests/spark "${of_tables[@]}" || failed+=("$name")
+    "$python" -m pytest -q -n 2 --dist loadfile -W ignore ${tests[$name]} || failed+=("$name")
 done
 if [ "${#failed[@]}" -gt 0 ]; then
     echo "failed: ${failed[*]}" >&2

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+from typing import Any
 
 import cloudpickle
 import pytest
@@ -11,7 +12,7 @@ from imagevec.plan import make_plan
 from tests.helpers.factories import Tiny, logging_tiny, tiny
 from tests.helpers.pipeline import saved
 
-MODEL = {"model": "squeezenet1_1", "weights": "random", "engine": "torch"}
+MODEL: dict[str, Any] = {"model": "squeezenet1_1", "weights": "random", "engine": "torch"}
 
 
 def test_the_same_options_make_the_same_plan():
@@ -55,7 +56,7 @@ def test_the_same_vector_needs_no_other_engine(change):
 def test_two_factories_that_differ_in_a_number_are_told_apart():
     def factory(scale: float):
         def build():
-            model = Tiny()
+            model: Any = Tiny()
             model.scale = scale
             return model
 

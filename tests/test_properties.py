@@ -51,7 +51,8 @@ PREPROCESSINGS = st.builds(
 @given(st.sampled_from(FORMATS_AND_MODES), sizes(), PREPROCESSINGS, st.integers(0, 9))
 def test_any_image_becomes_the_models_input(format_and_mode, size, preprocessing, seed):
     format, mode = format_and_mode
-    data = encode(of_mode(mode, *size, seed), format)
+    width, height = size
+    data = encode(of_mode(mode, width, height, seed), format)
     image = decoded(data, min_side=preprocessing.min_decoded_side)
     assert (image.width, image.height) == size
     assert image.pixels.dtype == np.uint8

@@ -4,6 +4,7 @@ import functools
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def fake_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "backend", lambda b: real(b) if isinstance(b, str) else b)
 
 
-def engine_of(plan: FakePlan, device: str = "cpu", threads: int = 1) -> FakeEngine:
+def engine_of(plan: Any, device: str = "cpu", threads: int = 1) -> Any:
     return get_engine(plan, Path, device, threads)
 
 
@@ -66,7 +67,8 @@ def test_each_number_of_threads_has_its_own_engine():
 
 
 def test_the_heap_is_frozen_when_an_engine_was_built_and_not_again():
-    plan, frozen = FakePlan("frozen"), []
+    plan: Any = FakePlan("frozen")
+    frozen: list[Any] = []
     for _ in range(3):
         get_engine(plan, Path, "cpu", 1, when_built=lambda: frozen.append(plan))
     assert len(frozen) == 1
@@ -103,7 +105,7 @@ def test_the_engine_in_use_is_not_dropped():
 
 
 def test_an_engine_that_cannot_be_built_is_tried_again():
-    plan = FakePlan("fails")
+    plan: Any = FakePlan("fails")
     plan.load, build = lambda *args: 1 / 0, plan.load
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
@@ -114,6 +116,7 @@ def test_an_engine_that_cannot_be_built_is_tried_again():
 
 def test_a_factory_is_called_once_for_a_plan_and_once_for_an_engine(tmp_path):
     log = tmp_path / "built"
+    options: dict[str, Any]
     options = {"model": functools.partial(logging_tiny, str(log)), "engine": "torch"}
     vectorizer = ImageVectorizer(**options)
     assert len(log.read_text().split()) == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from torchvision.transforms import InterpolationMode
@@ -13,7 +14,7 @@ from imagevec.spec import ExecutionOptions, FeatureSpec
 from tests.helpers.options import WRONG_OPTIONS, option_id
 from tests.helpers.pipeline import execution_options
 
-MODEL = {"model": "squeezenet1_1", "weights": "random", "engine": "torch"}
+MODEL: dict[str, Any] = {"model": "squeezenet1_1", "weights": "random", "engine": "torch"}
 
 
 @pytest.fixture(scope="module")

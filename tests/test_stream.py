@@ -119,11 +119,14 @@ def test_what_is_held_is_bounded_by_the_batch(filler, schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_images_are_decoded_as_they_are_needed(schedule, monkeypatch):
-    opened = []
+    opened: list[int] = []
     pillow_open = Image.open
-    monkeypatch.setattr(
-        Image, "open", lambda *args, **kwargs: opened.append(0) or pillow_open(*args, **kwargs)
-    )
+
+    def counted_open(*args, **kwargs):
+        opened.append(0)
+        return pillow_open(*args, **kwargs)
+
+    monkeypatch.setattr(Image, "open", counted_open)
     options = execution_options()
     batch = series([shade(level) for level in range(100)])
     out = feature_stream(
@@ -160,9 +163,10 @@ def test_several_layers_are_split():
     values = [encode(photo(30, 20)), None, b"garbage"]
     sizes = {"a.b": 1, "c": 2}
     (whole, *_) = rows(stream([series(values)], MeanEngine(), SMALL))
+    batch: Any
     (batch,) = stream([series(values)], MeanEngine(), SMALL, layer_sizes=sizes)
     assert list(batch.columns) == ["a.b", "c"]
-    good, *nulls = batch.to_dict("records")
+    good, *nulls = batch.to_dict(orient="records")
     np.testing.assert_array_equal(np.concatenate([good["a.b"], good["c"]]), whole)
     assert good["a.b"].dtype == np.float32
     assert nulls == [{"a.b": None, "c": None}] * 2
@@ -235,6 +239,7 @@ def test_on_error_raise_names_no_path_where_there_is_none():
 def test_an_error_row_is_the_same_whether_its_path_is_known(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"garbage")
+    batches: list[Any]
     batches = [series([str(path)]), series([b"garbage"]), file_batch({str(path): b"garbage"})]
     of_path, of_bytes, of_file = rows(stream(batches, MeanEngine(), SMALL, output="struct"))
     assert of_path["error"] == of_bytes["error"] == of_file["error"]
@@ -315,8 +320,9 @@ def test_any_split_of_texts_gives_a_row_for_a_row(batches, batch_size):
         return tokens.astype(np.float32)
 
     counts: Any = defaultdict(float)
+    tokenizer: Any = LengthTokenizer()
     split = [pd.Series(batch, dtype=object) for batch in batches]
-    found = rows(text_stream(iter(split), engine, LengthTokenizer(), Schedule(batch_size), counts))
+    found = rows(text_stream(iter(split), engine, tokenizer, Schedule(batch_size), counts))
     texts = [text for batch in batches for text in batch]
     expected = [None if text is None else float(len(text)) for text in texts]
     assert [None if vector is None else vector.item() for vector in found] == expected

@@ -24,7 +24,7 @@ def peers_python() -> Path:
         query = "import sysconfig; print(sysconfig.get_path('purelib'))"
         packages = Path(subprocess.check_output([python, "-c", query], text=True).strip())
         (packages / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "--requirement", REQUIREMENTS], check=True, stdout=sys.stderr)
         done.touch()
     return python

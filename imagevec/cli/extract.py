@@ -161,7 +161,7 @@ def _bar(quiet: bool) -> Iterator[Progress]:
         TextColumn("{task.fields[errors]}"),
         TextColumn("{task.fields[left]}", style="progress.remaining"),
     )
-    progress = Progress(*columns, console=Console(stderr=True), disable=quiet)
+    progress = Progress(*columns, console=Console(stderr=True, quiet=quiet), disable=quiet)
     with contextlib.ExitStack() as shown:
         bar = progress.add_task("", total=1, rate="", errors="", left="")
         start = first = time.perf_counter()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from imagevec.models.features import FeatureModel
 
 
-Inputs = npt.NDArray[np.uint8] | npt.NDArray[np.int32]
+Inputs = npt.NDArray[Any]
 """Pixels of images, uint8 ``(N, S, S, 3)``, or tokens of texts, int32 ``(N, L)``; contiguous."""
 
 
 class Engine(Protocol):
     """A model, loaded and ready."""
 
-    def __call__(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+    def __call__(self, inputs: Inputs, /) -> npt.NDArray[np.float32]:
         """Inputs, for any N >= 1, to float32 ``(N, D)``."""
 
 

@@ -12,9 +12,9 @@ import hashlib
 import importlib.metadata
 import os
 import sys
-import sysconfig
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import nn
 
 from imagevec.pickling import captured_by
 
-_INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+_INSTALLED = {"site-packages", "dist-packages"}  # the second is Debian's
 _ATOMS = (type(None), type(...), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
@@ -131,7 +131,7 @@ def _is_of_a_library(value: Any) -> bool:
     if module.__name__.partition(".")[0] in sys.stdlib_module_names:
         return True
     file = getattr(module, "__file__", None) or ""
-    is_installed = os.path.abspath(file).startswith(_INSTALLED)
+    is_installed = not _INSTALLED.isdisjoint(Path(file).parts)
     return is_installed and _version(module.__name__) != ""
 
 

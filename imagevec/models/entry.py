@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from imagevec.options import RANDOM
-from imagevec.spec import Preprocessing, Tokenization
+from imagevec.spec import Preprocessing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,10 +70,8 @@ class ModelSource(Protocol):
     def has_weights(self) -> bool:
         """Whether its default weights are on this machine."""
 
-    def preprocessing(
-        self, weights_digest: str | None, weights: str = RANDOM
-    ) -> Preprocessing | Tokenization:
-        """What the weights were trained for.
+    def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
+        """What the weights were trained for; the source of a text tower returns ``Tokenization``.
 
         Args:
             weights_digest: The SHA-256 of their file.

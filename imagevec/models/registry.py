@@ -9,7 +9,7 @@ config, open_clip's of the tag, or what was registered.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from imagevec.errors import OptionError
 from imagevec.models import exported, factory, open_clip, timm, torchvision
@@ -100,4 +100,4 @@ def find_text_source(model: Any) -> ModelSource:
             f"model={model!r} cannot encode text: use a model of open_clip, "
             "'open_clip/ViT-B-32' for example"
         )
-    return source.text_source()
+    return cast(ModelSource, source.text_source())

@@ -27,7 +27,7 @@ def test_quiet_prints_the_result(capsys):
 @pytest.mark.parametrize("name", VERBS)
 def test_a_verb_is_a_module_with_three_functions(name):
     verb = importlib.import_module(f"imagevec.cli.{name}")
-    (line,) = verb.__doc__.splitlines()
+    (line,) = (verb.__doc__ or "").splitlines()
     assert line.endswith(".")
     parameters = [
         list(inspect.signature(getattr(verb, function)).parameters)

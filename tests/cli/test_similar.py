@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_a_table_of_a_model_without_texts(tmp_path, capsys):
 def test_texts_find_the_photos_of_the_demo(clip, spark, tmp_path, capsys):
     """With seeded weights, so what is found makes no sense, but is what the vectors say."""
     write_photos(tmp_path / "photos")
-    options = {"model": "open_clip/tiny-vit", "weights": "random"}
+    options: dict[str, Any] = {"model": "open_clip/tiny-vit", "weights": "random"}
     photos, features = str(tmp_path / "photos"), str(tmp_path / "features")
     assert extract(photos, features, spark=spark, **options).features == 80
     texts = ["a cup of coffee", "a rocket"]

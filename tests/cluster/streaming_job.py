@@ -8,6 +8,7 @@ With ``once`` it ends when all that is there is done; without, it goes on until 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from imagevec import features_udf
 from tests.helpers.clusters import session_of
@@ -24,7 +25,7 @@ def main(source: str, sink: str, checkpoint: str, once: str = "") -> None:
             .option("maxFilesPerTrigger", 2)
             .load(source)
         )
-        options = {"model": tiny, "weights": "random", "engine": "torch"}
+        options: dict[str, Any] = {"model": tiny, "weights": "random", "engine": "torch"}
         features = features_udf("content", output="struct", **options)
         writer = (
             files.withColumn("result", features)

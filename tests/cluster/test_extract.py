@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.dataset as ds
 import pytest
@@ -183,6 +184,7 @@ def test_what_spark_prints(tmp_path):
 
 
 def test_a_table_of_images(capsys, tmp_path):
+    images: list[Any]
     images = [(f"id{number}", encode(photo(seed=number)), number) for number in range(5)]
     images.append(("none", None, 5))
     with session_of("local[2]") as spark:

@@ -130,7 +130,7 @@ def session(store: tuple[int, Trouble]) -> Iterator[SparkSession]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[float]]:
-    vectorizer = ImageVectorizer(**TINY)
+    vectorizer: Any = ImageVectorizer(**TINY)
     return {key: vectorizer.extract_features(image) for key, image in IMAGES.items()}
 
 

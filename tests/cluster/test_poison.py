@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from pyspark.sql import SparkSession
@@ -25,9 +26,9 @@ def spark() -> Iterator[SparkSession]:
         yield session
 
 
-def results(spark: SparkSession, **options: object) -> list:
-    rows = spark.sparkContext.parallelize(list(enumerate(IMAGES)), 2)
-    frame = spark.createDataFrame(rows, "id int, content binary")
+def results(spark: SparkSession, **options: Any) -> list:
+    images = spark.sparkContext.parallelize(list(enumerate(IMAGES)), 2)
+    frame = spark.createDataFrame(images, "id int, content binary")
     column = features_udf(
         "content", model=tiny, weights="random", engine="torch", output="struct", **options
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import saved, vector_of
 
-IMAGES = [encode(photo(seed=seed)) for seed in range(6)] + [None, b"no image"]
+IMAGES: list[Any] = [*(encode(photo(seed=seed)) for seed in range(6)), None, b"no image"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_the_session_is_a_connect_session(spark: SparkSession) -> None:
 
 @pytest.mark.parametrize("engine", ["torch", "auto"])
 def test_features_udf(frame: DataFrame, weights: str, engine: str) -> None:
-    options = {"weights": weights, "engine": engine}
+    options: dict[str, Any] = {"weights": weights, "engine": engine}
     df = frame.withColumn("features", features_udf("content", model=tiny, **options))
     check([row.features for row in df.orderBy("id").collect()], **options)
 
@@ -159,9 +159,9 @@ def test_search(spark: SparkSession, method: Literal["exact", "clustered"]) -> N
     for count in (5, 40):
         queries = features.where(f"path < 'p{count:02d}'")
         found = nearest(queries, features, 3, method=method, recall=1.0)
-        found = found.orderBy("query", "rank").collect()
-        assert [int(row.neighbour[1:]) for row in found] == indices[:count].ravel().tolist()
-        assert [row.cosine for row in found] == cosines[:count].ravel().tolist()
+        ranked = found.orderBy("query", "rank").collect()
+        assert [int(row.neighbour[1:]) for row in ranked] == indices[:count].ravel().tolist()
+        assert [row.cosine for row in ranked] == cosines[:count].ravel().tolist()
     groups = near_duplicates(features, 0.999, method=method).collect()
     pairs = {f"p{place:02d}": f"p{place - 30:02d}" for place in range(30, 40)}
     assert {row.path: row.group for row in groups} == pairs | {

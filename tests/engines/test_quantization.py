@@ -36,9 +36,11 @@ def test_a_saved_model_runs_by_its_path(saved_model: Path) -> None:
 
 
 def test_what_a_saved_model_fixes_cannot_be_changed(saved_model: Path) -> None:
-    for options in ({"layer": "logits"}, {"precision": "bfloat16"}, {"weights": "random"}):
+    fixed: list[dict[str, Any]]
+    fixed = [{"layer": "logits"}, {"precision": "bfloat16"}, {"weights": "random"}]
+    for options in fixed:
         with pytest.raises(OptionError, match=f"{next(iter(options))}="):
-            ImageVectorizer(model=str(saved_model), **options)  # type: ignore[typeddict-item]
+            ImageVectorizer(model=str(saved_model), **options)
     with pytest.raises(OptionError, match="engine='openvino' and device='cpu' alone"):
         ImageVectorizer(model=str(saved_model), engine="torch")
 
@@ -80,7 +82,8 @@ def test_images_are_a_list_of_paths_or_bytes(tmp_path: Path) -> None:
         path.write_bytes(image)
     report = quantize(paths, output=tmp_path / "new", model=tiny, weights="random")
     assert report.calibration_images == 12
-    for single in (str(paths[0]), paths[0], IMAGES[0]):
+    singles: list[Any] = [str(paths[0]), paths[0], IMAGES[0]]
+    for single in singles:
         with pytest.raises(OptionError, match="give a list of images"):
             quantize(single, output=tmp_path / "other", model=tiny, weights="random")
 

@@ -59,11 +59,16 @@ def test_the_same_images_give_the_same_vectors(engine):
 
 
 def test_the_batch_is_not_copied(monkeypatch):
-    engine = engine_of(model="resnet18", weights="random")
+    engine: Any = engine_of(model="resnet18", weights="random")
     batch = images(2)
-    seen = []
+    seen: list[Any] = []
     run = engine._model.forward
-    monkeypatch.setattr(engine._model, "forward", lambda x: seen.append(x) or run(x))
+
+    def forward(x):
+        seen.append(x)
+        return run(x)
+
+    monkeypatch.setattr(engine._model, "forward", forward)
     engine(batch)
     assert seen[0].data_ptr() == batch.ctypes.data
     assert seen[0].permute(0, 3, 1, 2).is_contiguous(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ def fragile(value: Value) -> Row:
         time.sleep(600)
     if value.data == b"bad":
         raise ImageError("corrupt", "as it says")
+    assert isinstance(value.data, bytes)
     return Row(np.full((2, 2, 3), len(value.data), np.uint8), width=os.getpid())
 
 
@@ -61,6 +63,7 @@ def meeting(value: Value, preprocessing: object, options: object) -> Row:
 
     Numbers 0 and 1 wait until two processes are there, whose width is their process id.
     """
+    assert isinstance(value.data, bytes)
     folder, _, number = value.data.decode().partition("|")
     (Path(folder) / str(os.getpid())).touch()
     deadline = time.monotonic() + 100
@@ -71,12 +74,12 @@ def meeting(value: Value, preprocessing: object, options: object) -> Row:
     return Row(np.full((2, 2, 3), int(number), np.uint8), width=os.getpid())
 
 
-def modules(value: Value) -> tuple[int, set[str]]:
+def modules(value: Value) -> Any:
     """This process, and what it has imported."""
     return os.getpid(), set(sys.modules)
 
 
-def process(value: Value) -> int:
+def process(value: Value) -> Any:
     return os.getpid()
 
 

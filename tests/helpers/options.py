@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-WRONG_OPTIONS = [
+WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"model": "resnet5"}, "'resnet50'"),
     ({"model": "ResNet50"}, "'resnet50'"),
     ({"model": "timm/resnet_18"}, "'timm/resnet18'"),

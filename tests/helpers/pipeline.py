@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from imagevec import FeatureSpec, ImageVectorizer, Preprocessing, cache
-from imagevec.engines import Engine
+from imagevec.engines import Engine, Inputs
 from imagevec.engines.torch_engine import normalize
 from imagevec.images.decode import DecodedImage, Pixels, decode
 from imagevec.images.preprocess import resize_and_crop
@@ -106,7 +106,7 @@ def small_row(value: object, **options: Any) -> dict[str, Any]:
     return row
 
 
-def mean_engine(images: Pixels) -> np.ndarray:
+def mean_engine(images: Inputs) -> np.ndarray:
     """The mean of each channel: uint8 ``(N, S, S, 3)`` to float32 ``(N, 3)``."""
     return images.mean((1, 2), dtype=np.float32)
 

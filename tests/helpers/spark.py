@@ -56,7 +56,7 @@ def arrow_rows(spark: SparkSession, request: pytest.FixtureRequest) -> Iterator[
     before = spark.conf.get(name)
     spark.conf.set(name, request.param)
     yield request.param
-    spark.conf.set(name, before)
+    spark.conf.set(name, str(before))
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def jobs_started(spark: SparkSession, request: pytest.FixtureRequest) -> Iterato
     context = spark.sparkContext
     context.setJobGroup(request.node.name, "counted")
     yield lambda: len(context.statusTracker().getJobIdsForGroup(request.node.name))
-    context.setLocalProperty("spark.jobGroup.id", None)
+    context.setLocalProperty("spark.jobGroup.id", None)  # type: ignore[arg-type]
 
 
 @pytest.fixture

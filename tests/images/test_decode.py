@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,7 +149,8 @@ def test_16_bits_are_scaled_not_clipped(data):
 def test_the_first_frame_is_taken(format):
     frames = [photo(seed=seed) for seed in (1, 2, 3)]
     data = encode(frames[0], format, save_all=True, append_images=frames[1:])
-    assert opened(data).n_frames == 3
+    image: Any = opened(data)
+    assert image.n_frames == 3
     assert same_pixels(data, opened(data).convert("RGB"))
     assert not same_pixels(data, opened(encode(frames[1], format)).convert("RGB"))
 

@@ -9,6 +9,7 @@ import queue
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,8 @@ def test_an_error_does_not_end_the_child() -> None:
 
 
 def test_rows_are_as_without_isolation() -> None:
+    ours: Any
+    theirs: Any
     for data in (encode(photo()), encode(photo(seed=1), "JPEG"), b"", b"garbage", None):
         ours, theirs = isolated(PREPARE)(Value(data)), PREPARE(Value(data))
         assert np.array_equal(ours.input, theirs.input)
@@ -149,7 +152,8 @@ def test_a_child_that_never_starts_is_an_error_that_says_so(
 def test_a_child_imports_what_decodes_and_no_more() -> None:
     for format in ("JPEG", "PNG"):
         assert isolated(PREPARE)(Value(encode(photo(), format))).error is None
-    (process, modules) = isolated(decoders.modules)(Value(None))
+    found: Any = isolated(decoders.modules)(Value(None))
+    process, modules = found
     assert process != os.getpid()
     assert {"PIL", "numpy", "simplejpeg"} <= modules
     assert modules & {"torch", "torchvision", "openvino", "timm", "pyspark"} == set()
@@ -184,6 +188,7 @@ def test_a_crash_is_an_error_row_of_the_stream(
 ) -> None:
     monkeypatch.setattr("imagevec.stream.prepare", decoders.fragile_of_stream)
     batch = series([b"a", b"kill", None, b"bb"])
+    options: dict[str, Any]
     options = {"isolate": True, "output": "struct", "decode_threads": decode_threads}
     first, crashed, null, last = rows(stream([batch], mean_engine, **options))
     assert crashed["error"] == "crashed: its decoder killed the process"

@@ -4,6 +4,7 @@ import functools
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,13 @@ def test_results_are_in_order(threaded_map, count):
 
 def test_few_items_are_taken_before_they_are_needed(threaded_map):
     taken = []
-    results = threaded_map(lambda number: number, (taken.append(n) or n for n in range(1000)))
+
+    def numbers():
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    results = threaded_map(lambda number: number, numbers())
     next(results)
     assert len(taken) <= 6
     results.close()
@@ -71,8 +78,8 @@ def test_what_is_not_slow_is_done_in_the_calling_thread():
 
 
 def test_what_is_not_slow_is_done_when_it_is_taken():
-    done = []
-    results = map_ahead(done.append, range(100), 3, 4, is_slow=lambda number: False)
+    done: list[int] = []
+    results: Any = map_ahead(done.append, range(100), 3, 4, is_slow=lambda number: False)
     next(results)
     assert done == [0]
     results.close()

@@ -149,7 +149,8 @@ print(peak_bytes() - before)
 def resized_whole(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Pillow's resize of all, and the middle of that, as int."""
     to, crop = preprocessing.resize_size, preprocessing.crop_size
-    size = tuple(to * side // min(image.size) for side in image.size)
+    width, height = (to * side // min(image.size) for side in image.size)
+    size = (width, height)
     left, top = (round((side - crop) / 2) for side in size)
     resized = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
     return np.asarray(resized.crop((left, top, left + crop, top + crop))).astype(int)

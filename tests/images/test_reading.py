@@ -10,7 +10,7 @@ import socket
 import ssl
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,7 +106,7 @@ def test_spaces_and_percent_signs_are_read_as_spark_writes_them(tmp_path: Path) 
 NAMES = ["a.png", "a b.png", "a:b.png", "ä.png", "a#b.png", "a?b.png", "100%.png", "a+b.png"]
 
 
-FORMS = {
+FORMS: dict[str, Callable[[Path], str]] = {
     "path": str,
     "uri": lambda path: path.as_uri(),  # file:///, escaped: input_file_name(), image.origin
     "file:": lambda path: f"file:{path}",  # not escaped: the path of binaryFile

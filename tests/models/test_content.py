@@ -10,7 +10,6 @@ import sys
 import torch
 from torch import nn
 
-from imagevec.models import content
 from imagevec.models.content import content_digest
 from tests.helpers.factories import Tiny, tiny_vit
 
@@ -95,7 +94,8 @@ def test_a_tensor_that_has_no_plain_memory_is_never_the_same():
 
 
 def test_a_library_without_a_version_is_known_by_its_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(content, "_INSTALLED", (str(tmp_path),))
+    tmp_path = tmp_path / "site-packages"
+    tmp_path.mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     digests = []
     for operation in ("+", "-"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -103,7 +104,7 @@ def test_the_spec_says_which_file_it_was(path):
 def test_what_travels_is_small_and_the_file_verified(path, tmp_path):
     copy = tmp_path / "copy.pt2"
     shutil.copy(path, copy)
-    vectorizer = ImageVectorizer(model=str(copy), engine="torch", normalize=True)
+    vectorizer: Any = ImageVectorizer(model=str(copy), engine="torch", normalize=True)
     (name,) = vectorizer._plan.files
     shipped = cache.stored(name)
     assert len(cloudpickle.dumps(vectorizer._plan)) < 10_000

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tests.helpers.pipeline import (
 )
 
 PNG = encode(photo(120, 90))
-RANDOM = {"weights": "random", "engine": "torch"}
+RANDOM: dict[str, Any] = {"weights": "random", "engine": "torch"}
 
 
 class Callable:
@@ -35,7 +36,7 @@ class Callable:
     ids=["function", "class", "lambda", "partial", "object"],
 )
 def test_a_factory_is_any_callable_that_makes_a_model(factory):
-    vectorizer = ImageVectorizer(model=factory, **RANDOM)
+    vectorizer: Any = ImageVectorizer(model=factory, **RANDOM)
     assert vectorizer.num_features == len(vectorizer.extract_features(PNG)) == 8
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ from tests.helpers.pipeline import (
 
 IMAGE = photo(120, 90)
 PNG = encode(IMAGE)
-RANDOM = {"weights": "random", "engine": "torch"}
+RANDOM: dict[str, Any] = {"weights": "random", "engine": "torch"}
 INPUT_OF_32 = Preprocessing(resize_size=36, crop_size=32)
 
 
@@ -123,7 +125,7 @@ def test_several_layers_are_the_same_as_each_alone(model, layers, engine):
     if engine == "openvino":
         pytest.importorskip("openvino")
     options = {"model": model, "weights": "random", "engine": engine}
-    vectorizer = ImageVectorizer(**options, layer=layers)
+    vectorizer: Any = ImageVectorizer(**options, layer=layers)
     vectors = vectorizer.extract_features(PNG)
     assert list(vectors) == list(vectorizer.num_features) == list(layers)
     for layer, vector in vectors.items():

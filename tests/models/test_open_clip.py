@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,13 +24,13 @@ from imagevec import (
     text_features,
 )
 from imagevec.engines.torch_engine import normalize
-from imagevec.images.decode import decode
 from imagevec.images.preprocess import resize_and_crop
 from imagevec.models import open_clip as module
 from imagevec.models.registry import find_source, find_text_source
-from imagevec.options import DEFAULTS
 from tests.helpers.clip import TINY, built, encoded, write_tokenizer
+from tests.helpers.factories import Tiny
 from tests.helpers.images import cosine, encode, photo
+from tests.helpers.pipeline import decoded
 
 TEXTS = ["a red shoe", "", "Grüße 🐱 of a small dog!", "word " * 100, "dress"]
 IMAGE = photo(120, 90)
@@ -42,7 +43,7 @@ all_models = pytest.mark.skipif(
 )
 
 
-def lowest_cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
+def lowest_cosine(ours: np.ndarray, theirs: np.ndarray) -> Any:
     return min(cosine(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -57,7 +58,7 @@ def image_vector(open_clip, name: str) -> np.ndarray:
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 @pytest.mark.parametrize("name", TINY)
 def test_both_towers_compute_what_open_clip_does(clip, name, engine, tmp_path):
-    options = {"model": name, "weights": "random", "engine": engine}
+    options: dict[str, Any] = {"model": name, "weights": "random", "engine": engine}
     if name == "open_clip/tiny-coca":  # its image tower is drawn after the other, alone it is first
         state_dict = built(clip, name).state_dict()
         options["weights"] = tmp_path / "weights.pt"
@@ -65,7 +66,7 @@ def test_both_towers_compute_what_open_clip_does(clip, name, engine, tmp_path):
     ours = text_features(TEXTS, **options, batch_size=2)
     assert ours.dtype == np.float32
     assert lowest_cosine(ours, encoded(clip, name, TEXTS)) >= 0.9999
-    image = ImageVectorizer(**options).extract_features(PNG)
+    image: Any = ImageVectorizer(**options).extract_features(PNG)
     assert cosine(image, image_vector(clip, name)) >= 0.9999
     assert len(image) == ours.shape[1]
 
@@ -82,13 +83,16 @@ def test_real_models_compute_what_open_clip_does(clip, name, tmp_path, monkeypat
     texts = encoded(clip, name, TEXTS)
     model = built(clip, name)
     preprocessing = find_source(f"open_clip/{name}").preprocessing(None)
-    limits = {option: DEFAULTS[option] for option in ("max_pixels", "formats")}
-    pixels = resize_and_crop(decode(PNG, **limits).pixels, preprocessing)
+    pixels = resize_and_crop(decoded(PNG).pixels, preprocessing)
     with torch.inference_mode():
-        pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-        image = model.encode_image(normalize(pixels, preprocessing)).numpy()[0]
+        channels_first = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+        image = model.encode_image(normalize(channels_first, preprocessing)).numpy()[0]
     for engine in ("torch", "openvino"):
-        options = {"model": f"open_clip/{name}", "weights": "random", "engine": engine}
+        options: dict[str, Any] = {
+            "model": f"open_clip/{name}",
+            "weights": "random",
+            "engine": engine,
+        }
         assert lowest_cosine(text_features(TEXTS, **options), texts) >= 0.9999
         assert cosine(ImageVectorizer(**options).extract_features(PNG), image) >= 0.9999
 
@@ -96,7 +100,7 @@ def test_real_models_compute_what_open_clip_does(clip, name, tmp_path, monkeypat
 @pytest.mark.parametrize("precision", ["bfloat16", "auto"])
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_lower_precisions_are_near(clip, engine, precision):
-    options = {"model": "open_clip/tiny-vit", "weights": "random", "engine": engine}
+    options: dict[str, Any] = {"model": "open_clip/tiny-vit", "weights": "random", "engine": engine}
     exact = text_features(TEXTS, **options)
     assert lowest_cosine(text_features(TEXTS, **options, precision=precision), exact) >= 0.999
 
@@ -128,8 +132,8 @@ def test_the_preprocessing_of_a_tag_is_its_transform(clip, name, tag):
     for size in [(500, 375), (90, 200)]:
         image = photo(*size)
         pixels = resize_and_crop(np.array(image), preprocessing)
-        pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-        ours = normalize(pixels, preprocessing)
+        channels_first = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+        ours = normalize(channels_first, preprocessing)
         assert cosine(ours.flatten(), transform(image).flatten()) >= 0.9999
 
 
@@ -173,8 +177,12 @@ def test_a_file_of_weights(clip, name, suffix, tmp_path):
 def test_files_beside_the_weights_say_how_to_use_them(clip, tmp_path):
     name = "open_clip/tiny-siglip"
     save_weights(clip, name, tmp_path / "weights.safetensors")
-    options = {"model": name, "weights": tmp_path / "weights.safetensors", "engine": "torch"}
-    before = ImageVectorizer(**options).spec.preprocessing
+    options: dict[str, Any] = {
+        "model": name,
+        "weights": tmp_path / "weights.safetensors",
+        "engine": "torch",
+    }
+    before: Any = ImageVectorizer(**options).spec.preprocessing
     assert (before.squash, before.mean[0]) == (False, 0.48145466)
     own = {
         "mean": [0.5] * 3,
@@ -183,7 +191,7 @@ def test_files_beside_the_weights_say_how_to_use_them(clip, tmp_path):
         "interpolation": "bilinear",
     }
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": own}))
-    after = ImageVectorizer(**{**options, "batch_size": 3}).spec.preprocessing
+    after: Any = ImageVectorizer(**{**options, "batch_size": 3}).spec.preprocessing
     assert (after.squash, after.mean, after.interpolation) == (True, (0.5, 0.5, 0.5), "bilinear")
     theirs = find_text_source(name).preprocessing(None, str(options["weights"]))
     write_tokenizer(tmp_path)
@@ -252,17 +260,17 @@ def test_names(clip):
     assert "open_clip/ViT-B-32" in module.names("vit-b")
     assert not any(name.startswith("open_clip/") for name in list_models())
     with pytest.raises(OptionError, match="is taken"):
-        register_model("open_clip/mine", lambda: None)
+        register_model("open_clip/mine", Tiny)
 
 
 def test_texts_must_be_strings(clip):
-    options = {"model": "open_clip/tiny-vit", "weights": "random"}
+    options: dict[str, Any] = {"model": "open_clip/tiny-vit", "weights": "random"}
     with pytest.raises(OptionError, match="give a list of strings"):
         text_features("a", **options)
     with pytest.raises(OptionError, match=r"texts\[1\] is None"):
-        text_features(["a", None], **options)
+        text_features(["a", None], **options)  # type: ignore[list-item]
     with pytest.raises(OptionError, match="values of type int"):
-        text_features([1], **options)
+        text_features([1], **options)  # type: ignore[list-item]
     assert text_features([], **options).shape == (0, 32)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from imagevec import (
@@ -18,7 +20,7 @@ from tests.helpers.pipeline import (
     run_python,
 )
 
-RANDOM = {"weights": "random", "engine": "torch"}
+RANDOM: dict[str, Any] = {"weights": "random", "engine": "torch"}
 
 
 def test_a_registered_model_is_known_by_its_name():
@@ -26,7 +28,7 @@ def test_a_registered_model_is_known_by_its_name():
     assert "seven" in list_models()
     plan = make_plan(model="seven", **RANDOM)
     assert plan.spec.model == "seven"
-    assert plan.spec.preprocessing.crop_size == 7
+    assert plan.spec.preprocessing.input_size == 7
     assert plan.spec.num_features == 8
 
 

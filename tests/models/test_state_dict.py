@@ -9,6 +9,7 @@ import shutil
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -25,7 +26,7 @@ from tests.helpers.images import cosine, encode, photo
 from tests.helpers.pipeline import pixels_of, preprocess, run_python, saved, vector_of
 
 PNG = encode(photo())
-SQUEEZENET = {"model": "squeezenet1_1", "engine": "torch"}
+SQUEEZENET: dict[str, Any] = {"model": "squeezenet1_1", "engine": "torch"}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def vector(weights: Path) -> list[float]:
     return vector_of(PNG, weights=str(weights), **SQUEEZENET)
 
 
-def refused(path: Path, model: object = "squeezenet1_1") -> str:
+def refused(path: Path, model: Any = "squeezenet1_1") -> str:
     with pytest.raises(WeightsError) as error:
         ImageVectorizer(model=model, weights=str(path), engine="torch")
     return str(error.value)
@@ -201,7 +202,7 @@ def test_an_altered_cache_is_repaired_from_the_file(tmp_path):
 
 def test_writing_over_the_original_leaves_what_is_in_use(tmp_path):
     path = tmp_path / "weights.pth"
-    model = saved(squeezenet1_1, path, seed=9)
+    model: Any = saved(squeezenet1_1, path, seed=9)
     vectorizer = ImageVectorizer(weights=str(path), **SQUEEZENET)
     saved(squeezenet1_1, path, seed=10)
     image = preprocess(pixels_of(photo()), Preprocessing())[None]
@@ -243,10 +244,12 @@ def test_the_random_numbers_of_the_process_are_left_alone(model, engine):
         pytest.importorskip("openvino")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(99)
-        before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        states: Any = np.random.get_state()
+        before = torch.get_rng_state(), states[1].copy()
         vector_of(PNG, model=model, weights="random", engine=engine)
         assert torch.equal(before[0], torch.get_rng_state())
-        assert (before[1] == np.random.get_state()[1]).all()
+        states = np.random.get_state()
+        assert (before[1] == states[1]).all()
 
 
 def test_a_factorys_own_weights_are_drawn_once():

@@ -112,6 +112,7 @@ def test_timms_layers_are_pooled_as_their_shape_says(name, layer, pool, engine, 
 
 @pytest.mark.parametrize("name", ["deepseek_vit_412m", "vit_base_patch16_sapiens2"])
 def test_a_data_config_that_is_not_supported_is_refused(name):
-    pytest.importorskip("timm")
+    if not pytest.importorskip("timm").is_model(name):
+        pytest.skip("a newer timm has it")
     with pytest.raises(OptionError, match=f"data config of 'timm/{name}' is not supported"):
         find_source(f"timm/{name}").preprocessing(None)

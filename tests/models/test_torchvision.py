@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -53,7 +54,7 @@ ONE_OF_EACH_FAMILY = [
 TESTED = ALL if os.environ.get("IMAGEVEC_TEST_ALL_MODELS") else ONE_OF_EACH_FAMILY
 IMAGE = photo(120, 90)
 PNG = encode(IMAGE)
-RANDOM = {"weights": "random", "engine": "torch"}
+RANDOM: dict[str, Any] = {"weights": "random", "engine": "torch"}
 
 
 def model_input(preprocessing: Preprocessing) -> torch.Tensor:
@@ -77,7 +78,7 @@ def test_preprocessing_is_the_preset_of_the_weights(name):
 
 @pytest.mark.parametrize(("version", "resize_size"), [("V1", 256), ("V2", 232)])
 def test_preprocessing_follows_the_digest_of_the_weights(version, resize_size):
-    source = find_source("resnet50")
+    source: Any = find_source("resnet50")
     file = source.weights_enum[f"IMAGENET1K_{version}"].url.rpartition("-")[2]
     digest = file.removesuffix(".pth").ljust(64, "0")
     assert source.preprocessing(digest).resize_size == resize_size
@@ -86,7 +87,7 @@ def test_preprocessing_follows_the_digest_of_the_weights(version, resize_size):
 @pytest.mark.parametrize("name", TESTED)
 def test_every_model_yields_what_it_declares(name):
     plan, engine = plan_and_engine(model=name, weights="random")
-    size = plan.spec.preprocessing.crop_size
+    size = plan.spec.preprocessing.input_size
     vectors = engine(pixels_of(photo(size, size))[None])
     assert vectors.dtype == np.float32
     assert vectors.shape == (1, plan.spec.num_features)
@@ -142,7 +143,7 @@ def test_pooled_is_the_input_of_the_last_linear_layer(name, tmp_path):
 
 def test_squeezenets_pooled_layer_is_its_pooled_features(tmp_path):
     weights = tmp_path / "weights.pth"
-    model = saved(torchvision.models.squeezenet1_1, weights)
+    model: Any = saved(torchvision.models.squeezenet1_1, weights)
     with torch.inference_mode():
         expected = model.features(model_input(Preprocessing())).mean((2, 3))[0]
     vector = vector_of(PNG, model="squeezenet1_1", weights=str(weights))

@@ -308,7 +308,7 @@ def test_a_page_is_the_same_each_time(table, tmp_path):
 @pytest.mark.parametrize("option", ["neighbours", "thumbnail_size", "max_images"])
 def test_a_number_below_1_is_an_option_error(table, tmp_path, option):
     with pytest.raises(OptionError, match=f"{option}=0 is not valid: use an integer of at least 1"):
-        write_gallery(table, tmp_path / "g.html", **{option: 0})
+        write_gallery(table, tmp_path / "g.html", **{option: 0})  # type: ignore[arg-type]
 
 
 def test_a_missing_table_is_an_option_error_and_leaves_no_page(tmp_path):

@@ -25,6 +25,7 @@ from imagevec.search.joins import _pairs_of_blocks
 from tests.helpers.factories import tiny
 
 WIDTH = 8
+Vectors = np.ndarray | Sequence[Any]  # with None where a row has none
 
 
 def vectors_of(count: int, seed: int = 0, kinds: int | None = None) -> np.ndarray:
@@ -39,7 +40,7 @@ def vectors_of(count: int, seed: int = 0, kinds: int | None = None) -> np.ndarra
 
 def table(
     spark: SparkSession,
-    vectors: Sequence[Any],
+    vectors: Vectors,
     *,
     prefix: str = "p",
     partitions: int = 2,
@@ -65,18 +66,18 @@ def found(result: DataFrame) -> dict[str, list[tuple[str, float]]]:
 
 
 def expected(
-    queries: Sequence[Any], vectors: Sequence[Any], k: int, prefix: str = "q"
+    queries: Vectors, vectors: Vectors, k: int, prefix: str = "q"
 ) -> dict[str, list[tuple[str, float]]]:
     """What one process finds."""
     asked = [place for place, vector in enumerate(queries) if vector is not None]
     there = [place for place, vector in enumerate(vectors) if vector is not None]
     if not asked or not there:
         return {}
-    as_array = [
+    of_asked, of_there = (
         np.array([side[place] for place in places], np.float32)
         for side, places in ((queries, asked), (vectors, there))
-    ]
-    indices, cosines = neighbours.nearest(*as_array, k)
+    )
+    indices, cosines = neighbours.nearest(of_asked, of_there, k)
     return {
         f"{prefix}{place:04d}": [
             (f"p{there[index]:04d}", float(cosine))
@@ -117,7 +118,7 @@ def test_any_partitioning_any_k_ties_and_nulls(
         sides.append([None if no else vector for no, vector in zip(none, vectors, strict=True)])
     queries = table(spark, sides[0], prefix="q", partitions=asked[3], seed=asked[1])
     features = table(spark, sides[1], partitions=there[3], seed=there[1])
-    assert found(nearest(queries, features, k)) == expected(*sides, k)
+    assert found(nearest(queries, features, k)) == expected(sides[0], sides[1], k)
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])

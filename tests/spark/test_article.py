@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_the_articles_class_dies_with_spark_5063(frame):
 
 
 def test_ours_runs_in_its_place(frame):
-    vectorizer = ImageVectorizer(model="resnet50", weights="random")
+    vectorizer: Any = ImageVectorizer(model="resnet50", weights="random")
     rows = vectorizer.process_images(frame(IMAGES)).collect()
     assert [len(row.features) for row in rows] == [2048, 2048]
     assert len(vectorizer.extract_features(IMAGES[0])) == 2048

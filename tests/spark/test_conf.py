@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 import pyspark
 import pytest
-from pyspark.sql.functions import pandas_udf
+from pyspark.sql.pandas.functions import pandas_udf
 
 from imagevec import OptionError, recommended_conf
 from imagevec.spark.conf import ARROW_BYTES
@@ -24,7 +24,7 @@ def test_an_arrow_batch_is_bounded_in_bytes():
 
 @pytest.mark.skipif(pyspark.__version__ < "4", reason="Spark 3.5 counts rows alone")
 def test_spark_ends_an_arrow_batch_at_its_bytes(spark):
-    @pandas_udf("long")
+    @pandas_udf("long")  # type: ignore[call-overload]
     def rows_of_batch(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
         for batch in batches:
             yield pd.Series([len(batch)] * len(batch))

@@ -5,7 +5,7 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from tests.helpers.pipeline import run_python, saved
 from tests.helpers.spark import Frame
 
 NAME = "tiny for featurizers"
-TINY = {"model": NAME, "weights": "random", "engine": "torch"}
+TINY: dict[str, Any] = {"model": NAME, "weights": "random", "engine": "torch"}
 IMAGES = [encode(photo(seed=seed)) for seed in range(3)]
 MIXED = [IMAGES[0], None, b"garbage", IMAGES[1]]
 COLOURS = {0.0: "red", 1.0: "blue"}
@@ -131,7 +131,7 @@ def assert_vectors(ours: list[Any], theirs: list[Any]) -> None:
             np.testing.assert_allclose(our, their, rtol=1e-4, atol=1e-6)
 
 
-def without_spark(values: list[bytes | None], **options: Any) -> list[Any]:
+def without_spark(values: Sequence[bytes | None], **options: Any) -> list[Any]:
     vectorizer = ImageVectorizer(**{"engine": "torch", **options})
     return [None if value is None else vectorizer.extract_features(value) for value in values]
 
@@ -190,8 +190,9 @@ def test_params_are_explained() -> None:
 
 
 def test_only_keywords_are_accepted() -> None:
+    untyped: Any = ImageFeaturizer
     with pytest.raises(TypeError):
-        ImageFeaturizer("content")  # type: ignore[misc]
+        untyped("content")
 
 
 def test_an_unknown_param_is_refused() -> None:
@@ -248,6 +249,7 @@ def test_a_copy_is_another_one() -> None:
 def test_features_are_those_of_the_vectorizer(
     frame: Frame, engine: str, model: str | Callable[[], nn.Module]
 ) -> None:
+    options: dict[str, Any]
     options = {"model": model, "weights": "random", "engine": engine, "normalize": True}
     df = ImageFeaturizer(**options).transform(frame(MIXED))
     assert df.columns == ["id", "content", "features"]
@@ -349,7 +351,7 @@ def test_the_column_says_what_made_it(frame: Frame, output_type: str) -> None:
 def test_wrong_columns_are_refused_before_a_job_starts(
     frame: Frame, jobs_started: Callable[[], int], params: dict[str, str], message: str
 ) -> None:
-    featurizer = ImageFeaturizer(**{**TINY, **params})  # type: ignore[arg-type]
+    featurizer = ImageFeaturizer(**{**TINY, **params})
     df = frame(IMAGES)
     for refuse in (lambda: featurizer.transformSchema(df.schema), lambda: featurizer.transform(df)):
         with pytest.raises(OptionError) as refused:
@@ -406,8 +408,8 @@ def test_threads_may_share_one(frame: Frame) -> None:
 
 
 def test_a_classifier_follows(coloured: DataFrame) -> None:
-    stages = [ImageFeaturizer(**TINY, outputType="vector"), LogisticRegression()]
-    model = Pipeline(stages=stages).fit(coloured)
+    stages: list[Any] = [ImageFeaturizer(**TINY, outputType="vector"), LogisticRegression()]
+    model: Any = Pipeline(stages=stages).fit(coloured)
     rows = model.transform(coloured).select("label", "prediction").collect()
     assert len(rows) == 12
     assert [row.prediction for row in rows] == [row.label for row in rows]
@@ -417,7 +419,8 @@ def test_a_classifier_follows(coloured: DataFrame) -> None:
 def test_a_pipeline_may_be_fitted_with_params(coloured: DataFrame) -> None:
     featurizer = ImageFeaturizer(**TINY, outputType="vector")
     pipeline = Pipeline(stages=[featurizer, LogisticRegression(maxIter=3)])
-    wide, narrow = pipeline.fit(coloured, [{}, {featurizer.layer: "logits"}])
+    fitted: list[Any] = pipeline.fit(coloured, [{}, {featurizer.layer: "logits"}])
+    wide, narrow = fitted
     assert (wide.stages[1].numFeatures, narrow.stages[1].numFeatures) == (8, 5)
 
 
@@ -451,7 +454,8 @@ def test_cross_validation_chooses_its_params(
 ) -> None:
     assert len(chosen.avgMetrics) == 2
     assert max(chosen.avgMetrics) >= 0.75
-    featurizer, classifier = chosen.bestModel.stages
+    best_model: Any = chosen.bestModel
+    featurizer, classifier = best_model.stages
     best = ["pooled", "logits"][int(np.argmax(chosen.avgMetrics))]
     assert featurizer.getLayer() == best
     assert classifier.numFeatures == {"pooled": 8, "logits": 5}[best]
@@ -464,7 +468,9 @@ def test_a_chosen_model_can_be_saved(
 ) -> None:
     chosen.save(str(tmp_path / "chosen"))
     loaded = CrossValidatorModel.load(str(tmp_path / "chosen"))
-    assert loaded.bestModel.stages[0].getLayer() == chosen.bestModel.stages[0].getLayer()
+    best_models: list[Any] = [loaded.bestModel, chosen.bestModel]
+    loaded_layer, layer = (model.stages[0].getLayer() for model in best_models)
+    assert loaded_layer == layer
     ours, theirs = (
         [row.prediction for row in model.transform(coloured).collect()]
         for model in (loaded, chosen)
@@ -734,6 +740,7 @@ def test_a_new_process_loads_it(frame: Frame, tmp_path: Path) -> None:
 
     path = tmp_path / "weights.pth"
     saved(squeezenet1_1, path)
+    options: dict[str, Any]
     options = {"model": "squeezenet1_1", "weights": str(path), "engine": "torch"}
     expected = without_spark(IMAGES[:2], **options)
     ImageFeaturizer(**options, outputType="vector").save(str(tmp_path / "saved"))
@@ -804,4 +811,4 @@ def test_a_registered_model_has_to_be_registered(
 
 def test_functions_of_spark_still_take_the_column(frame: Frame) -> None:
     df = ImageFeaturizer(**TINY).transform(frame(IMAGES))
-    assert df.select(F.size("features")).first()[0] == 8
+    assert df.select(F.size("features")).collect() == [(8,)] * len(IMAGES)

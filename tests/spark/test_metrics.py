@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from pyspark.ml.classification import LogisticRegression
 from pyspark.ml.functions import array_to_vector
@@ -10,7 +12,7 @@ from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
 
 IMAGES = [encode(photo(seed=seed)) for seed in range(5)] + [None, b"no image", b"", b"none either"]
-OPTIONS = {"model": tiny, "weights": "random", "engine": "torch"}
+OPTIONS: dict[str, Any] = {"model": tiny, "weights": "random", "engine": "torch"}
 EXPECTED = {
     "rows": 9,
     "images": 5,
@@ -82,6 +84,8 @@ def test_estimators_fit_on_stored_features_without_computing_them_again(frame):
     metrics = Metrics()
     df = frame(IMAGES).withColumn("features", features_udf("content", metrics=metrics, **OPTIONS))
     good = df.where("features IS NOT NULL").selectExpr("features", "rand(0) > 0.5 AS even")
-    vectors = good.select(array_to_vector("features").alias("features"), col("even").cast("int"))
+    vectors = good.select(
+        array_to_vector(col("features")).alias("features"), col("even").cast("int")
+    )
     LogisticRegression(labelCol="even", maxIter=2).fit(vectors.persist())
     assert counted(metrics) == EXPECTED

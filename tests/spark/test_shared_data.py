@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tests.helpers.shared import CLOTHING, HOSTILE, SQUEEZENET_WEIGHTS, needs_sh
 
 pytestmark = needs_shared
 
-REAL = {"model": "squeezenet1_1", "weights": str(SQUEEZENET_WEIGHTS)}
+REAL: dict[str, Any] = {"model": "squeezenet1_1", "weights": str(SQUEEZENET_WEIGHTS)}
 NEIGHBOURS = 5
 
 

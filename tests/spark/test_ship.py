@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from torch import nn
@@ -33,7 +35,7 @@ def test_workers_get_the_weights_that_a_factory_drew_on_the_driver(frame):
     def unseeded() -> nn.Module:
         return Tiny()
 
-    vectorizer = ImageVectorizer(model=unseeded, engine="torch")
+    vectorizer: Any = ImageVectorizer(model=unseeded, engine="torch")
     df = vectorizer.process_images(frame(IMAGES, partitions=3))
     ours = np.array([row.features for row in df.collect()])
     theirs = [vectorizer.extract_features(image) for image in IMAGES]
@@ -52,7 +54,8 @@ def test_the_original_file_may_go_after_the_udf_is_made(frame, tmp_path):
 
 def test_two_files_of_the_same_name_do_not_meet(frame, tmp_path):
     path = tmp_path / "weights.pth"
-    columns, expected = [], []
+    columns: list[Any] = []
+    expected: list[Any] = []
     for seed in (3, 4):
         saved(tiny, path, seed)
         expected.append(without_spark(model=tiny, weights=str(path)))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from pyspark.errors import PythonException
@@ -19,7 +21,7 @@ from imagevec import (
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import run_python
 
-OPTIONS = {"model": "open_clip/tiny-vit", "weights": "random"}
+OPTIONS: dict[str, Any] = {"model": "open_clip/tiny-vit", "weights": "random"}
 TEXTS = ["a red shoe", None, "", "a dog 🐕", "word " * 100, None, "a red shoe", "a cat", "x"]
 
 
@@ -110,7 +112,7 @@ def test_those_of_other_models_are_not(captions, frame, other, differing):
 
 def test_a_wrong_option_is_named(clip, spark):
     with pytest.raises(OptionError, match="the option 'decode' is not known"):
-        text_features_udf("caption", **OPTIONS, decode="scaled")
+        text_features_udf("caption", **OPTIONS, decode="scaled")  # type: ignore[call-arg]
 
 
 @pytest.mark.java

@@ -7,6 +7,7 @@ import pickle
 import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any
 
 import cloudpickle
 import numpy as np
@@ -34,17 +35,17 @@ JPEG = encode(photo(seed=5), "JPEG")
 MIXED = [IMAGES[0], None, b"garbage", JPEG, b"", IMAGES[1], JPEG[:300], IMAGES[2], None, IMAGES[3]]
 CODES = [None, None, "unsupported_format", None, "empty", None, "truncated", None, None, None]
 
-TINY = {"model": tiny, "weights": "random", "engine": "torch"}
+TINY: dict[str, Any] = {"model": tiny, "weights": "random", "engine": "torch"}
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[bytes, list[float]]:
     """The vector of each good image, computed without Spark."""
-    vectorizer = ImageVectorizer(**TINY)
+    vectorizer: Any = ImageVectorizer(**TINY)
     return {image: vectorizer.extract_features(image) for image in [*IMAGES, JPEG]}
 
 
-def vectors(df, column="features") -> list[list[float] | None]:
+def vectors(df, column="features") -> list[Any]:
     return [row[column] for row in df.select(column).collect()]
 
 
@@ -167,6 +168,7 @@ def test_a_binary_file_row_is_an_image(spark, folder, expected):
 def test_a_struct_of_bytes_and_path_is_an_image(frame, folder, expected):
     """As Hugging Face's Parquet files have it: the path counts where there are no bytes."""
     a, c = (str(folder / name) for name in ("a b.png", "c.png"))
+    structs: list[Any]
     structs = [(IMAGES[0], "0.png"), (IMAGES[3], None), (None, a), (IMAGES[4], c), (None, c)]
     structs += [(None, f"{folder}/none.png"), (b"garbage", a), (None, None), None]
     images = [IMAGES[0], IMAGES[3], IMAGES[1], IMAGES[4], IMAGES[2], None, None, None, None]
@@ -243,7 +245,7 @@ LAYERS = ("conv", "pooled", "logits")
 
 @pytest.fixture(scope="module")
 def expected_layers() -> dict[bytes, dict[str, list[float]]]:
-    vectorizer = ImageVectorizer(**TINY, layer=LAYERS)
+    vectorizer: Any = ImageVectorizer(**TINY, layer=LAYERS)
     return {image: vectorizer.extract_features(image) for image in [*IMAGES, JPEG]}
 
 
@@ -270,8 +272,8 @@ def test_several_layers_go_into_the_struct(frame, expected_layers):
 
 
 def test_a_layers_name_may_hold_dots(frame):
-    options = {"model": "squeezenet1_1", "weights": "random", "engine": "torch"}
-    vectorizer = ImageVectorizer(**options, layer=("features.3", "pooled"))
+    options = {**TINY, "model": "squeezenet1_1"}
+    vectorizer: Any = ImageVectorizer(**options, layer=("features.3", "pooled"))
     df = vectorizer.process_images(frame(IMAGES[:1]))
     df = df.select(F.col("features.`features.3`").alias("vector"))
     expected = vectorizer.extract_features(IMAGES[0])["features.3"]
@@ -316,7 +318,7 @@ def test_a_factory_may_be_local(frame):
 
 def test_a_registered_model_is_known_to_workers(frame):
     register_model("registered for spark", tiny, preprocessing=Preprocessing(crop_size=32))
-    options = {"model": "registered for spark", "weights": "random", "engine": "torch"}
+    options = {**TINY, "model": "registered for spark"}
     df = frame(IMAGES[:2]).withColumn("features", features_udf("content", **options))
     vectorizer = ImageVectorizer(**options)
     assert_vectors(vectors(df), [vectorizer.extract_features(image) for image in IMAGES[:2]])
@@ -329,7 +331,7 @@ def test_an_exported_program_runs_on_workers(frame, tmp_path):
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
     torch.export.save(program, tmp_path / "tiny.pt2")
-    options = {"model": str(tmp_path / "tiny.pt2"), "engine": "torch"}
+    options: dict[str, Any] = {"model": str(tmp_path / "tiny.pt2"), "engine": "torch"}
     df = frame(IMAGES[:2]).withColumn("features", features_udf("content", **options))
     vectorizer = ImageVectorizer(**options)
     assert_vectors(vectors(df), [vectorizer.extract_features(image) for image in IMAGES[:2]])
@@ -352,8 +354,8 @@ def test_a_model_is_loaded_once_per_worker(frame, tmp_path):
 class Modules(pickle.Unpickler):
     """Remembers the modules of what it unpickles."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
         self.found: set[str] = set()
 
     def find_class(self, module: str, name: str) -> object:
@@ -383,7 +385,7 @@ def test_what_spark_sends_is_small(spark):
     try:
         from pyspark.core.rdd import _prepare_for_python_RDD
     except ImportError:  # PySpark 3.5
-        from pyspark.rdd import _prepare_for_python_RDD
+        from pyspark.rdd import _prepare_for_python_RDD  # type: ignore[no-redef]
 
     udf = make_features_udf(model="resnet50", weights="random")
     command, broadcasts, _, _ = _prepare_for_python_RDD(
@@ -563,10 +565,12 @@ def test_openvino_runs_on_the_cpu_where_tasks_have_gpus(frame, monkeypatch, expe
 def test_process_images_makes_no_plan_again(frame, monkeypatch):
     monkeypatch.setattr("imagevec.spark.sessions.gpus_of_tasks", lambda session: True)
     made = []
-    monkeypatch.setattr(
-        "imagevec.spark.vectorizer.make_plan",
-        lambda **options: made.append(options) or make_plan(**options),
-    )
+
+    def counted(**options):
+        made.append(options)
+        return make_plan(**options)
+
+    monkeypatch.setattr("imagevec.spark.vectorizer.make_plan", counted)
     vectorizer = ImageVectorizer(**TINY, device="cpu")
     for _ in range(3):
         vectorizer.process_images(frame(IMAGES[:1]))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -13,7 +14,7 @@ from tests.helpers.images import cosine, encode, photo
 from tests.helpers.pipeline import run_python, vector_of
 
 JPEG = encode(photo(), "JPEG")
-TINY = {"model": tiny, "weights": "random", "engine": "torch"}
+TINY: dict[str, Any] = {"model": tiny, "weights": "random", "engine": "torch"}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_each_of_several_layers_is_normalized(engine, precision):
     if engine == "openvino":
         pytest.importorskip("openvino")
     options = {"model": tiny, "weights": "random", "engine": engine, "precision": precision}
-    vectorizer = ImageVectorizer(**options, layer=("conv", "logits"), normalize=True)
+    vectorizer: Any = ImageVectorizer(**options, layer=("conv", "logits"), normalize=True)
     assert vectorizer.num_features == {"conv": 8, "logits": 5}
     for layer, vector in vectorizer.extract_features(JPEG).items():
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-2)
@@ -113,7 +114,7 @@ def test_a_scaled_decode_is_close_to_an_exact_one():
 
 
 def test_two_vectorizers_do_not_share_options(vectorizer):
-    logits = ImageVectorizer(**TINY, layer="logits")
+    logits: Any = ImageVectorizer(**TINY, layer="logits")
     assert (len(logits.extract_features(JPEG)), len(vectorizer.extract_features(JPEG))) == (5, 8)
 
 
@@ -122,7 +123,7 @@ def test_several_threads_may_use_it(engine):
     if engine == "openvino":
         pytest.importorskip("openvino")
     images = [encode(photo(seed=seed)) for seed in range(20)]
-    vectorizer = ImageVectorizer(model="squeezenet1_1", weights="random", engine=engine)
+    vectorizer: Any = ImageVectorizer(model="squeezenet1_1", weights="random", engine=engine)
     with ThreadPoolExecutor(4) as pool:
         in_threads = list(pool.map(vectorizer.extract_features, images))
     in_turn = [vectorizer.extract_features(image) for image in images]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_each_photo_has_the_label_that_is_nearest(tmp_path: Path) -> None:
 
     prompts = [f"a photo of a {label}" for label in labels]
     texts = text_features(prompts, model=MODEL, weights="random", normalize=True)
-    vectorizer = ImageVectorizer(model=MODEL, weights="random", normalize=True)
+    vectorizer: Any = ImageVectorizer(model=MODEL, weights="random", normalize=True)
     nearest = {
         name: labels[int(np.argmax(texts @ vectorizer.extract_features(image)))]
         for name, image in images.items()

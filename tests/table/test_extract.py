@@ -71,8 +71,8 @@ def test_files_of_all_kinds(run: Extract, tmp_path: Path, dest: Path) -> None:
     for seed, name in enumerate(["a:b.png", "100%.png", "a%20b.png", "{x}.png", "ü .png"]):
         (src / name).write_bytes(image(seed))
     (src / "empty.png").touch()
-    for name in (b".x.png", b"_x.png", b"\xff.png"):
-        Path(os.fsdecode(os.path.join(os.fsencode(src), name))).write_bytes(image(9))
+    for raw in (b".x.png", b"_x.png", b"\xff.png"):
+        (src / os.fsdecode(raw)).write_bytes(image(9))
     (src / "gone.png").symlink_to(src / "nothing")
     (src / "sub").mkdir()
     report = run(src)

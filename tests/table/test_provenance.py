@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import imagevec
@@ -17,7 +19,7 @@ from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import saved
 
 IMAGES = [encode(photo(seed=seed)) for seed in range(2)]
-OPTIONS = {"model": tiny, "weights": "random", "engine": "torch"}
+OPTIONS: dict[str, Any] = {"model": tiny, "weights": "random", "engine": "torch"}
 
 
 def features(frame, **options):
@@ -34,7 +36,7 @@ def test_a_column_says_what_made_it(frame):
     assert made_of.layer == "pooled"
     assert made_of.precision == "float32"
     assert made_of.normalize is True
-    assert made_of.preprocessing.crop_size == 224
+    assert made_of.preprocessing.input_size == 224
     assert made_of.imagevec == imagevec.__version__
 
 
@@ -89,4 +91,4 @@ def test_a_column_is_replaced_whatever_its_case(frame):
     df = frame(IMAGES).selectExpr("id", "content", "1 as Features")
     df = ImageVectorizer(**OPTIONS).process_images(df)
     assert [name.lower() for name in df.columns] == ["id", "content", "features"]
-    assert len(df.select("features").first()[0]) == 8
+    assert len(df.select("features").collect()[0][0]) == 8

@@ -45,7 +45,7 @@ def write_shard(path: Path, samples: list[dict[str, Any]]) -> Path:
 
 
 def encoded(one: dict[str, Any]) -> dict[str, Any]:
-    texts = {"json": json.dumps, "cls": str, "txt": str}
+    texts: dict[str, Callable[[Any], str]] = {"json": json.dumps, "cls": str, "txt": str}
     return {
         name: texts[name](value).encode() if name in texts else value for name, value in one.items()
     }
@@ -79,7 +79,7 @@ def test_samples_of_the_package(tmp_path: Path, name: str) -> None:
     assert keys == [one["__key__"] for one in package]
 
 
-def tar_of(members: list[tuple[str, bytes]], mode: str = "w", **options: Any) -> bytes:
+def tar_of(members: list[tuple[str, bytes]], mode: Any = "w", **options: Any) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode=mode, **options) as tar:
         for name, content in members:
