@@ -1,4 +1,4 @@
-"""Small models of open_clip, one of each kind, and a tokenizer of the kind that SigLIP has."""
+"""Small open_clip models, one of each kind, and a tokenizer like SigLIP's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_cfg": {
             **TEXT,
             "context_length": 12,
-            "hf_tokenizer_name": "",  # the fixture's
+            "hf_tokenizer_name": "",  # set by the fixture
             "tokenizer_kwargs": {"clean": "canonicalize"},
             "no_causal_mask": True,
             "proj_bias": True,
@@ -75,7 +75,7 @@ TINY = [f"open_clip/{name}" for name in CONFIGS]
 
 
 def write_tokenizer(folder: Path) -> None:
-    """What a repository of the hub has: words, ``</s>`` at the end and as padding, as in T5."""
+    """Writes a tokenizer as on the hub: words, with ``</s>`` as end and padding, as in T5."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -94,7 +94,7 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """open_clip, which knows the small models."""
+    """Returns open_clip with the small models registered."""
     open_clip = pytest.importorskip("open_clip")
     folder = tmp_path_factory.mktemp("open_clip")
     write_tokenizer(folder / "tokenizer")
@@ -110,7 +110,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @functools.cache
 def built(open_clip: Any, name: str) -> Any:
-    """The model that imagevec has for ``weights="random"``, built by open_clip."""
+    """Builds imagevec's model for ``weights="random"`` with open_clip."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -119,7 +119,7 @@ def built(open_clip: Any, name: str) -> Any:
 
 
 def encoded(open_clip: Any, name: str, texts: list[str]) -> Any:
-    """What open_clip's ``encode_text`` returns, float32 ``(N, D)``."""
+    """Returns the result of open_clip's ``encode_text``: float32 ``(N, D)``."""
     import torch
 
     tokens = open_clip.get_tokenizer(name.removeprefix("open_clip/"))(texts)

@@ -1,4 +1,4 @@
-"""Sessions of clusters on this machine."""
+"""Spark sessions on local clusters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyspark.sql import SparkSession
 
 @contextmanager
 def session_of(master: str, **conf: str) -> Iterator[SparkSession]:
-    """A session of its own; ``__`` in a setting's name stands for a dot."""
+    """Starts a new session. ``__`` in the name of a setting means a dot."""
     builder = (
         SparkSession.builder.master(master)
         .appName("imagevec cluster tests")
@@ -29,17 +29,17 @@ def session_of(master: str, **conf: str) -> Iterator[SparkSession]:
     for name, value in conf.items():
         builder = builder.config(name.replace("__", "."), value)
     session = builder.getOrCreate()
-    session.sparkContext.setLogLevel("OFF")  # what is meant to fail is logged in full else
+    session.sparkContext.setLogLevel("OFF")  # otherwise Spark logs expected failures in full
     try:
         yield session
     finally:
         session.stop()
-        # A builder is one of the process: what this one set must not reach the next session.
+        # The builder is shared by the process: its settings must not reach the next session.
         SparkSession.builder._options.clear()
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a process and to all that it started, which may end by themselves meanwhile."""
+    """Sends SIGKILL to a process and its descendants, which may exit in the meantime."""
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process.pid)
         for member in [*parent.children(recursive=True), parent]:

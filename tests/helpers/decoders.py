@@ -1,4 +1,4 @@
-"""Decoders that die, hang and wait. Child processes find them by name, and import little for it."""
+"""Decoders that die, hang or wait. Child processes import them by name, with few dependencies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from imagevec.images.values import Value
 
 
 def fragile(value: Value) -> Row:
-    """A decoder that some bytes kill, and others hang."""
+    """Decodes a value; certain bytes kill the process, and others make it hang."""
     if value.data is None:
         return Row()
     if value.data == b"kill":
@@ -32,18 +32,18 @@ def fragile(value: Value) -> Row:
 
 
 def fragile_of_stream(value: Value, preprocessing: object, options: object) -> Row:
-    """``fragile`` in the place of ``prepare``."""
+    """Runs ``fragile`` in place of ``prepare``."""
     return fragile(value)
 
 
 def dies_at_first(value: Value, log: Path, deaths: int) -> Row:
-    """A decoder whose process is killed so many times, whatever the value is."""
+    """Decodes a value, but the process dies the first ``deaths`` times, for any value."""
     _log_and_die(log, deaths)
     return fragile(value)
 
 
 def start_that_dies(log: Path, deaths: int) -> None:
-    """An initializer whose process is killed so many times."""
+    """Initializes a process, which dies the first ``deaths`` times."""
     _exit_with_parent()
     _log_and_die(log, deaths)
 
@@ -54,14 +54,14 @@ def start_that_hangs() -> None:
 
 
 def logged(log: Path) -> list[int]:
-    """The processes that were there, in order."""
+    """Returns the ids of the processes that have run, in order."""
     return [int(line) for line in log.read_text().splitlines()]
 
 
 def meeting(value: Value, preprocessing: object, options: object) -> Row:
-    """In the place of ``prepare``: ``<folder>|<number>`` is an image of that level.
+    """Replaces ``prepare``: ``<folder>|<number>`` becomes an image of that level.
 
-    Numbers 0 and 1 wait until two processes are there, whose width is their process id.
+    Numbers 0 and 1 wait until two processes are running. The width is the process id.
     """
     assert isinstance(value.data, bytes)
     folder, _, number = value.data.decode().partition("|")
@@ -69,13 +69,13 @@ def meeting(value: Value, preprocessing: object, options: object) -> Row:
     deadline = time.monotonic() + 100
     while int(number) < 2 and len(os.listdir(folder)) < 2:
         if time.monotonic() > deadline:
-            raise RuntimeError("one process alone")
+            raise RuntimeError("only one process is running")
         time.sleep(0.01)
     return Row(np.full((2, 2, 3), int(number), np.uint8), width=os.getpid())
 
 
 def modules(value: Value) -> Any:
-    """This process, and what it has imported."""
+    """Returns the process id and the names of the imported modules."""
     return os.getpid(), set(sys.modules)
 
 

@@ -1,4 +1,4 @@
-"""Tiny models. They are functions of a module, so that Spark's workers find them by name."""
+"""Tiny models. They are module-level functions, so that Spark's workers import them by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchvision.models import DenseNet, SwinTransformer, VisionTransformer
 
 
 class Tiny(nn.Module):
-    """Any ``(N, 3, S, S)`` to 8 pooled features and 5 logits."""
+    """Maps ``(N, 3, S, S)`` to 8 pooled features and 5 logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ def tiny() -> nn.Module:
 
 
 def tiny_vit() -> nn.Module:
-    """For ``(N, 3, 32, 32)``."""
+    """Builds a model for ``(N, 3, 32, 32)``."""
     return VisionTransformer(
         image_size=32,
         patch_size=8,
@@ -42,7 +42,7 @@ def tiny_vit() -> nn.Module:
 
 
 def tiny_swin() -> nn.Module:
-    """For ``(N, 3, 32, 32)``."""
+    """Builds a model for ``(N, 3, 32, 32)``."""
     return SwinTransformer(
         patch_size=[2, 2],
         embed_dim=8,
@@ -58,7 +58,7 @@ def tiny_densenet() -> nn.Module:
 
 
 def logging_tiny(log: str) -> nn.Module:
-    """Adds a line with the process id to a file: one for each time that a model is built."""
+    """Builds a model, and appends the process id to a log file."""
     with Path(log).open("a") as file:
         file.write(f"{os.getpid()}\n")
     return Tiny()

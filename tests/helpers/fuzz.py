@@ -1,9 +1,9 @@
-"""Damaged images through ``decode`` and the stream: nothing may escape but an ``ImageError``.
+"""Passes damaged images through ``decode`` and the stream, which may only raise ``ImageError``.
 
     python -m tests.helpers.fuzz [--inputs 50000] [--seed N]
 
-Each input is a small valid image of some format and mode, damaged in one to four ways, and depends
-on the seed and its number alone. Processes of their own decode them, so that a death is seen, too.
+Each input is a small valid image of some format and mode, damaged in one to four ways. It depends
+only on the seed and its number. Separate processes decode the images, so that a crash is noticed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from tests.helpers.images import FORMATS_AND_MODES, encode, of_mode
 from tests.helpers.pipeline import decoded, mean_engine, rows, series, stream
 
 CHUNK = 500
-STREAMED = 10  # one input in so many goes through the stream, too
+STREAMED = 10  # one in this many inputs also passes through the stream
 
 
 def valid_images() -> list[bytes]:
-    """One of every format and mode, and a progressive JPEG."""
+    """Returns one image of each format and mode, and a progressive JPEG."""
     images = [encode(of_mode(mode, 40, 30), format) for format, mode in FORMATS_AND_MODES]
     return [*images, encode(of_mode("RGB", 40, 30), "JPEG", progressive=True)]
 
@@ -89,7 +89,7 @@ MUTATIONS: tuple[Callable[[bytearray, random.Random, Sequence[bytes]], None], ..
 
 
 def damaged(images: Sequence[bytes], seed: int, number: int) -> bytes:
-    """Input ``number`` of a seed."""
+    """Returns input ``number`` of a seed."""
     rng = random.Random(f"{seed}/{number}")
     data = bytearray(rng.choice(images))
     for _ in range(rng.randint(1, 4)):
@@ -99,7 +99,7 @@ def damaged(images: Sequence[bytes], seed: int, number: int) -> bytes:
 
 
 def outcome(data: bytes, through_stream: bool) -> str:
-    """``"decoded"`` or an error's code. Anything else that is raised is a finding."""
+    """Returns ``"decoded"`` or an error code. Any other exception is a bug."""
     try:
         image = decoded(data)
     except ImageError as error:
@@ -121,11 +121,11 @@ def outcome(data: bytes, through_stream: bool) -> str:
 
 
 def outcomes(seed: int, numbers: range) -> Counter[str]:
-    """How many of some inputs came to which end."""
+    """Counts the outcomes of the inputs."""
     images = valid_images()
     counts: Counter[str] = Counter()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of damaged metadata
+        warnings.simplefilter("ignore")  # from Pillow, about damaged metadata
         for number in numbers:
             try:
                 result = outcome(damaged(images, seed, number), number % STREAMED == 0)
@@ -149,7 +149,7 @@ def main() -> int:
     tasks = [(arguments.seed, numbers[at : at + CHUNK]) for at in numbers[::CHUNK]]
     context = multiprocessing.get_context("spawn")
     counts: Counter[str] = Counter()
-    # A process that dies breaks the pool: that raises here.
+    # If a process dies, the pool raises here.
     with ProcessPoolExecutor(mp_context=context) as pool:
         for done in pool.map(_outcomes, tasks):
             counts += done

@@ -1,4 +1,4 @@
-"""Small images, the same whenever they are made."""
+"""Small images, generated deterministically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from imagevec.options import FORMATS
 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")
 
-# What Pillow can write as it is. WEBP and AVIF know colour alone.
+# The modes that Pillow writes without conversion. WEBP and AVIF support only colour.
 MODES_OF_FORMAT = {
     "JPEG": ("1", "L", "RGB", "CMYK"),
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
@@ -29,7 +29,7 @@ FORMATS_AND_MODES = [(format, mode) for format in FORMATS for mode in MODES_OF_F
 
 
 def photo(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
-    """An RGB image with large shapes, detail and noise, as photographs have them."""
+    """Generates an RGB image with large shapes, detail and noise, like a photo."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3))
     for cells, amplitude in ((4, 90.0), (16, 30.0)):
@@ -41,7 +41,7 @@ def photo(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
 
 
 def of_mode(mode: str, width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
-    """``photo`` in one of ``MODES``; alpha goes from clear to opaque."""
+    """Converts ``photo`` to one of ``MODES``; alpha goes from transparent to opaque."""
     image = photo(width, height, seed)
     if mode == "I;16":
         grey = np.asarray(image.convert("L")).astype(np.uint16)
@@ -54,7 +54,7 @@ def of_mode(mode: str, width: int = 80, height: int = 60, seed: int = 0) -> Imag
 
 
 def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    """The bytes of an image file."""
+    """Returns the bytes of an image file."""
     if format == "AVIF":
         options = {"speed": 10, **options}
     file = io.BytesIO()
@@ -67,7 +67,7 @@ def opened(data: bytes) -> Image.Image:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG file that ends where its pixels should begin."""
+    """Returns a PNG file that ends where its pixels should begin."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + content))
@@ -78,17 +78,17 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def tiff_16_bit(grey: np.ndarray, byte_order: Literal["<", ">"]) -> bytes:
-    """An uncompressed 16-bit grey TIFF (TIFF 6.0, sections 2 and 4) of uint16 ``(H, W)``."""
+    """Encodes uint16 ``(H, W)`` as an uncompressed grey TIFF (TIFF 6.0, sections 2 and 4)."""
     height, width = grey.shape
     pixels = grey.astype(f"{byte_order}u2").tobytes()
     short, long = 3, 4
     tags = [
         (256, short, width),
         (257, short, height),
-        (258, short, 16),  # bits a sample
+        (258, short, 16),  # bits per sample
         (259, short, 1),  # no compression
         (262, short, 1),  # black is zero
-        (273, long, 8),  # where the pixels begin
+        (273, long, 8),  # offset of the pixels
         (277, short, 1),
         (278, short, height),
         (279, long, len(pixels)),
@@ -103,7 +103,7 @@ def tiff_16_bit(grey: np.ndarray, byte_order: Literal["<", ">"]) -> bytes:
 
 
 def cosine(a: Any, b: Any) -> np.ndarray:
-    """Of each row of ``(N, D)`` with the same row of the other, or of two vectors ``(D,)``."""
+    """Computes cosines between rows of two arrays ``(N, D)``, or of two vectors ``(D,)``."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return (a * b).sum(-1) / norms

@@ -1,4 +1,4 @@
-"""Wrong options, and what the message must hold."""
+"""Invalid options, and the text that the error message must contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps of the pipeline that more than one test takes."""
+"""Steps of the pipeline that several tests use."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ Batch = pd.Series | pd.DataFrame
 
 
 def decoded(data: bytes, **options: Any) -> DecodedImage:
-    """``decode`` with the default limits."""
+    """Runs ``decode`` with the default limits."""
     limits = {name: DEFAULTS[name] for name in ("max_pixels", "formats")}
     return decode(data, **{**limits, **options})
 
 
 def pixels_of(image: Image.Image) -> Pixels:
-    """uint8 ``(H, W, 3)`` of an RGB image."""
+    """Converts an RGB image to uint8 ``(H, W, 3)``."""
     return np.array(image)
 
 
 def preprocess(pixels: Pixels, preprocessing: Preprocessing) -> torch.Tensor:
-    """uint8 ``(H, W, 3)`` to what the model gets: float32 ``(3, S, S)``."""
+    """Converts uint8 ``(H, W, 3)`` to the model's input: float32 ``(3, S, S)``."""
     cropped = torch.from_numpy(resize_and_crop(pixels, preprocessing).copy())
     return normalize(cropped.permute(2, 0, 1)[None], preprocessing)[0]
 
@@ -51,7 +51,7 @@ def execution_options(**options: Any) -> ExecutionOptions:
 
 
 def plan_and_engine(**options: Any) -> tuple[Plan, Engine]:
-    """A plan, and this process's engine for it on the CPU; by PyTorch, if not said otherwise."""
+    """Makes a plan and its engine on the CPU. ``engine`` is PyTorch by default."""
     plan = make_plan(**{"engine": "torch", **options})
     return plan, get_engine(plan, cache.stored, "cpu", threads=1)
 
@@ -62,7 +62,7 @@ def engine_of(**options: Any) -> Engine:
 
 
 def vector_of(image: bytes, **options: Any) -> Any:
-    """``ImageVectorizer.extract_features``, by PyTorch unless ``engine`` says otherwise."""
+    """Runs ``ImageVectorizer.extract_features``. ``engine`` is PyTorch by default."""
     vector = ImageVectorizer(**{"engine": "torch", **options}).extract_features(image)
     assert vector is not None
     return vector
@@ -78,7 +78,7 @@ def stream(
     layer_sizes: dict[str, int] | None = None,
     **options: Any,
 ) -> list[Batch]:
-    """The Arrow batches that ``feature_stream`` makes of some, an iterator of them as in Spark."""
+    """Passes Arrow batches through ``feature_stream``, as an iterator, as in Spark."""
     return list(
         feature_stream(
             iter(batches),
@@ -91,7 +91,7 @@ def stream(
 
 
 def rows(batches: Iterable[Batch]) -> list[Any]:
-    """Vectors and nulls of all batches, or dictionaries of a struct's fields."""
+    """Returns the vectors and nulls of all batches, or dictionaries of struct fields."""
     return [
         row
         for batch in batches
@@ -100,19 +100,19 @@ def rows(batches: Iterable[Batch]) -> list[Any]:
 
 
 def small_row(value: object, **options: Any) -> dict[str, Any]:
-    """What becomes of one value, as a struct's fields; the vector is the mean of each channel."""
+    """Processes one value into struct fields; the vector is the mean of each channel."""
 
     (row,) = rows(stream([series([value])], mean_engine, output="struct", **options))
     return row
 
 
 def mean_engine(images: Inputs) -> np.ndarray:
-    """The mean of each channel: uint8 ``(N, S, S, 3)`` to float32 ``(N, 3)``."""
+    """Computes the mean of each channel: uint8 ``(N, S, S, 3)`` to float32 ``(N, 3)``."""
     return images.mean((1, 2), dtype=np.float32)
 
 
 def spec_of(preprocessing: Preprocessing, layer_sizes: dict[str, int] | None = None) -> FeatureSpec:
-    """Of a model that does not matter."""
+    """Returns the spec of an arbitrary model."""
     layer, sizes = (tuple(layer_sizes), tuple(layer_sizes.values())) if layer_sizes else ("", 3)
     return FeatureSpec("any", "random", layer, sizes, preprocessing, "float32", False)
 
@@ -122,7 +122,7 @@ def series(values: Iterable[object]) -> pd.Series:
 
 
 def saved(factory: Callable[[], nn.Module], path: Path, seed: int = 1) -> nn.Module:
-    """A seeded model in evaluation mode, whose weights are in the file."""
+    """Builds a seeded model in evaluation mode, and saves its weights to the file."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = factory().eval()
@@ -131,7 +131,7 @@ def saved(factory: Callable[[], nn.Module], path: Path, seed: int = 1) -> nn.Mod
 
 
 def run_python(code: str, **environment: str) -> str:
-    """What a new Python process prints."""
+    """Runs code in a new Python process and returns its output."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},

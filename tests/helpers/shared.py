@@ -1,4 +1,4 @@
-"""Data beside the project's folder that not every clone has; ``shared/README.md`` describes it."""
+"""Data next to the project's folder, not in every clone; ``shared/README.md`` describes it."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ SQUEEZENET_WEIGHTS = SHARED / "weights" / "squeezenet1_1.pth"
 
 needs_shared = pytest.mark.skipif(
     not (CLOTHING.is_dir() and HOSTILE.is_dir() and SQUEEZENET_WEIGHTS.is_file()),
-    reason="the folder ../shared with images and weights is not there",
+    reason="the folder ../shared with images and weights does not exist",
 )

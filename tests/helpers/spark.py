@@ -1,4 +1,4 @@
-"""One Spark session for all tests, and what they make of it."""
+"""One Spark session for all tests, and fixtures that use it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.images import encode, photo
 
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
-    """Two Python workers, one JVM."""
+    """Starts a session with two Python workers."""
     session = (
         SparkSession.builder.master("local[2]")
         .appName("imagevec tests")
@@ -30,7 +30,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     )
     if pyspark.__version__.startswith("4.0."):  # its pandas API refuses its own default, ANSI mode
         session.conf.set("spark.sql.ansi.enabled", "false")
-    session.sparkContext.setLogLevel("OFF")  # what is meant to fail is logged in full else
+    session.sparkContext.setLogLevel("OFF")  # otherwise Spark logs expected failures in full
     yield session
     session.stop()
 
@@ -40,7 +40,7 @@ Frame = Callable[..., DataFrame]
 
 @pytest.fixture(scope="session")
 def frame(spark: SparkSession) -> Frame:
-    """Makes a data frame of an ``id`` and a column of images, in partitions of about equal size."""
+    """Creates data frames of an ``id`` and an image column, in partitions of about equal size."""
 
     def make(values: list[object], partitions: int = 2, type: str = "binary") -> DataFrame:
         rows = spark.sparkContext.parallelize(list(enumerate(values)), partitions)
@@ -51,7 +51,7 @@ def frame(spark: SparkSession) -> Frame:
 
 @pytest.fixture
 def arrow_rows(spark: SparkSession, request: pytest.FixtureRequest) -> Iterator[int]:
-    """Sets the size of an Arrow batch, indirectly parametrized."""
+    """Sets the size of Arrow batches, by indirect parametrization."""
     name = "spark.sql.execution.arrow.maxRecordsPerBatch"
     before = spark.conf.get(name)
     spark.conf.set(name, request.param)
@@ -70,7 +70,7 @@ def jobs_started(spark: SparkSession, request: pytest.FixtureRequest) -> Iterato
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two images and a file that is none, one with a space in its name."""
+    """Creates two images and a file that is not an image. One name contains a space."""
     (tmp_path / "a b.png").write_bytes(encode(photo(seed=1)))
     (tmp_path / "c.png").write_bytes(encode(photo(seed=2)))
     (tmp_path / "d.png").write_bytes(b"no image")

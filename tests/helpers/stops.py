@@ -1,4 +1,4 @@
-"""Where a run that writes a table of features may be stopped, between two steps on its files."""
+"""The points, between two file operations, at which a run that writes a table may stop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from imagevec.spark.hadoop import Folder
 
 CUT_OFF = "the list of what is replaced is cut off"
 
-# A method of Folder, whether it stops before or after that, and whether it is this call.
+# A method of Folder, whether to stop before or after it, and a predicate that selects the call.
 POINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
     "before the list": ("write_text", "before", lambda path, *_: "replace.json" in path),
     CUT_OFF: ("write_text", "after", lambda path, *_: "replace.json" in path),
@@ -24,7 +24,7 @@ POINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
 
 
 def stop_at(point: str, stop: Callable[[], object], patch: Callable[..., object] = setattr) -> None:
-    """From now on, calls ``stop`` when it gets there."""
+    """Patches ``Folder`` to call ``stop`` at the given point."""
     name, when, is_it = POINTS[point]
     method = getattr(Folder, name)
 

@@ -12,7 +12,7 @@ GREY, BGR, BGRA = 0, 16, 24  # OpenCV's type numbers
 
 
 def image_struct(image: Image.Image, mode: int) -> ImageStruct:
-    """A row of Spark's image source."""
+    """Creates a row of Spark's image source."""
     pixels = np.atleast_3d(np.asarray(image))
     if mode != GREY:
         pixels = pixels[:, :, [2, 1, 0, *range(3, pixels.shape[2])]]
@@ -22,7 +22,7 @@ def image_struct(image: Image.Image, mode: int) -> ImageStruct:
 def struct_batch(
     structs: list[ImageStruct | None], origins: str | list[str] = "file:/a.png"
 ) -> pd.DataFrame:
-    """Rows as Spark hands them over: nullable integers, and an origin first."""
+    """Returns rows in Spark's form: nullable integers, and the origin first."""
     columns = {
         field: [None if row is None else row[position] for row in structs]
         for position, field in enumerate(IMAGE_FIELDS)
@@ -33,7 +33,7 @@ def struct_batch(
 
 
 def file_batch(contents: dict[str, bytes | None]) -> pd.DataFrame:
-    """Rows of the binaryFile source as Spark hands them over: the content of each path."""
+    """Returns rows of the binaryFile source in Spark's form, from the content of each path."""
     return pd.DataFrame(
         {
             "path": list(contents),

@@ -1,4 +1,4 @@
-"""Tables of features, and the images that they are of."""
+"""Tables of features, and their images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_table(
     part: int = 0,
     metadata: Any = None,
 ) -> Path:
-    """One file of a folder as ``imagevec extract`` makes it, of paths to features."""
+    """Writes one file of a table like ``imagevec extract``, from paths to features."""
     count = len(rows)
     table = pa.table(
         {
@@ -47,14 +47,14 @@ def write_table(
 
 
 def with_column_metadata(table: pa.Table, column: str, metadata: Any) -> pa.Table:
-    """With the metadata of a column as Spark writes them into Parquet."""
+    """Adds the metadata of a column in the form that Spark writes to Parquet."""
     fields = [{"name": column, "metadata": metadata}]
     spark = {"org.apache.spark.sql.parquet.row.metadata": json.dumps({"fields": fields})}
     return table.replace_schema_metadata(spark)
 
 
 def write_images(folder: Path, names: list[str], size: tuple[int, int] = (80, 60)) -> list[str]:
-    """PNG files with these names, whatever the names say; their paths as Spark gives them."""
+    """Writes PNG files with any names, and returns their paths in Spark's form."""
     for number, name in enumerate(names):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def write_images(folder: Path, names: list[str], size: tuple[int, int] = (80, 60
 
 
 def write_made_of(folder: Path, rows: dict[str, Any], metadata: dict[str, Any]) -> str:
-    """A table that says what made its features."""
+    """Writes a table that records what made its features."""
     write_table(folder, rows)
     (file,) = folder.iterdir()
     fields = [{"name": "features", "metadata": metadata}]
