@@ -1,4 +1,4 @@
-"""imagevec: a Spark column of images to a column of feature vectors."""
+"""imagevec turns a Spark column of images into a column of feature vectors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from imagevec.table.provenance import provenance as provenance
     from imagevec.table.webdataset import WebDatasetSource as WebDatasetSource
 
-# Spark takes a second to import, PyTorch three: a name brings them in where it is first used.
+# Spark takes one second to import, PyTorch three, so each name is imported on first use.
 _MODULE_OF = {
     name: module
     for module, names in {

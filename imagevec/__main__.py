@@ -1,4 +1,4 @@
-"""``python -m imagevec``: the command line."""
+"""Runs the command line for ``python -m imagevec``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The user's cache: files that are named by their content, and what plans were made before.
+"""The user's cache of content-addressed files and of earlier plans.
 
-It is ``$XDG_CACHE_HOME/imagevec``, ``~/.cache/imagevec`` by default. It holds at most
-``$IMAGEVEC_CACHE_GB`` gigabytes, 5 by default: of more, what was used longest ago is deleted, but
-for what this process uses. ``imagevec cache`` lists and empties it.
+The cache is in ``$XDG_CACHE_HOME/imagevec``, by default ``~/.cache/imagevec``. It is limited to
+``$IMAGEVEC_CACHE_GB`` gigabytes, by default 5. Above the limit, the least recently used entries are
+deleted, except those that this process uses. ``imagevec cache`` lists and clears the cache.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from imagevec.files import PREFIX, digest_of, verified
 
 LIMIT_VARIABLE = "IMAGEVEC_CACHE_GB"
 _DEFAULT_GB = 5.0
-_STALE_SECONDS = 24 * 3600  # of a temporary folder whose process has died
+_STALE_SECONDS = 24 * 3600  # age at which a temporary folder is considered abandoned
 
 _in_use: set[Path] = set()
 
 
 class Entry(NamedTuple):
-    """A file or folder of the cache.
+    """A file or folder in the cache.
 
     Attributes:
-        path: Where it is.
-        bytes: Its size.
-        used: When it was used last, in seconds since 1970.
+        path: The path of the entry.
+        bytes: The size of the entry.
+        used: The time of the last use, in seconds since 1970.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
 
 def folder(kind: str) -> Path:
-    """The folder for ``"files"``, ``"plans"`` or ``"saved_models"``, made where it is not."""
+    """Returns the folder of a kind, ``"files"`` for example, and creates it if needed."""
     path = root() / kind
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -51,50 +51,50 @@ def folder(kind: str) -> Path:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder on the cache's file system, from which files can be renamed into it."""
+    """Yields a folder on the cache's file system, so that files can be renamed into the cache."""
     with tempfile.TemporaryDirectory(dir=folder("tmp")) as path:
         yield Path(path)
 
 
 def stored(name: str) -> Path:
-    """Where the file with this content-addressed name is, or would be."""
+    """Returns the path of the file with a content-addressed name, which may not exist."""
     return folder("files") / name
 
 
 def store(path: Path, *, move: bool = False) -> Path:
-    """The file's place in the cache, where its digest is its name.
+    """Stores a file in the cache under its digest, and returns the path there.
 
     Args:
-        path: Any file.
-        move: It is of no use elsewhere, and moved instead of copied.
+        path: The file.
+        move: Whether to move the file instead of copying it.
     """
     digest = digest_of(path)
     target = stored(f"{PREFIX}{digest}{path.suffix}")
     if not target.exists() or digest_of(target) != digest:
         with temporary_folder() as temporary:
             copy = temporary / target.name
-            # Not a link: the original may be written over.
+            # Not a link: the original may be overwritten.
             (shutil.move if move else shutil.copyfile)(path, copy)
-            copy.replace(target)  # at once: no process ever sees half of a file
+            copy.replace(target)  # atomic: no process sees a partial file
     use(target)
     trim()
     return target
 
 
 def find(digest: str) -> Path | None:
-    """The file with this SHA-256, if there is one."""
+    """Returns the file with this SHA-256, or ``None``."""
     return next(iter(folder("files").glob(f"{PREFIX}{digest}.*")), None)
 
 
 def use(path: Path) -> None:
-    """Notes that this process uses a file or folder of the cache."""
+    """Marks a file or folder of the cache as used by this process."""
     _in_use.add(path)
     with contextlib.suppress(OSError):
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 def remember(key: str, record: dict[str, Any]) -> None:
-    """Keeps a record, whose ``"files"`` are names of stored files, for ``recall``."""
+    """Saves a record for ``recall``. Its ``"files"`` are the names of stored files."""
     with temporary_folder() as temporary:
         path = temporary / "record.json"
         path.write_text(json.dumps(record, indent=1))
@@ -102,7 +102,7 @@ def remember(key: str, record: dict[str, Any]) -> None:
 
 
 def recall(key: str) -> dict[str, Any] | None:
-    """What was kept, if all of its files are here and unaltered."""
+    """Returns a saved record if all its files exist and are unaltered, else ``None``."""
     try:
         record: dict[str, Any] = json.loads(_record(key).read_text())
         for name in record["files"]:
@@ -114,7 +114,7 @@ def recall(key: str) -> dict[str, Any] | None:
 
 
 def entries() -> list[Entry]:
-    """What the cache holds, the least recently used first."""
+    """Returns the entries of the cache, least recently used first."""
     found = []
     for kind in ("files", "plans", "saved_models"):
         for path in folder(kind).iterdir():
@@ -124,19 +124,19 @@ def entries() -> list[Entry]:
 
 
 def models() -> dict[str, str]:
-    """The models of files and records, by their names, as far as remembered plans say."""
+    """Returns the model of each file and record named in a cached plan, by the entry's name."""
     found: dict[str, str] = {}
     for path in folder("plans").iterdir():
         with contextlib.suppress(OSError, ValueError, KeyError):
             stat = path.stat()
             record = json.loads(path.read_text())
-            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # to look is not to use
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # listing is not using
             found |= dict.fromkeys([path.name, *record["files"]], str(record["spec"]["model"]))
     return found
 
 
 def limit_bytes() -> int:
-    """What the cache may hold.
+    """Returns the size limit of the cache.
 
     Raises:
         OptionError: ``$IMAGEVEC_CACHE_GB`` is not a number.
@@ -149,7 +149,7 @@ def limit_bytes() -> int:
 
 
 def trim() -> None:
-    """Deletes what was used longest ago, down to the limit."""
+    """Deletes the least recently used entries until the cache is within its limit."""
     found = entries()
     excess = sum(entry.bytes for entry in found) - limit_bytes()
     for entry in found:
@@ -165,13 +165,13 @@ def trim() -> None:
 
 
 def clear() -> None:
-    """Deletes all of it. A job under way that has not fetched its files yet fails."""
+    """Deletes the whole cache. A running job that has not fetched its files yet fails."""
     shutil.rmtree(root(), ignore_errors=True)
     _in_use.clear()
 
 
 def root() -> Path:
-    """Where it is."""
+    """Returns the folder of the cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imagevec"
 
 

@@ -1,12 +1,12 @@
-"""Every exception that imagevec raises on purpose.
+"""The exceptions that imagevec raises.
 
 ImageVecError
 ├── OptionError (also ValueError)         a wrong option or input column
 ├── MissingExtraError (also ImportError)  an optional dependency is not installed
-├── WeightsError                          weights cannot be found, read, verified or fitted
-├── FingerprintError                      features that cannot be compared with others
-├── SerializationError                    a function captures what must not be pickled
-├── ReadError                             a file could not be read, for a reason that may pass
+├── WeightsError                          weights cannot be found, read, verified or loaded
+├── FingerprintError                      features are not comparable
+├── SerializationError                    a function captures an object that must not be pickled
+├── ReadError                             a file could not be read; a retry may succeed
 └── ImageError                            one image cannot become a feature vector
 """
 
@@ -17,19 +17,19 @@ from collections.abc import Iterable, Mapping
 
 
 class ImageVecError(Exception):
-    """The base of every exception raised by imagevec."""
+    """The base class of all exceptions that imagevec raises."""
 
 
 class OptionError(ImageVecError, ValueError):
-    """An option, or the type of an input column, is not one that imagevec accepts."""
+    """An option or the type of an input column is not valid."""
 
 
 class MissingExtraError(ImageVecError, ImportError):
-    """An optional dependency is needed and not installed.
+    """A required optional dependency is not installed.
 
     Args:
-        package: The module that could not be imported.
-        extra: The extra of imagevec that installs it.
+        package: The module that cannot be imported.
+        extra: The imagevec extra that installs it.
     """
 
     def __init__(self, package: str, extra: str) -> None:
@@ -38,32 +38,32 @@ class MissingExtraError(ImageVecError, ImportError):
         self.extra = extra
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
-        return type(self), (self.package, self.extra)  # pickled by its arguments, not its text
+        return type(self), (self.package, self.extra)  # pickle the arguments, not the message
 
 
 class WeightsError(ImageVecError):
-    """Model weights are missing, unreadable, altered, or of another model."""
+    """Model weights are missing, unreadable or altered, or belong to another model."""
 
 
 class FingerprintError(ImageVecError):
-    """Features are of another model, precision or preprocessing, or do not say of which."""
+    """Features differ in model, precision or preprocessing, or lack this information."""
 
 
 class SerializationError(ImageVecError):
-    """A function that is to run on workers captures what must not, or cannot, be pickled."""
+    """A function for workers captures an object that must not or cannot be pickled."""
 
 
 class ReadError(ImageVecError):
-    """A file could not be read, for a reason that is not the file's: the store may be down, or
-    refuse the credentials. It fails the task, so that the file is never taken for a bad image."""
+    """A file cannot be read for a reason outside the file, such as a store that is down or rejects
+    the credentials. The task fails, so that the file is never treated as a bad image."""
 
 
 class ImageError(ImageVecError):
     """One image cannot become a feature vector.
 
     Attributes:
-        code: A short stable reason to group by, a key of ``IMAGE_ERROR_CODES``.
-        detail: What was found, for a person; not stable between versions.
+        code: A short, stable reason to group by, one of the keys of ``IMAGE_ERROR_CODES``.
+        detail: A human-readable explanation, which may change between versions.
     """
 
     def __init__(self, code: str, detail: str) -> None:
@@ -76,20 +76,20 @@ class ImageError(ImageVecError):
 
 
 IMAGE_ERROR_CODES: Mapping[str, str] = {
-    "empty": "no bytes at all",
-    "unsupported_format": "not an image, or a format or pixel layout that is not accepted",
-    "too_large": "more pixels than max_pixels, by its header",
+    "empty": "the file is empty",
+    "unsupported_format": "not an image, or an unsupported format or pixel layout",
+    "too_large": "the header declares more pixels than max_pixels",
     "truncated": "the file ends before the image does",
-    "corrupt": "the file says it is an accepted format and cannot be decoded",
-    "crashed": "its decoder killed the process (with isolate=True)",
-    "timed_out": "its decoder timed out (with isolate=True)",
-    "unreadable_path": "there is no such file, or the URI is malformed or of an unknown scheme",
-    "forbidden_path": "the path or URI is under none of allowed_roots",
+    "corrupt": "the file has an accepted format but cannot be decoded",
+    "crashed": "the decoder killed its process (with isolate=True)",
+    "timed_out": "the decoder timed out (with isolate=True)",
+    "unreadable_path": "the file does not exist, or the URI is malformed or has an unknown scheme",
+    "forbidden_path": "the path or URI is not under any of allowed_roots",
 }
 
 
 def did_you_mean(value: object, choices: Iterable[str]) -> str:
-    """The end of an error message: the nearest choices to ``value``, or all where they are few."""
+    """Returns the end of an error message: the choices nearest to ``value``, or all if few."""
     known = sorted(choices)
     by_folded = {choice.casefold(): choice for choice in known}
     folded = difflib.get_close_matches(str(value).casefold(), by_folded, n=3, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Files that are named by their content, so that what a worker finds is what the driver meant."""
+"""Content-addressed files, which let a worker verify that it has the driver's file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ PREFIX = "imagevec-"
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hex digits; computed once for each version of the file."""
+    """Returns the SHA-256 of a file as 64 hex digits, computed once per version of the file."""
     stat = path.stat()
     return _digest_of_version(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
 def _digest_of_version(path: Path, size_bytes: int, modified_ns: int) -> str:
-    del size_bytes, modified_ns  # they tell versions of the file apart
+    del size_bytes, modified_ns  # they only identify the version of the file
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -28,7 +28,7 @@ def _digest_of_version(path: Path, size_bytes: int, modified_ns: int) -> str:
 
 
 def verified(path: Path) -> Path:
-    """The path of a content-addressed file, once its content is found to be what its name says.
+    """Returns the path of a content-addressed file after comparing its content with its name.
 
     Raises:
         WeightsError: The file is missing or was altered.

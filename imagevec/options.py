@@ -1,6 +1,7 @@
-"""The options, in one table: name, default, check and one line of help.
+"""The table of options: the name, default, check and one-line help of each.
 
-``Options`` types them for callers, and tests hold it, the README and the command line to the table.
+``Options`` types the options for callers. Tests compare it, the README and the command line with
+the table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
-# The backends: imagevec/engines/<name>.py. "auto" takes the first that can run the plan.
+# The backends, in imagevec/engines/<name>.py. "auto" uses the first one that can run the plan.
 ENGINES = ("openvino", "torch")
 
 DECODES = ("exact", "scaled")
@@ -32,57 +33,62 @@ class Options(TypedDict, total=False):
     """The keyword options of ``features_udf``, ``make_features_udf`` and ``ImageVectorizer``."""
 
     model: str | Path | Callable[[], nn.Module]
-    """A name of ``list_models()``, ``"timm/<name>"``, ``"open_clip/<name>"``, a zero-argument
-    factory of an ``nn.Module``, the path of a saved model, or of a ``.pt2`` file, whose loading can
-    run code that is in it: see ``imagevec.models.exported``. Default ``"resnet50"``."""
+    """A name from ``list_models()``, ``"timm/<name>"``, ``"open_clip/<name>"``, a zero-argument
+    factory that returns an ``nn.Module``, the path of a saved model, or the path of a ``.pt2``
+    file. Loading a ``.pt2`` file can run code that it contains: see ``imagevec.models.exported``.
+    Default ``"resnet50"``."""
     weights: str | Path
-    """The name of torchvision's weights or of open_clip's (a pretrained tag), a path to ``.pth``,
-    ``.pt`` or ``.safetensors``, or ``"random"`` (seeded: the same on every worker). Default
-    ``"DEFAULT"``."""
+    """The name of pretrained weights (a torchvision name or an open_clip tag), the path of a
+    ``.pth``, ``.pt`` or ``.safetensors`` file, or ``"random"`` (seeded: identical on every worker).
+    Default ``"DEFAULT"``."""
     layer: str | Sequence[str]
-    """``"pooled"`` (the input of the classifier's last linear layer), ``"logits"``, or a node of
-    ``torchvision.models.feature_extraction.get_graph_node_names``. Several, all of one forward
-    pass, give a struct with a vector a layer. Default ``"pooled"``."""
+    """``"pooled"`` (the input of the classifier's last linear layer), ``"logits"``, or a node name
+    from ``torchvision.models.feature_extraction.get_graph_node_names``. Several layers are computed
+    in one forward pass and return a struct with one vector per layer. Default ``"pooled"``."""
     normalize: bool
     """L2-normalise each vector. Default ``False``."""
     precision: Literal["float32", "bfloat16", "float16", "int8", "auto"]
-    """``"float16"`` needs CUDA; ``"int8"`` needs a saved model of ``quantize``; ``"auto"`` is
-    bfloat16 where the driver's CPU or GPU has it, else float32. Default ``"float32"``."""
+    """``"float16"`` requires CUDA; ``"int8"`` requires a saved model created by ``quantize``;
+    ``"auto"`` is bfloat16 if the driver's CPU or GPU supports it, else float32. Default
+    ``"float32"``."""
     engine: Literal["auto", "torch", "openvino"]
-    """What runs the forward pass. Default ``"auto"``: PyTorch on CUDA, and on the CPU OpenVINO if
-    it is installed."""
+    """The library that runs the forward pass. Default ``"auto"``: PyTorch on CUDA; on the CPU,
+    OpenVINO if it is installed."""
     device: str
     """``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``. Default ``"auto"``, which the driver
-    decides: CUDA where Spark assigns GPUs to tasks, or where this machine runs the tasks and has
-    one, else the CPU. Which of several GPUs is decided in the task: the one that Spark assigned,
-    else the first."""
+    resolves: CUDA if Spark assigns GPUs to tasks, or if the tasks run on this machine and it has a
+    GPU, else the CPU. With several GPUs, each task uses the one that Spark assigned to it, or else
+    the first."""
     batch_size: int | Literal["auto"]
-    """Images in one forward pass. Default ``"auto"``."""
+    """Number of images per forward pass. Default ``"auto"``."""
     max_pixels: int
-    """A larger image is an error row, by its header. Default 89,478,485, which is Pillow's."""
+    """The largest accepted image, in pixels, checked in the header. Larger images become error
+    rows. Default 89,478,485, the same as Pillow's."""
     formats: str | Sequence[str]
-    """The formats that are decoded; all others are error rows. Default ``FORMATS``."""
+    """The accepted image formats. Images in other formats become error rows. Default
+    ``FORMATS``."""
     allowed_roots: str | Sequence[str]
-    """Where paths in the input column may lead: absolute folders and prefixes of URIs, such as
-    ``"s3://bucket/photos"`` or ``"s3://"``. Default ``()``: anywhere that the worker can read."""
+    """Absolute folders and URI prefixes, such as ``"s3://bucket/photos"`` or ``"s3://"``, under
+    which paths in the input column may be read. Default ``()``: any path that the worker can
+    read."""
     read_timeout_seconds: int
-    """A read of a path that fails is tried again, with longer and longer pauses. After this time it
-    fails the task instead. It does not concern files that do not exist: these are error rows at
-    once. Default 120."""
+    """How long a failed read is retried, with increasing pauses, before it fails the task. A file
+    that does not exist is not retried: it becomes an error row immediately. Default 120."""
     decode: Literal["exact", "scaled"]
     """``"scaled"`` decodes JPEGs at the smallest scale that keeps twice ``resize_size``, which is
-    faster for large ones. Default ``"exact"``."""
+    faster for large images. Default ``"exact"``."""
     on_error: Literal["null", "raise"]
-    """A bad image gives a null, or fails the query with its reason. Default ``"null"``."""
+    """``"null"`` returns a null for a bad image; ``"raise"`` fails the query with the reason.
+    Default ``"null"``."""
     isolate: bool
-    """Decode in child processes, so that an image that crashes or hangs its decoder is an error
-    row too. It costs some 100 MB for each decoding thread of a worker, and a second at its start.
-    Default ``False``."""
+    """Decode in child processes, so that an image that crashes or hangs the decoder becomes an
+    error row. Costs about 100 MB per decoding thread of a worker, and a second when a worker
+    starts. Default ``False``."""
     output: Literal["array", "struct"]
     """``array<float>``, or ``struct<features: array<float>, error: string, width: int,
-    height: int>``. With several layers, ``struct<<layer>: array<float>, ...>`` takes the place of
-    ``array<float>``; it is never null itself, since no pandas UDF can return a null struct: where
-    there is no image, each of its fields is. Default ``"array"``."""
+    height: int>``. With several layers, ``struct<<layer>: array<float>, ...>`` replaces
+    ``array<float>``. A pandas UDF cannot return a null struct, so without an image every field of
+    this struct is null instead. Default ``"array"``."""
 
 
 class TextOptions(TypedDict, total=False):
@@ -94,7 +100,7 @@ class TextOptions(TypedDict, total=False):
     engine: Literal["auto", "torch", "openvino"]
     device: str
     batch_size: int | Literal["auto"]
-    """Texts in one forward pass."""
+    """Number of texts per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,12 @@ class Option:
     """One row of the table.
 
     Attributes:
-        name: As in ``Options``.
-        default: Its value where none is given.
-        kind: What sort of value it is: ML Params and command-line arguments follow from it.
-        check: The value as it is used, or an ``OptionError``.
-        help: One line for a person.
-        choices: Its values, if ``kind`` is ``"choice"``.
+        name: The key in ``Options``.
+        default: The value of an omitted option.
+        kind: The kind of value, which determines the ML Param and the command-line argument.
+        check: A function that returns the normalised value or raises ``OptionError``.
+        help: A one-line description for users.
+        choices: The accepted values if ``kind`` is ``"choice"``.
     """
 
     name: str
@@ -121,14 +127,14 @@ class Option:
 
     @property
     def described(self) -> str:
-        """The help with the choices."""
+        """The help, followed by the choices."""
         if not self.choices:
             return self.help
         return f"{self.help}: {', '.join(self.choices[:-1])} or {self.choices[-1]}"
 
 
 def check_choice(option: str, value: object, choices: Sequence[str]) -> None:
-    """Raises ``OptionError`` with the nearest choices if ``value`` is none of them."""
+    """Raises ``OptionError`` with the nearest choices if ``value`` is not one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise OptionError(f"{option}={value!r} is not known: {did_you_mean(value, choices)}")
 
@@ -148,7 +154,7 @@ def check_bool(option: str, value: object) -> None:
 def _model(option: Option, value: Any) -> Any:
     if not (isinstance(value, str | Path) or callable(value)):
         raise OptionError(
-            f"{option.name}={value!r} is not valid: give a name or a zero-argument factory"
+            f"{option.name}={value!r} is not valid: use a name or a zero-argument factory"
         )
     return value
 
@@ -163,7 +169,7 @@ def _weights(option: Option, value: Any) -> str:
 
 
 def _layer(option: Option, value: Any) -> str | tuple[str, ...]:
-    """One name as it is, several as a tuple. Whether there are such layers is for the model."""
+    """Returns one name unchanged, several as a tuple. The model checks whether they exist."""
     if isinstance(value, str):
         return value
     if (
@@ -172,11 +178,11 @@ def _layer(option: Option, value: Any) -> str | tuple[str, ...]:
         or not all(isinstance(name, str) for name in value)
     ):
         raise OptionError(
-            f"{option.name}={value!r} is not valid: give names, ('layer3', 'pooled') for example"
+            f"{option.name}={value!r} is not valid: use names, for example ('layer3', 'pooled')"
         )
     for name in value:
         if value.count(name) > 1:
-            raise OptionError(f"{option.name}={value!r} is not valid: give {name!r} once")
+            raise OptionError(f"{option.name}={value!r} is not valid: list {name!r} only once")
     return tuple(value)
 
 
@@ -212,7 +218,7 @@ def _names(option: Option, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-        raise OptionError(f"{option.name}={value!r} is not valid: give a list of strings")
+        raise OptionError(f"{option.name}={value!r} is not valid: use a list of strings")
     return tuple(value)
 
 
@@ -239,7 +245,7 @@ OPTIONS = (
         "resnet50",
         "model",
         _model,
-        "a model's name, timm/<name>, open_clip/<name>, a factory, the folder of a saved model, "
+        "a model name, timm/<name>, open_clip/<name>, a factory, the folder of a saved model, "
         "or a .pt2 file",
     ),
     Option(
@@ -247,55 +253,55 @@ OPTIONS = (
         "DEFAULT",
         "path",
         _weights,
-        "the name of pretrained weights, a .pth, .pt or .safetensors file, or random",
+        "a weights name, a .pth, .pt or .safetensors file, or random",
     ),
     Option(
         "layer",
         "pooled",
         "layer",
         _layer,
-        "pooled, logits, or the name of a node of the model; several give a struct",
+        "pooled, logits, or a node name; several layers return a struct",
     ),
-    Option("normalize", False, "flag", _flag, "give each vector length 1"),
+    Option("normalize", False, "flag", _flag, "scale each vector to length 1"),
     Option(
         "precision",
         "float32",
         "choice",
         _choice,
-        "the arithmetic of the forward pass",
+        "arithmetic precision of the forward pass",
         (*PRECISIONS, "auto"),
     ),
-    Option("engine", "auto", "choice", _choice, "what runs the forward pass", ("auto", *ENGINES)),
+    Option("engine", "auto", "choice", _choice, "library of the forward pass", ("auto", *ENGINES)),
     Option("device", "auto", "text", _device, "cpu, cuda, cuda:N, or auto"),
-    Option("batch_size", "auto", "auto_or_count", _auto_or_count, "images in one forward pass"),
+    Option("batch_size", "auto", "auto_or_count", _auto_or_count, "images per forward pass"),
     Option(
         "max_pixels",
         89_478_485,  # Pillow's
         "count",
         _count,
-        "a larger image is a bad image, by its header",
+        "treat larger images as bad images, judged by their headers",
     ),
-    Option("formats", FORMATS, "names", _formats, "the formats that are decoded"),
+    Option("formats", FORMATS, "names", _formats, "formats to accept"),
     Option(
         "allowed_roots",
         (),
         "names",
         _roots,
-        "folders and prefixes of URIs under which paths are read; by default anywhere",
+        "folders and URI prefixes under which paths may be read; by default anywhere",
     ),
     Option(
         "read_timeout_seconds",
         120,
         "count",
         _count,
-        "how long a read of a path is tried again before it fails the task",
+        "how long to retry a failed read before the task fails",
     ),
     Option(
         "decode",
         "exact",
         "choice",
         _choice,
-        "scaled decodes large JPEGs at a fraction of their size",
+        "scaled decodes large JPEGs at a reduced size",
         DECODES,
     ),
     Option(
@@ -303,7 +309,7 @@ OPTIONS = (
         "null",
         "choice",
         _choice,
-        "whether a bad image gives a null or fails the query",
+        "whether a bad image returns a null or fails the query",
         ("null", "raise"),
     ),
     Option("isolate", False, "flag", _flag, "decode in child processes"),
@@ -312,7 +318,7 @@ OPTIONS = (
         "array",
         "choice",
         _choice,
-        "whether a row is a vector, or a struct with its error and size",
+        "whether a row is a vector, or a struct with the error and the image size",
         ("array", "struct"),
     ),
 )
@@ -323,14 +329,14 @@ DEFAULTS = cast(Options, {option.name: option.default for option in OPTIONS})
 
 
 def checked(options: Mapping[str, Any], known: Collection[str] = _BY_NAME.keys()) -> dict[str, Any]:
-    """The given options as they are used, without those that are not given.
+    """Returns the checked and normalised values of the given options only.
 
     Args:
-        options: By name.
-        known: The names that are accepted.
+        options: Values by option name.
+        known: The accepted names.
 
     Raises:
-        OptionError: A name is unknown or a value is wrong; the message has the nearest valid ones.
+        OptionError: A name or a value is not valid. The message lists the nearest valid ones.
     """
     for name in options.keys() - known:
         raise OptionError(f"the option {name!r} is not known: {did_you_mean(name, known)}")

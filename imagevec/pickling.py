@@ -1,9 +1,9 @@
-"""The serialization guard: what a function would take along when Spark pickles it, and what hurts.
+"""The serialization guard: finds captured objects that Spark should not pickle with a function.
 
-Spark pickles a UDF with all that it captures, by closure, by ``self``, or by the globals it names.
-A captured SparkSession fails there with CONTEXT_ONLY_VALID_ON_DRIVER (SPARK-5063), and a captured
-model is copied into every task. This module finds such objects before a job starts and names the
-way to them. It imports nothing of Spark's: objects are known by their classes' names.
+Spark pickles a UDF with everything it captures through its closure, ``self`` or global names. A
+captured SparkSession then fails with CONTEXT_ONLY_VALID_ON_DRIVER (SPARK-5063), and a captured
+model is copied into every task. This module finds such objects before a job starts and reports the
+path to each. It does not import Spark: it recognises objects by the names of their classes.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition, 
 
 @dataclass(frozen=True)
 class CapturedObject:
-    """An object that must not be pickled.
+    """A captured object that must not be pickled.
 
     Attributes:
-        path: The way to it, ``"factory.__closure__[0] -> self.spark"`` for example.
-        kind: What it is, ``"SparkSession"`` for example.
-        fix: What to do.
+        path: The path to the object, for example ``"factory.__closure__[0] -> self.spark"``.
+        kind: The kind of object, for example ``"SparkSession"``.
+        fix: The recommended fix.
     """
 
     path: str
@@ -67,13 +67,13 @@ class CapturedObject:
 
 @dataclass(frozen=True)
 class PickleReport:
-    """What pickling a function comes to.
+    """The result of ``explain_pickle``.
 
     Attributes:
-        size_bytes: Of the pickle; ``None`` if it cannot be pickled.
-        problems: Captured objects that must not be.
-        parts: The pickled sizes in bytes of what is captured, by path, the largest first.
-        error: Why it cannot be pickled, in the pickler's words; ``None`` if it can.
+        size_bytes: The size of the pickle; ``None`` if the function cannot be pickled.
+        problems: The captured objects that must not be pickled.
+        parts: The pickled sizes of the captured objects in bytes, by path, largest first.
+        error: The pickler's error; ``None`` if the function can be pickled.
     """
 
     size_bytes: int | None
@@ -90,13 +90,13 @@ class PickleReport:
 
 
 def explain_pickle(function: Callable[..., object], name: str = "fn") -> PickleReport:
-    """Says what Spark would pickle with a function, and what of it would fail or hurt.
+    """Reports what Spark would pickle with a function, and which captured objects are problems.
 
         print(imagevec.explain_pickle(my_udf_function))
 
     Args:
-        function: What is to run on workers: a function, a method, a callable object.
-        name: What the paths of the report begin with.
+        function: A function, method or callable object that is to run on workers.
+        name: The first part of the paths in the report.
     """
     found = list(_walk(function, name, {}, 0))
     problems = tuple(
@@ -112,10 +112,11 @@ def explain_pickle(function: Callable[..., object], name: str = "fn") -> PickleR
 
 
 def check_pickle(function: Callable[..., object]) -> None:
-    """Refuses a function that captures what must not be pickled; warns of one over 1 MB.
+    """Checks that a function can be pickled, and logs a warning if the pickle exceeds 1 MB.
 
     Raises:
-        SerializationError: The message names the way to each such object, and the fix.
+        SerializationError: The function captures objects that must not be pickled. The message
+            gives the path to each of them and the fix.
     """
     name = getattr(function, "__name__", "factory").replace("<lambda>", "factory")
     report = explain_pickle(function, name)
@@ -126,7 +127,7 @@ def check_pickle(function: Callable[..., object]) -> None:
     if report.size_bytes > _LARGE_BYTES:
         parts = ", ".join(f"{path} {size:,}" for path, size in list(report.parts.items())[:3])
         logger.warning(
-            "%s takes %s bytes to every task; its largest parts: %s. Load them in the function",
+            "%s adds %s bytes to every task; its largest parts: %s. Load them in the function",
             name,
             f"{report.size_bytes:,}",
             parts or name,
@@ -136,10 +137,10 @@ def check_pickle(function: Callable[..., object]) -> None:
 def _walk(
     value: Any, path: str, seen: dict[int, Any], depth: int
 ) -> Iterator[tuple[str, Any, str | None]]:
-    """Yields ``(path, object, kind)`` of what is captured; ``kind`` is None if it may be."""
+    """Yields ``(path, object, kind)`` per captured object; ``kind`` is None if it is allowed."""
     if id(value) in seen or depth > _MAX_DEPTH:
         return
-    seen[id(value)] = value  # kept, so that its id is not given to another object
+    seen[id(value)] = value  # kept alive, so that its id is not reused
     kind = forbidden_kind(value)
     if kind is not None:
         yield path, value, kind
@@ -181,7 +182,7 @@ def _children(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _pickles_itself(value: Any) -> bool:
-    """Whether a class says how it is pickled, as loggers do by their names, and that works."""
+    """Returns whether a class defines its own pickling, as loggers do, and it succeeds."""
     hooks = ("__reduce__", "__reduce_ex__", "__getstate__")
     custom = any(
         getattr(type(value), hook, None) is not getattr(object, hook, None) for hook in hooks
@@ -194,7 +195,7 @@ def captured_by(function: types.FunctionType, path: str) -> Iterator[tuple[str, 
     for i, (name, cell) in enumerate(zip(names, function.__closure__ or (), strict=True)):
         try:
             yield f"{path}.__closure__[{i}] -> {name}", cell.cell_contents
-        except ValueError:  # a variable that is not assigned yet
+        except ValueError:  # a variable that has not been assigned yet
             continue
     for name in sorted(_global_names(function.__code__) & function.__globals__.keys()):
         yield f"{path}.__globals__[{name!r}]", function.__globals__[name]
@@ -213,7 +214,7 @@ def _global_names(code: types.CodeType) -> set[str]:
 
 
 def _is_importable(value: Any) -> bool:
-    """Whether a function or class is pickled by its name alone, as cloudpickle decides."""
+    """Returns whether cloudpickle pickles a function or class by name only."""
     if value.__module__ in (None, "__main__") or "<locals>" in value.__qualname__:
         return False
     try:
@@ -226,7 +227,7 @@ def _is_importable(value: Any) -> bool:
 
 
 def forbidden_kind(value: Any) -> str | None:
-    """What it is, if it must not be pickled: a key of ``_FIXES``."""
+    """Returns the key in ``_FIXES`` of an object that must not be pickled, else ``None``."""
     for base in type(value).__mro__:
         if base.__module__.startswith("pyspark.") and base.__name__ in _SPARK_CLASSES:
             return base.__name__

@@ -1,7 +1,7 @@
-"""Options to a ``Plan``, on the driver: all that a worker needs to build its engine.
+"""Turns options into a ``Plan`` on the driver: everything that a worker needs to build its engine.
 
-A plan is remembered, in this process and in the user's cache, so that the same options cost
-milliseconds the next time: neither a model is built nor PyTorch imported for one that is known.
+Plans are cached in this process and in the user's cache. For options that were planned before,
+planning takes milliseconds: it builds no model and does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MAX_PLANS = 32  # that this process remembers
+_MAX_PLANS = 32  # cached in this process
 
 _plans: dict[Any, Plan] = {}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to compute features: a few KB, whatever the model. It is what travels to workers.
+    """How to compute features. It is sent to workers and takes a few KB for any model.
 
     Attributes:
-        spec: What to compute.
-        execution: How; its ``device`` is ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-        backend: What runs the forward pass, one of ``imagevec.options.ENGINES``.
+        spec: The features to compute.
+        execution: How to compute them; ``device`` is ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        backend: The library that runs the forward pass, one of ``imagevec.options.ENGINES``.
         files: The names of the content-addressed files that workers need.
-        source: What builds the model, for a backend whose workers do.
-        content: What tells two modules apart whose spec is the same, of factories.
+        source: The model source, if the backend's workers build the model.
+        content: A digest that distinguishes factories whose specs are equal.
     """
 
     spec: FeatureSpec
@@ -62,27 +62,27 @@ class Plan:
 
     @property
     def engine_files(self) -> tuple[str, ...]:
-        """Those of ``files`` that the backend prepared, in order."""
+        """The names in ``files`` that the backend prepared, in order."""
         return tuple(name for name in self.files if name not in self.spec.preprocessing.files)
 
     @property
     def key(self) -> str:
-        """Equal for two plans if and only if one engine serves both."""
+        """A digest that is equal for two plans if and only if they can share an engine."""
         return _digest(self.spec.to_json(), self.backend, self.files, self.content)
 
 
 def make_plan(*, gpus: bool | None = None, texts: bool = False, **options: Unpack[Options]) -> Plan:
-    """Checks all options and decides what ``"auto"`` and ``"DEFAULT"`` mean.
+    """Checks all options and resolves ``"auto"`` and ``"DEFAULT"``.
 
     Args:
-        gpus: Whether the tasks have GPUs, which counts for ``device="auto"``; ``None`` if they run
-            on this machine, where it can be seen.
-        texts: Whether the plan is of the text tower that belongs to the model.
+        gpus: Whether the tasks have GPUs, used for ``device="auto"``; ``None`` if the tasks run on
+            this machine, which is then checked for a GPU.
+        texts: Whether to plan for the model's text tower.
         **options: See ``imagevec.options.Options``.
 
     Raises:
-        OptionError: An option is wrong; the message names the nearest valid choice.
-        WeightsError: The weights cannot be had, or do not fit the model.
+        OptionError: An option is not valid. The message lists the nearest valid choices.
+        WeightsError: The weights cannot be loaded or do not fit the model.
     """
     given = checked(options)
     key = _process_key(given, gpus, texts)
@@ -102,9 +102,9 @@ def make_plan(*, gpus: bool | None = None, texts: bool = False, **options: Unpac
 
 
 def devices(device: str, gpus: bool | None = None) -> tuple[str, ...]:
-    """What a ``device`` option may mean, the best first: here, and only here, ``"auto"`` is read.
+    """Returns the candidates for a ``device`` option, best first. Only this resolves ``"auto"``.
 
-    ``gpus`` is the one of ``make_plan``.
+    ``gpus`` is the argument of ``make_plan``.
     """
     if device != "auto":
         return (device,)
@@ -112,7 +112,7 @@ def devices(device: str, gpus: bool | None = None) -> tuple[str, ...]:
 
 
 def has_cuda() -> bool:
-    """Whether PyTorch finds a GPU here; it is imported only where a driver library is found."""
+    """Returns whether PyTorch finds a GPU. Imports PyTorch only if a driver library is found."""
     if not _has_gpu_driver():
         return False
     import torch
@@ -135,8 +135,8 @@ def _of_source(source: ModelSource, chosen: dict[str, Any], gpus: bool | None) -
     execution = ExecutionOptions.of(chosen)
     if chosen["precision"] == "int8":
         raise OptionError(
-            "precision='int8' needs a saved model: imagevec.quantize(images, model=..., "
-            "output=path) makes one, and model=path runs it"
+            "precision='int8' needs a saved model: create one with imagevec.quantize(images, "
+            "model=..., output=path), then use model=path"
         )
     model = functools.cache(functools.partial(_feature_model, source, chosen))
     for name, device in _candidates(source, chosen, gpus):
@@ -145,7 +145,7 @@ def _of_source(source: ModelSource, chosen: dict[str, Any], gpus: bool | None) -
         except _ConversionError as error:
             if chosen["engine"] != "auto":
                 raise OptionError(str(error)) from error.__cause__
-            logger.warning("%s; another engine runs it", error)
+            logger.warning("%s; using another engine", error)
             continue
         precision = chosen["precision"]
         if precision == "auto":
@@ -161,16 +161,16 @@ def _of_source(source: ModelSource, chosen: dict[str, Any], gpus: bool | None) -
 def _candidates(
     source: ModelSource, chosen: dict[str, Any], gpus: bool | None
 ) -> Iterator[tuple[str, str]]:
-    """Backends and devices that can run what is chosen, the best first.
+    """Yields the backends and devices that can run the chosen options, best first.
 
     Raises:
-        OptionError: None can; the message is the reason of the last.
+        OptionError: There are none. The message is the last backend's reason.
     """
     engine = chosen["engine"]
     precision = "float32" if chosen["precision"] == "auto" else chosen["precision"]
     if engine != "auto" and engine not in source.backends:
         raise OptionError(
-            f"{engine} does not run {chosen['model']}: "
+            f"{engine} cannot run {chosen['model']}: "
             f"use engine={' or '.join(map(repr, source.backends))}"
         )
     reasons = []
@@ -192,7 +192,7 @@ def _candidates(
 @functools.cache
 def _warn_once_that_it_is_missing(name: str) -> None:
     logger.warning(
-        "%s is not installed, another engine computes, which is slower on the CPU: "
+        "%s is not installed; using another engine, which is slower on the CPU: "
         "pip install 'imagevec[%s]'",
         name,
         name,
@@ -200,20 +200,20 @@ def _warn_once_that_it_is_missing(name: str) -> None:
 
 
 class _ConversionError(Exception):
-    """A backend failed at a model that it should be able to run."""
+    """A backend failed to convert a model that it should support."""
 
 
 def _prepared(
     source: ModelSource, chosen: dict[str, Any], name: str, get_model: Callable[[], FeatureModel]
 ) -> Plan:
-    """A plan in float32, from the cache if it was made before: then no model is built.
+    """Returns a float32 plan. If it is cached, no model is built.
 
     Raises:
         _ConversionError: The backend cannot prepare the model.
     """
     parts = [chosen[option] for option in ("layer", "normalize")]
     parts += [name, backend(name).version(), __version__, *map(_version, source.libraries)]
-    parts += [type(source).__name__]  # of two towers of one model
+    parts += [type(source).__name__]  # distinguishes the two towers of one model
     content = ""
     if source.identity == "name":
         key = _digest(source.name, _weights_key(source, chosen["weights"]), *parts)
@@ -240,7 +240,7 @@ def _prepared_files(name: str, model: FeatureModel) -> tuple[str, ...]:
         return tuple(path.name for path in backend(name).prepare(model))
     except ImageVecError:
         raise
-    except Exception as error:  # converters and torch.jit raise whatever comes up
+    except Exception as error:  # converters and torch.jit raise arbitrary exceptions
         raise _ConversionError(f"{name} cannot convert {model.source.name!r}: {error}") from error
 
 
@@ -256,9 +256,9 @@ def _of_saved_model(folder: Path, given: dict[str, Any], gpus: bool | None) -> P
     for name in ("layer", "normalize", "precision"):
         value = getattr(saved.spec, name)
         if given.get(name, value) not in (value, "auto"):
-            raise OptionError(f"{name}={given[name]!r} is not valid: {folder} has {value!r}")
+            raise OptionError(f"{name}={given[name]!r} is not valid: {folder} uses {value!r}")
     if "weights" in given:
-        raise OptionError(f"weights={given['weights']!r} is not valid: {folder} has its own")
+        raise OptionError(f"weights={given['weights']!r} is not valid: {folder} contains weights")
     chosen = {**checked(DEFAULTS), **given}
     runs_on = [
         device
@@ -269,8 +269,8 @@ def _of_saved_model(folder: Path, given: dict[str, Any], gpus: bool | None) -> P
     usable = [device for device in wanted if device.partition(":")[0] in runs_on]
     if chosen["engine"] not in ("auto", saved.backend) or not usable:
         raise OptionError(
-            f"{folder} runs with engine={saved.backend!r} and "
-            f"device={' or '.join(map(repr, runs_on))} alone"
+            f"{folder} only runs with engine={saved.backend!r} and "
+            f"device={' or '.join(map(repr, runs_on))}"
         )
     spec = saved.spec
     if "decode" in given:
@@ -289,7 +289,7 @@ def _with(spec: FeatureSpec, precision: str, decode: Any) -> FeatureSpec:
 
 
 def _weights_key(source: ModelSource, weights: str) -> list[str]:
-    """A name as it is, a file as its digest and those of the files that go with it."""
+    """Returns a weights name unchanged, or the digests of a file and its companion files."""
     if not weights.endswith(WEIGHTS_SUFFIXES):
         return [weights]
     path = Path(weights).expanduser()
@@ -300,7 +300,7 @@ def _weights_key(source: ModelSource, weights: str) -> list[str]:
 
 
 def _process_key(given: dict[str, Any], gpus: bool | None, texts: bool) -> Any:
-    """Equal if this process made the plan before; ``None`` if that cannot be said."""
+    """Returns the key of a plan in this process, or ``None`` if the options are not hashable."""
     model = given.get("model", DEFAULTS["model"])
     files = [_version_of_file(path) for path in (model, given.get("weights"))]
     spec_file = _version_of_file(Path(model) / saved_model.SPEC_FILE) if _is_path(model) else None

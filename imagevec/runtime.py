@@ -1,8 +1,8 @@
-"""A ``Plan`` on a worker: its device, its schedule, and its engine, which this process keeps.
+"""Turns a ``Plan`` on a worker into a device, a schedule and an engine, and caches the engine.
 
-Spark keeps Python workers alive between tasks (``spark.python.worker.reuse``, its default), so an
-engine is built once in a process and then serves every task, query and re-created UDF with the same
-plan. A worker that idles for a minute is ended by Spark, and its engines with it.
+Spark keeps Python workers alive between tasks (``spark.python.worker.reuse``, on by default), so a
+process builds an engine once and reuses it for every task, query and re-created UDF with the same
+plan. Spark ends a worker that is idle for a minute, together with its engines.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def get_engine(
     threads: int,
     when_built: Callable[[], None] = lambda: None,
 ) -> Engine:
-    """This process's engine for a plan; of too many, the least recently used is dropped.
+    """Returns this process's engine for a plan, and evicts the least recently used one if needed.
 
     Args:
-        plan: What to build.
-        locate: The name of a shipped file to its path on this machine.
-        device: Where it runs: ``"cpu"`` or ``"cuda:N"``.
-        threads: Of one forward pass on the CPU.
-        when_built: Called where the engine was not there yet.
+        plan: The plan.
+        locate: A function from the name of a shipped file to its path on this machine.
+        device: The device to run on, ``"cpu"`` or ``"cuda:N"``.
+        threads: The number of threads of one forward pass on the CPU.
+        when_built: A function that is called after an engine is built.
 
     Raises:
         WeightsError: A file is missing or was altered.
@@ -65,24 +65,24 @@ def get_engine(
 
 
 def freeze_heap() -> None:
-    """Takes all objects that there are out of the garbage collector's sight.
+    """Exempts all current objects from garbage collection.
 
-    PySpark collects garbage in the worker after each task, which walks every object: with PyTorch
-    imported that takes 0.2 s. What the imports and an engine made stays as long as the process.
+    PySpark collects garbage in the worker after each task, which visits every object and takes
+    0.2 s once PyTorch is imported. The objects of the imports and the engine are never freed.
     """
     gc.collect()
     gc.freeze()
 
 
 def device_here(device: str, gpu_addresses: Sequence[str] = ()) -> str:
-    """The device that a plan means in this process: ``"cpu"`` or ``"cuda:N"``.
+    """Resolves a plan's device to ``"cpu"`` or ``"cuda:N"`` in this process.
 
     Args:
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-        gpu_addresses: The GPUs that Spark assigned to the task; ``"cuda"`` is the first one.
+        gpu_addresses: The GPUs that Spark assigned to the task; ``"cuda"`` uses the first one.
 
     Raises:
-        OptionError: The device is not here.
+        OptionError: The device is not available.
     """
     if device == "cpu":
         return device
@@ -93,14 +93,14 @@ def device_here(device: str, gpu_addresses: Sequence[str] = ()) -> str:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(device.partition(":")[2]) >= found:
         raise OptionError(
-            f"device={device!r} is not there: PyTorch finds {found} CUDA devices on this machine; "
-            "use 'cpu' or 'auto'"
+            f"device={device!r} is not available: PyTorch finds {found} CUDA devices on this "
+            "machine; use 'cpu' or 'auto'"
         )
     return device
 
 
 def threads_here() -> int:
-    """How many threads one forward pass outside of Spark takes: this process's cores."""
+    """Returns the number of threads of a forward pass outside Spark: this process's cores."""
     limit = os.environ.get("OMP_NUM_THREADS", "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return int(limit) if limit.isdigit() and int(limit) else cores or 1
@@ -116,11 +116,11 @@ def _auto_batch_size(
 
 
 def get_tokenizer(plan: Plan, locate: Callable[[str], Path]) -> Tokenizer:
-    """This process's tokenizer for a plan of texts; ``locate`` is the one of ``get_engine``.
+    """Returns this process's tokenizer for a text plan; ``locate`` is as in ``get_engine``.
 
     Raises:
-        MissingExtraError: Without the extra ``clip``.
-        WeightsError: Its vocabulary is missing or was altered.
+        MissingExtraError: The extra ``clip`` is not installed.
+        WeightsError: The vocabulary is missing or was altered.
     """
     tokenization = plan.spec.preprocessing
     assert isinstance(tokenization, Tokenization)
@@ -133,11 +133,11 @@ def get_tokenizer(plan: Plan, locate: Callable[[str], Path]) -> Tokenizer:
 
 
 def schedule(plan: Plan, device: str, task_cpus: int) -> Schedule:
-    """Never more threads at work than ``task_cpus``, but for one that only feeds a GPU.
+    """Schedules at most ``task_cpus`` busy threads, plus one that only feeds a GPU.
 
     Args:
-        plan: Its input size and batch size matter.
-        device: Where the forward pass runs: ``"cpu"`` or ``"cuda:N"``.
+        plan: The plan, for its input size and batch size.
+        device: The device of the forward pass, ``"cpu"`` or ``"cuda:N"``.
         task_cpus: ``spark.task.cpus``.
     """
     on_gpu = device != "cpu"

@@ -1,7 +1,8 @@
-"""What a feature vector is (``FeatureSpec``) and how it is computed (``ExecutionOptions``).
+"""``FeatureSpec`` defines a feature vector, ``ExecutionOptions`` how it is computed.
 
-The first fixes the numbers, the second may only change speed, limits and the form of the result.
-Both are frozen, validated when made, and small: they are what travels to Spark's workers.
+``FeatureSpec`` determines the numbers. ``ExecutionOptions`` only affects speed, limits and the form
+of the result. Both are frozen, validated on creation, and small, because they are sent to Spark's
+workers.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ METADATA_KEY = "imagevec"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """A file to float32 ``(3, crop_size, crop_size)``: decode, resize, centre crop, normalise.
+    """The steps from a file to float32 ``(3, crop_size, crop_size)``.
 
-    The defaults are the ones of torchvision's ``ImageClassification`` preset.
+    They are: decode, resize, centre crop, normalise. The defaults match torchvision's
+    ``ImageClassification`` preset.
 
     Attributes:
-        resize_size: Pixels of the shorter side after the resize, at least ``crop_size``.
-        crop_size: Pixels of each side of the centre crop: the model's ``input_size``.
-        mean: Of each RGB channel, on the 0 to 1 scale.
-        std: Of each RGB channel, on the 0 to 1 scale.
+        resize_size: The shorter side after the resize, in pixels, at least ``crop_size``.
+        crop_size: The side of the centre crop, in pixels: the model's ``input_size``.
+        mean: The mean of each RGB channel, on a scale from 0 to 1.
+        std: The standard deviation of each RGB channel, on a scale from 0 to 1.
         interpolation: ``"bilinear"`` or ``"bicubic"``, both antialiased.
-        squash: Resize to a square of ``resize_size`` instead, whatever the aspect ratio.
-        decode: ``"exact"``, or ``"scaled"``: JPEGs are decoded at the smallest scale of 1/1, 1/2,
-            1/4 and 1/8 that keeps ``min_decoded_side`` pixels of both sides.
+        squash: Whether to resize to a square of ``resize_size``, ignoring the aspect ratio.
+        decode: ``"exact"``, or ``"scaled"`` to decode JPEGs at the smallest scale of 1/1, 1/2, 1/4
+            and 1/8 that keeps ``min_decoded_side`` pixels on both sides.
     """
 
     resize_size: int = 256
@@ -47,18 +49,18 @@ class Preprocessing:
 
     @property
     def input_size(self) -> int:
-        """Pixels of each side of the model's input."""
+        """The side of the model's input, in pixels."""
         return self.crop_size
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The names of the content-addressed files that it needs."""
+        """The names of the content-addressed files that this step needs."""
         return ()
 
     @property
     def min_decoded_side(self) -> int | None:
-        """Twice the resize target: the lowest cosines to the exact path that
-        ``benchmarks/fidelity.py`` found are 0.9991 (SqueezeNet) and 0.9986 (EfficientNet-Lite0).
+        """Twice the resize target. The lowest cosines to exact decoding in
+        ``benchmarks/fidelity.py`` are 0.9991 (SqueezeNet) and 0.9986 (EfficientNet-Lite0).
         """
         return 2 * self.resize_size if self.decode == "scaled" else None
 
@@ -75,21 +77,21 @@ class Preprocessing:
         for option in ("mean", "std"):
             value = getattr(self, option)
             if not isinstance(value, tuple) or len(value) != 3:
-                raise OptionError(f"{option} is not valid: give one number a channel, R, G and B")
+                raise OptionError(f"{option} is not valid: use a tuple of 3 numbers, R, G and B")
 
 
 @dataclass(frozen=True)
 class Tokenization:
-    """A text to int32 tokens: clean, encode, cut at ``context_length``, pad.
+    """The steps from a text to int32 tokens: clean, encode, truncate to ``context_length``, pad.
 
     Attributes:
-        vocabulary: The name of a content-addressed file, of Hugging Face's ``tokenizers``.
-        clean: What is done to a text first, as open_clip does it: ``"whitespace"`` repairs mojibake
-            and HTML entities and collapses white space, ``"lower"`` also makes it lower case,
+        vocabulary: The name of a content-addressed file for Hugging Face's ``tokenizers``.
+        clean: The cleaning before encoding, as in open_clip: ``"whitespace"`` repairs mojibake and
+            HTML entities and collapses white space, ``"lower"`` also converts to lower case,
             ``"canonicalize"`` also removes punctuation.
-        words: A regular expression whose matches are encoded one by one; empty if the vocabulary
+        words: A regular expression whose matches are encoded separately; empty if the vocabulary
             splits texts itself.
-        context_length: Tokens of a text, those that mark its start and end included.
+        context_length: The number of tokens of a text, including the start and end tokens.
         zeroed: A token that is replaced by 0 after encoding.
         reads_padding: Whether vectors depend on the padding. If not, a batch is as long as its
             longest text.
@@ -104,19 +106,19 @@ class Tokenization:
 
     @property
     def input_size(self) -> int:
-        """Tokens of the model's input."""
+        """The number of tokens of the model's input."""
         return self.context_length
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The names of the content-addressed files that it needs."""
+        """The names of the content-addressed files that this step needs."""
         return (self.vocabulary,)
 
 
 def with_decode(
     preprocessing: Preprocessing | Tokenization, decode: Literal["exact", "scaled"]
 ) -> Preprocessing | Tokenization:
-    """The same with another ``decode``, which texts do not have."""
+    """Returns ``preprocessing`` with another ``decode``, or a ``Tokenization`` unchanged."""
     if isinstance(preprocessing, Tokenization):
         return preprocessing
     return dataclasses.replace(preprocessing, decode=decode)
@@ -124,17 +126,17 @@ def with_decode(
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """All that fixes the numbers of a feature vector.
+    """Everything that determines the numbers of a feature vector.
 
     Attributes:
-        model: The model's name; a factory's is ``factory:<module>.<qualname>``, a ``.pt2`` file's
-            ``pt2:<name without suffix>``.
+        model: The model's name, ``factory:<module>.<qualname>`` for a factory, or
+            ``pt2:<name without suffix>`` for a ``.pt2`` file.
         weights: ``sha256:<hex digest of the weights file>`` (the ``.pt2`` file), or ``random``.
-        layer: ``"pooled"``, ``"logits"`` or a node name; several as a tuple.
-        num_features: The length of a vector; of each layer's, in order, if there are several.
-        preprocessing: What happens to the pixels before the model, or to the texts.
-        precision: The arithmetic of the forward pass.
-        normalize: Whether each vector has length 1.
+        layer: ``"pooled"``, ``"logits"`` or a node name; a tuple for several layers.
+        num_features: The length of a vector; a tuple in layer order for several layers.
+        preprocessing: The preprocessing of images, or the tokenization of texts.
+        precision: The arithmetic precision of the forward pass.
+        normalize: Whether vectors are scaled to length 1.
     """
 
     model: str
@@ -154,18 +156,18 @@ class FeatureSpec:
 
     @property
     def layer_sizes(self) -> dict[str, int] | None:
-        """The length of each layer's vector, in order; ``None`` for one layer alone."""
+        """The length of each layer's vector, in order; ``None`` for a single layer."""
         if isinstance(self.num_features, int):
             return None
         return dict(zip(self.layer, self.num_features, strict=True))
 
     def to_json(self) -> str:
-        """The spec as JSON with sorted keys."""
+        """Returns the spec as JSON with sorted keys."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> FeatureSpec:
-        """The inverse of ``to_json``."""
+        """Builds a spec from the result of ``to_json``."""
         fields: dict[str, Any] = json.loads(text)
         pre: dict[str, Any] = fields.pop("preprocessing")
         for part, names in ((pre, ("mean", "std")), (fields, ("layer", "num_features"))):
@@ -177,19 +179,19 @@ class FeatureSpec:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits: equal for two specs if and only if their vectors are comparable."""
+        """16 hex digits, equal for two specs if and only if their vectors are comparable."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The metadata of a Spark column of such features: see ``imagevec.provenance``."""
+        """The metadata of a Spark column of these features: see ``imagevec.provenance``."""
         made_of = {**json.loads(self.to_json()), "fingerprint": self.fingerprint}
         return {METADATA_KEY: {**made_of, "imagevec": __version__}}
 
 
 @dataclass(frozen=True)
 class ExecutionOptions:
-    """How vectors are computed and handed back. ``Options`` says what each one means.
+    """How vectors are computed and returned. ``Options`` describes the fields.
 
     In a plan, ``device`` is ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
     """
@@ -206,10 +208,10 @@ class ExecutionOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> ExecutionOptions:
-        """The part of all options that is not ``FeatureSpec``'s.
+        """Selects the options that do not belong to ``FeatureSpec``.
 
         Raises:
-            OptionError: One of them is wrong.
+            OptionError: An option is not valid.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**checked({name: options[name] for name in names}))

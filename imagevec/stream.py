@@ -1,8 +1,8 @@
-"""Arrow batches of images, or of texts, to Arrow batches of feature vectors, in order, row by row.
+"""Converts Arrow batches of images or texts to Arrow batches of feature vectors, row by row.
 
-It forms its own batches for the forward pass across Arrow batches, so that neither many small ones
-nor one huge one matters. What it holds is bounded by its batch: rows are decoded as they are
-needed, and results are handed over as soon as a batch is done. It knows nothing of Spark.
+Rows keep their order. Batches for the forward pass are formed across Arrow batches, so the size of
+the Arrow batches does not matter. Memory is bounded by the batch size: rows are decoded on demand,
+and results are yielded as soon as a batch is complete. This module does not depend on Spark.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ Counts = defaultdict[str, float]
 
 _T = TypeVar("_T")
 
-_MAX_ROWS_PER_INPUT = 16  # nulls and errors may wait for a batch to fill, for each of its inputs
+_MAX_ROWS_PER_INPUT = 16  # rows with nulls and errors that may wait, per input of a batch
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How one task divides the cores that Spark gave it.
+    """How a task uses the cores that Spark assigned to it.
 
     Attributes:
-        batch_size: The largest number of images in one forward pass.
-        forward_threads: Of the forward pass, if it is on the CPU.
-        decode_threads: Images that are decoded at a time.
-        overlap: Whether the next images are decoded during the forward pass. Without, decoding and
-            the forward pass take turns, which wastes nothing if both use the same cores.
+        batch_size: The maximum number of images per forward pass.
+        forward_threads: The number of threads of a forward pass on the CPU.
+        decode_threads: The number of images that are decoded concurrently.
+        overlap: Whether to decode the next images during the forward pass. If false, decoding and
+            the forward pass alternate, which wastes nothing if both use the same cores.
     """
 
     batch_size: int
@@ -63,24 +63,24 @@ def feature_stream(
     schedule: Schedule,
     counts: Counts | None = None,
 ) -> Iterator[pd.Series | pd.DataFrame]:
-    """Yields as many rows as it takes, in the same order, in batches of other sizes.
+    """Yields one output row per input row, in order, in batches of different sizes.
 
     Args:
-        batches: Series of bytes or paths, or data frames of a struct's fields.
-        engine: The forward pass.
-        spec: Its preprocessing comes before the forward pass, its layers after.
+        batches: Series of bytes or paths, or data frames with the fields of a struct.
+        engine: The engine that runs the forward pass.
+        spec: The spec, for its preprocessing and layers.
         execution: Limits, error policy and the form of the result.
-        schedule: How much is done at a time.
-        counts: Where what is done is added up: see ``imagevec.Metrics``.
+        schedule: The batch size and the threads.
+        counts: A dictionary to which the task's counts are added: see ``imagevec.Metrics``.
 
     Yields:
-        Series of float32 ``(D,)`` arrays and nulls, or data frames of such for each layer; with
-        ``output="struct"``, data frames of ``features``, ``error``, ``width`` and ``height``.
+        Series of float32 ``(D,)`` arrays and nulls, or data frames with such a column per layer;
+        with ``output="struct"``, data frames of ``features``, ``error``, ``width`` and ``height``.
 
     Raises:
-        ImageError: The first bad image, with ``on_error="raise"``.
-        OptionError: The input is of a type that is not accepted.
-        ReadError: A path could not be read, for a reason that is not the path's.
+        ImageError: An image is bad and ``on_error="raise"``.
+        OptionError: The type of the input is not accepted.
+        ReadError: A path could not be read for a reason outside the path.
     """
     counts = defaultdict(float) if counts is None else counts
     in_column = (value for batch in batches for value in values_of(batch))
@@ -102,20 +102,20 @@ def text_stream(
     schedule: Schedule,
     counts: Counts | None = None,
 ) -> Iterator[pd.Series]:
-    """The same for texts.
+    """Yields one output row per input row, like ``feature_stream``, for texts.
 
     Args:
         batches: Series of texts and nulls.
-        engine: The forward pass.
-        tokenizer: What comes before it.
-        schedule: How much is done at a time.
-        counts: Where what is done is added up: see ``imagevec.Metrics``.
+        engine: The engine that runs the forward pass.
+        tokenizer: The model's tokenizer.
+        schedule: The batch size.
+        counts: A dictionary to which the task's counts are added: see ``imagevec.Metrics``.
 
     Yields:
         Series of float32 ``(D,)`` arrays and nulls.
 
     Raises:
-        OptionError: The input is of a type that is not text.
+        OptionError: The input contains values that are not text.
     """
     counts = defaultdict(float) if counts is None else counts
     texts = _timed((text for batch in batches for text in texts_of(batch)), counts)
@@ -170,11 +170,11 @@ def _raise_error(row: Row) -> Row:
 def _split(
     vector: npt.NDArray[np.float32], layer_sizes: dict[str, int]
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """The vectors of several layers, which come one after the other.
+    """Splits concatenated vectors of several layers.
 
     Args:
-        vector: float32 ``(D,)``, D being the sum of the sizes.
-        layer_sizes: Of ``FeatureSpec``.
+        vector: float32 ``(D,)``, where D is the sum of the sizes.
+        layer_sizes: The sizes, as in ``FeatureSpec.layer_sizes``.
     """
     ends = list(itertools.accumulate(layer_sizes.values()))
     return dict(zip(layer_sizes, np.split(vector, ends[:-1]), strict=True))
@@ -183,7 +183,7 @@ def _split(
 def _features(
     group: list[Row], engine: Engine, stack: Callable[[Any], Inputs], counts: Counts
 ) -> list[npt.NDArray[np.float32] | None]:
-    """The vector ``(D,)`` of each row that has an input."""
+    """Returns the vector ``(D,)`` of each row, or ``None`` for a row without an input."""
     inputs = [row.input for row in group if row.input is not None]
     if not inputs:
         return [None] * len(group)
@@ -208,7 +208,7 @@ def _count(group: list[Row], kind: str, counts: Counts) -> None:
 
 
 def _timed(values: Iterator[_T], counts: Counts) -> Iterator[_T]:
-    """The values; the seconds of waiting for them, for Spark or for files, are added up."""
+    """Yields the values and counts the seconds spent waiting for Spark or for files."""
     while True:
         start = time.perf_counter()
         try:

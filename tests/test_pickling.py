@@ -133,7 +133,7 @@ def test_a_large_capture_is_a_warning_with_its_largest_parts(
         return weights, labels
 
     check_pickle(factory)
-    assert "takes 2,000," in caplog.text
+    assert "adds 2,000," in caplog.text
     assert "factory.__closure__[1] -> weights 2,000," in caplog.text
     caplog.clear()
     check_pickle(tiny)

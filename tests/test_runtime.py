@@ -190,7 +190,7 @@ def test_a_gpu_that_is_not_there_is_never_replaced(device):
 
 @pytest.mark.usefixtures("two_gpus")
 def test_a_gpu_beyond_the_last_is_refused():
-    with pytest.raises(OptionError, match="device='cuda:2' is not there: PyTorch finds 2 CUDA"):
+    with pytest.raises(OptionError, match="device='cuda:2' is not available: PyTorch finds 2 CUDA"):
         device_here("cuda:2")
 
 

@@ -1,8 +1,8 @@
-"""Engines: a prepared forward pass behind one small protocol, and the backends that make them.
+"""Protocols of engines, which run forward passes, and of the backends that create them.
 
-A backend is one module of this folder, of the name that ``imagevec.options.ENGINES`` has, with the
-functions of ``Backend``. An engine takes pixels as they are after the crop, and normalises them
-itself: as uint8 they are a quarter of what float32 would move to a device.
+A backend is a module of this package with a name in ``imagevec.options.ENGINES`` and the members of
+``Backend``. An engine takes cropped uint8 pixels and normalises them itself, because transferring
+float32 pixels to a device would take four times as many bytes.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ Inputs = npt.NDArray[Any]
 
 
 class Engine(Protocol):
-    """A model, loaded and ready."""
+    """A loaded model that is ready to run."""
 
     def __call__(self, inputs: Inputs, /) -> npt.NDArray[np.float32]:
-        """Inputs, for any N >= 1, to float32 ``(N, D)``."""
+        """Computes float32 ``(N, D)`` from inputs with any N >= 1."""
 
 
 class Backend(Protocol):
-    """A library that runs forward passes. Its module imports it where it is used, not before."""
+    """A library that runs forward passes. The backend's module imports the library on first use."""
 
     BUILDS_MODULE: bool
-    """Whether workers build the model from its source, with PyTorch. Else it is in the files."""
+    """Whether workers build the model from its source with PyTorch instead of loading it."""
 
     WORKER_MEMORY_MB: int
-    """What a worker with ResNet-50 should have: more than the peak in ``benchmarks/results``."""
+    """Recommended memory of a worker with ResNet-50, above the peak in ``benchmarks/results``."""
 
     def is_available(self) -> bool:
-        """Whether it is installed; it is not imported."""
+        """Returns whether the library is installed, without importing it."""
 
     def preload(self) -> None:
-        """Imports what its workers need, before they are forked; it starts no thread."""
+        """Imports what workers need before they are forked. Starts no threads."""
 
     def version(self) -> str:
-        """Of what ``prepare`` depends on: another version prepares anew."""
+        """Returns the version that ``prepare`` depends on. Another version prepares again."""
 
     def why_not(self, precision: str, device: str) -> str | None:
-        """Why it cannot run this, for a person; ``None`` if it can.
+        """Returns a message why the backend cannot run the options, or ``None`` if it can.
 
         Args:
             precision: One of ``imagevec.options.PRECISIONS``.
@@ -60,15 +60,15 @@ class Backend(Protocol):
         """
 
     def has_bfloat16(self, device: str) -> bool:
-        """Whether this machine computes bfloat16 natively there."""
+        """Returns whether the device supports bfloat16 natively."""
 
     def prepare(self, model: FeatureModel) -> tuple[Path, ...]:
-        """On the driver: the files that an engine is loaded from, in the user's cache.
+        """Returns the files in the user's cache from which ``load`` creates an engine.
 
-        They do not depend on the precision.
+        Runs on the driver. The files do not depend on the precision.
 
         Raises:
-            OptionError: It cannot run this model.
+            OptionError: The backend cannot run this model.
         """
 
     def load(
@@ -79,17 +79,17 @@ class Backend(Protocol):
         device: str,
         threads: int,
     ) -> Engine:
-        """On the worker: the engine.
+        """Loads the engine on a worker.
 
         Args:
-            spec: What to compute.
-            source: What builds the model, with ``BUILDS_MODULE``.
-            files: What ``prepare`` made, in order.
+            spec: The features to compute.
+            source: The model source, if ``BUILDS_MODULE`` is true.
+            files: The files from ``prepare``, in order.
             device: ``"cpu"`` or ``"cuda:N"``.
-            threads: Of one forward pass on the CPU.
+            threads: The number of threads of one forward pass on the CPU.
         """
 
 
 def backend(name: str) -> Backend:
-    """The backend of a name in ``imagevec.options.ENGINES``."""
+    """Returns the backend with a name in ``imagevec.options.ENGINES``."""
     return cast(Backend, importlib.import_module(f"imagevec.engines.{name}"))

@@ -1,7 +1,7 @@
-"""The OpenVINO backend: the fastest one on x86 and Arm CPUs.
+"""The OpenVINO backend, the fastest one on x86 and Arm CPUs.
 
-A model is converted once, on the driver, into two files: ``.xml`` (the graph) and ``.bin`` (the
-weights). Workers need nothing else, neither the model's Python code nor PyTorch.
+A model is converted once on the driver into two files: ``.xml`` (the graph) and ``.bin`` (the
+weights). Workers need only these files, not the model's Python code or PyTorch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What int8 models compute outside their quantized layers.
+# int8 models compute in float32 outside their quantized layers.
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
 BUILDS_MODULE = False
@@ -41,7 +41,7 @@ WORKER_MEMORY_MB = 768
 def is_available() -> bool:
     try:
         return importlib.util.find_spec("openvino") is not None
-    except ValueError:  # it is in sys.modules, without a spec
+    except ValueError:  # openvino is in sys.modules without a spec
         return False
 
 
@@ -69,7 +69,7 @@ def has_bfloat16(device: str) -> bool:
 
 
 def prepare(model: FeatureModel) -> tuple[Path, ...]:
-    """The graph and its weights."""
+    """Returns the files of the graph and its weights."""
     converted = convert(model)
     with cache.temporary_folder() as folder:
         return tuple(cache.store(path, move=True) for path in save(converted, folder))
@@ -88,7 +88,7 @@ def load(
 
 
 def convert(model: FeatureModel) -> Any:
-    """A model as an ``openvino.Model``: ``Inputs`` to float32 ``(?, D)``."""
+    """Converts a model to an ``openvino.Model`` from ``Inputs`` to float32 ``(?, D)``."""
     import torch
 
     from imagevec.engines.torch_engine import PixelModel
@@ -103,20 +103,20 @@ def convert(model: FeatureModel) -> Any:
         shape = [-1, *example.shape[1:]]
         module = PixelModel(module, how).eval()
     with without_telemetry(), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracing warns of each shape that it takes as constant
+        warnings.simplefilter("ignore")  # tracing warns about each shape it treats as constant
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
         decoder = TorchScriptPythonDecoder(
             module,
             example_input=example,
-            # To trace a second time and compare takes longer than all the rest.
+            # Tracing again to compare takes longer than the rest of the conversion.
             trace_kwargs={"check_trace": False},
         )
         return openvino.convert_model(decoder, input=[openvino.PartialShape(shape)])
 
 
 def save(model: Any, folder: Path) -> tuple[Path, ...]:
-    """Writes an ``openvino.Model`` to two files: what ``load`` takes."""
+    """Writes an ``openvino.Model`` to the two files that ``load`` reads."""
     graph = folder / "model.xml"
     _openvino().save_model(model, graph, compress_to_fp16=False)
     return graph, graph.with_suffix(".bin")
@@ -126,9 +126,9 @@ class OpenVINOEngine:
     """A converted model, compiled for this CPU.
 
     Args:
-        model: An ``openvino.Model``: ``Inputs`` to float32 ``(?, D)``.
+        model: An ``openvino.Model`` from ``Inputs`` to float32 ``(?, D)``.
         precision: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
-        threads: Of one forward pass.
+        threads: The number of threads of one forward pass.
     """
 
     def __init__(self, model: Any, precision: str, threads: int) -> None:
@@ -141,27 +141,27 @@ class OpenVINOEngine:
                 "INFERENCE_PRECISION_HINT": _HINTS[precision],
                 "INFERENCE_NUM_THREADS": threads,
                 "NUM_STREAMS": 1,
-                # Every worker process would pin its threads to the same first cores.
+                # Otherwise, every worker process pins its threads to the same first cores.
                 "ENABLE_CPU_PINNING": False,
             },
         )
         self._request = compiled.create_infer_request()
-        self._lock = threading.Lock()  # a request runs one inference at a time
+        self._lock = threading.Lock()  # a request runs a single inference at a time
 
     def __call__(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         with self._lock:
             self._request.infer({0: inputs})
             features: npt.NDArray[np.float32] = self._request.get_output_tensor(0).data
-            return features.copy()  # the request reuses its memory
+            return features.copy()  # the request reuses the output's memory
 
 
 @contextmanager
 def without_telemetry() -> Iterator[None]:
-    """Keeps OpenVINO and NNCF from reporting their use over the network.
+    """Prevents OpenVINO and NNCF from sending telemetry over the network.
 
-    They do so when imported and when called, from a forked process, whose end also takes along
-    the driver's connection to its JVM. Both have one switch that is not a file in the user's home:
-    to run in CI.
+    Both send it from a forked process when they are imported and called. When that process exits,
+    it also closes the driver's connection to its JVM. Apart from a file in the user's home, only
+    the environment variable ``CI`` disables telemetry in both.
     """
     before = os.environ.get("CI")
     os.environ["CI"] = "true"

@@ -1,6 +1,6 @@
-"""int8: post-training quantization by NNCF into a saved model, with its fidelity measured.
+"""Post-training quantization to int8 with NNCF, which creates a saved model and measures fidelity.
 
-NNCF (Neural Network Compression Framework) inserts 8-bit quantizers whose ranges come from a
+NNCF (Neural Network Compression Framework) inserts 8-bit quantizers and sets their ranges from a
 calibration sample: https://docs.openvino.ai, "Basic Quantization Flow".
 """
 
@@ -39,14 +39,14 @@ _HELD_OUT_EVERY = 5
 
 
 class QuantizationReport(NamedTuple):
-    """How near int8 vectors come to float32 ones, on images that calibration has not seen.
+    """The similarity of int8 and float32 vectors on images held out from calibration.
 
     Attributes:
-        median_cosine: Of the held-out images.
-        lowest_cosine: Of the held-out images.
-        held_out_images: How many there are.
-        calibration_images: How many set the ranges of the quantizers.
-        bad_images: How many could not be decoded.
+        median_cosine: The median cosine similarity over the held-out images.
+        lowest_cosine: The lowest cosine similarity over the held-out images.
+        held_out_images: The number of held-out images.
+        calibration_images: The number of images used for calibration.
+        bad_images: The number of images that could not be decoded.
     """
 
     median_cosine: float
@@ -66,34 +66,34 @@ def quantize(
     normalize: bool = False,
     min_median_cosine: float = 0.98,
 ) -> QuantizationReport:
-    """Quantizes a model to int8 and saves it, for ``model=output``.
+    """Quantizes a model to int8 and saves it. Use the result with ``model=output``.
 
     Args:
-        images: Paths, URIs or bytes of images like those to come, or a Spark data frame of one such
-            column. The first 320 are used; 100 or more are advised. Each fifth is held out.
-        output: The folder of the saved model, which must not exist.
+        images: Paths, URIs or bytes of representative images, or a Spark data frame with one such
+            column. The first 320 are used; at least 100 are recommended. Every fifth is held out.
+        output: The folder for the saved model, which must not exist.
         model: As in ``imagevec.options.Options``.
         weights: As in ``imagevec.options.Options``.
         layer: As in ``imagevec.options.Options``.
         normalize: As in ``imagevec.options.Options``.
-        min_median_cosine: Below it nothing is saved; -1 to 1.
+        min_median_cosine: The median cosine from -1 to 1 below which the model is not saved.
 
     Raises:
         ImageVecError: The median cosine to float32 on the held-out images is too low.
-        OptionError: An option is wrong, or fewer than 10 images can be decoded.
-        MissingExtraError: Without the extra ``quantize``.
+        OptionError: An option is not valid, or fewer than 10 images can be decoded.
+        MissingExtraError: The extra ``quantize`` is not installed.
     """
     nncf = _nncf()
     folder = Path(output)
     if folder.exists():
-        raise OptionError(f"output={str(output)!r} is not valid: it exists already")
+        raise OptionError(f"output={str(output)!r} is not valid: it already exists")
     _check_cosine(min_median_cosine)
     values = _values(images)
     options = {"model": model, "weights": weights, "layer": layer, "normalize": normalize}
     chosen = checked({**options, "decode": DEFAULTS["decode"]})
     source = find_source(chosen.pop("model"))
     if "openvino" not in source.backends:
-        raise OptionError(f"model={source.name!r} is not valid: OpenVINO does not run it")
+        raise OptionError(f"model={source.name!r} is not valid: OpenVINO cannot run it")
     exact = FeatureModel(source, **chosen)
     pixels, bad_images = _pixels(values, cast(Preprocessing, exact.preprocessing))
     held_out = pixels[::_HELD_OUT_EVERY]
@@ -117,9 +117,9 @@ def quantize(
     )
     if report.median_cosine < min_median_cosine:
         raise ImageVecError(
-            f"int8 is not saved: its median cosine to float32 is {report.median_cosine:.4f} on "
+            f"int8 model not saved: its median cosine to float32 is {report.median_cosine:.4f} on "
             f"{len(held_out)} held-out images, min_median_cosine={min_median_cosine}; "
-            "precision='bfloat16' loses less"
+            "precision='bfloat16' loses less accuracy"
         )
     with _folder_whole(folder) as unfinished:
         files = openvino.save(quantized, unfinished)
@@ -137,46 +137,46 @@ def _check_cosine(min_median_cosine: Any) -> None:
 
 
 def _values(images: Any) -> list[Value]:
-    """The first images, as they are given.
+    """Returns the first images as values.
 
     Raises:
-        OptionError: They are a single one, or a data frame of several columns.
+        OptionError: ``images`` is a single image, or a data frame with several columns.
     """
     if isinstance(images, str | bytes | Path):
-        raise OptionError(f"images={str(images)[:80]!r} is not valid: give a list of images")
+        raise OptionError(f"images={str(images)[:80]!r} is not valid: use a list of images")
     if isinstance(images, Iterable):
         given = itertools.islice(images, _MAX_IMAGES)
         return [Value(str(image) if isinstance(image, Path) else image) for image in given]
     if len(images.columns) != 1:
         raise OptionError(
-            f"images has the columns {images.columns}: give a data frame of one, "
-            "df.select('content') for example"
+            f"images has the columns {images.columns}: use a data frame with one column, "
+            "for example df.select('content')"
         )
     return [Value(row[0]) for row in images.limit(_MAX_IMAGES).collect()]
 
 
 def _pixels(values: list[Value], preprocessing: Preprocessing) -> tuple[list[Pixels], int]:
-    """The crops, uint8 ``(S, S, 3)``, of the images that can be decoded, and how many cannot."""
+    """Returns the crops of decodable images, uint8 ``(S, S, 3)``, and the number of bad images."""
     execution = ExecutionOptions.of(DEFAULTS)
     rows = [prepare(value, preprocessing, execution) for value in read_ahead(values)]
     pixels = [row.input for row in rows if row.input is not None]
     if len(pixels) < _MIN_IMAGES:
         raise OptionError(
-            f"{len(pixels)} of {len(rows)} images can be decoded: quantization needs "
-            f"{_MIN_IMAGES}, and is better with 100 or more"
+            f"only {len(pixels)} of {len(rows)} images can be decoded: quantization needs at least "
+            f"{_MIN_IMAGES}, and 100 or more are better"
         )
     return pixels, len(rows) - len(pixels)
 
 
 def _vectors(model: Any, precision: str, pixels: list[Pixels]) -> npt.NDArray[np.float32]:
-    """float32 ``(N, D)``."""
+    """Computes float32 ``(N, D)``."""
     engine = openvino.OpenVINOEngine(model, precision, threads=os.cpu_count() or 1)
     return np.concatenate([engine(image[None]) for image in pixels])
 
 
 @contextmanager
 def _folder_whole(folder: Path) -> Iterator[Path]:
-    """A folder that gets its name when all is in it."""
+    """Yields a temporary folder and renames it to ``folder`` when it is complete."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     yield unfinished
@@ -184,7 +184,7 @@ def _folder_whole(folder: Path) -> Iterator[Path]:
 
 
 def _cosines(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Row by row, ``(N, D)`` and ``(N, D)`` to ``(N,)``."""
+    """Computes the cosines of corresponding rows, ``(N, D)`` and ``(N, D)`` to ``(N,)``."""
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosines: npt.NDArray[np.float32] = np.einsum("nd,nd->n", a, b) / norms
     return cosines

@@ -1,7 +1,7 @@
-"""A saved model: a folder of ``spec.json``, which names its backend, beside the engine's files.
+"""Saved models: a folder with the engine's files and a ``spec.json`` that names the backend.
 
-``quantize`` writes it and ``model="<path>"`` reads it. The digests in ``spec.json`` detect
-corruption, not tampering.
+``quantize`` writes a saved model and ``model="<path>"`` reads it. The digests in ``spec.json``
+detect corruption, not tampering.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ SPEC_FILE = "spec.json"
 
 
 class SavedModel(NamedTuple):
-    """What a folder holds.
+    """The contents of a saved model.
 
     Attributes:
-        spec: What it computes.
-        backend: What runs it, one of ``imagevec.options.ENGINES``.
+        spec: The features that the model computes.
+        backend: The backend that runs the model, one of ``imagevec.options.ENGINES``.
         files: The files that the backend loads, in order.
     """
 
@@ -35,12 +35,12 @@ class SavedModel(NamedTuple):
 
 
 def is_saved_model(model: object) -> bool:
-    """Whether a ``model`` option is the path of a saved model."""
+    """Returns whether a ``model`` option is the path of a saved model."""
     return isinstance(model, str | Path) and (Path(model) / SPEC_FILE).is_file()
 
 
 def write(folder: Path, spec: FeatureSpec, backend: str, files: Sequence[Path]) -> None:
-    """Writes ``spec.json`` beside the files, which are in the folder."""
+    """Writes ``spec.json`` to a folder that already contains the files."""
     content = {
         "backend": backend,
         "spec": json.loads(spec.to_json()),
@@ -51,16 +51,16 @@ def write(folder: Path, spec: FeatureSpec, backend: str, files: Sequence[Path]) 
 
 
 def file_names(folder: Path) -> list[str]:
-    """The names of the files that ``spec.json`` lists, which may not be there yet."""
+    """Returns the names of the files in ``spec.json``, which may not exist yet."""
     listed = json.loads((folder / SPEC_FILE).read_text())["files"]
     return [Path(name).name for name in listed]
 
 
 def read(folder: Path) -> SavedModel:
-    """The spec, the backend and the files of a saved model.
+    """Reads and verifies a saved model.
 
     Raises:
-        WeightsError: The folder is damaged, or was altered.
+        WeightsError: The folder is damaged or was altered.
     """
     try:
         content = json.loads((folder / SPEC_FILE).read_text())
@@ -72,7 +72,7 @@ def read(folder: Path) -> SavedModel:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{folder} is not a saved model: {error!r}") from error
     if backend not in ENGINES:
-        raise WeightsError(f"{folder} is of another version: it runs with {backend!r}")
+        raise WeightsError(f"{folder} was saved by another version: it runs with {backend!r}")
     if spec.fingerprint != content.get("fingerprint"):
         raise WeightsError(f"{folder / SPEC_FILE} was altered: its fingerprint does not match")
     for path in files:
@@ -84,5 +84,5 @@ def read(folder: Path) -> SavedModel:
 
 
 def store(saved: SavedModel) -> tuple[Path, ...]:
-    """Its files in the user's cache, content-addressed, from where they are shipped."""
+    """Stores the files in the user's cache, from which they are shipped to workers."""
     return tuple(cache.store(path) for path in saved.files)

@@ -1,4 +1,4 @@
-"""The PyTorch backend, on CPU and CUDA: its workers build the model from its source."""
+"""The PyTorch backend for CPU and CUDA. Its workers build the model from its source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORKER_MEMORY_MB = 1_536
 
 
 def is_available() -> bool:
-    return True  # it is a dependency
+    return True  # PyTorch is a required dependency
 
 
 def preload() -> None:
@@ -51,7 +51,7 @@ def has_bfloat16(device: str) -> bool:
 
 
 def prepare(model: FeatureModel) -> tuple[Path, ...]:
-    """The weights file; none if the weights are random."""
+    """Returns the weights file, or nothing for random weights."""
     return (cache.store(model.weights_file),) if model.weights_file else ()
 
 
@@ -69,7 +69,7 @@ def load(
 
     assert source is not None  # BUILDS_MODULE
     if spec.precision == "bfloat16" and not has_bfloat16(device):
-        logger.warning("%s has no bfloat16 instructions: it will be slow", device)
+        logger.warning("%s has no bfloat16 instructions: bfloat16 will be slow", device)
     torch.set_num_threads(threads if device == "cpu" else 1)
     model = feature_module(source, spec, files[0] if files else None)
     return TorchEngine(model, spec.preprocessing, device, spec.precision)

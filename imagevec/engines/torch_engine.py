@@ -1,4 +1,4 @@
-"""A PyTorch module that takes pixels, and the engine that runs one."""
+"""The engine of the PyTorch backend, and a PyTorch module that takes pixels."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 class TorchEngine:
-    """Runs a feature model eagerly: inference mode, batch norms folded, channels_last, autocast.
+    """Runs a feature model eagerly in inference mode, with folded batch norms and channels_last.
 
-    On CUDA, pixels go through pinned memory. A batch that does not fit into the device's memory is
-    halved until it does, and later batches are cut to what did.
+    Lower precisions use autocast. On CUDA, inputs are copied through pinned memory. A batch that
+    does not fit in the device's memory is halved until it fits, and later batches are limited to
+    that size.
 
     Args:
-        model: float32 ``(N, 3, S, S)``, or int32 ``(N, L)``, to ``(N, D)``, in evaluation mode.
-        preprocessing: Its mean and std normalise pixels.
-        device: Where it runs.
+        model: A module from float32 ``(N, 3, S, S)`` or int32 ``(N, L)`` to ``(N, D)``, in
+            evaluation mode.
+        preprocessing: The preprocessing, whose mean and std normalise pixels.
+        device: The device to run on.
         precision: ``"float32"``, or the dtype of autocast.
     """
 
@@ -40,7 +42,7 @@ class TorchEngine:
         if isinstance(preprocessing, Preprocessing):
             model = PixelModel(_fold_batch_norms(model), preprocessing)
         self._model = model.eval().to(device)
-        # Convolutions alone: Module.to(memory_format=) fails on a buffer of five dimensions.
+        # Only convolutions: Module.to(memory_format=) fails on a five-dimensional buffer.
         convert_conv2d_weight_memory_format(self._model, torch.channels_last)
         self._device = torch.device(device)
         self._dtype = getattr(torch, precision)
@@ -60,10 +62,10 @@ class TorchEngine:
         except torch.OutOfMemoryError:
             if len(inputs) == 1:
                 raise
-        # Outside the handler: the exception's traceback held the tensors that did not fit.
+        # Outside the handler, because the exception's traceback keeps the tensors alive.
         torch.cuda.empty_cache()
         self._max_batch = len(inputs) // 2
-        logger.warning("%d inputs do not fit into %s: halving", len(inputs), self._device)
+        logger.warning("%d inputs do not fit in %s: halving the batch", len(inputs), self._device)
         return self._in_chunks(inputs)
 
     def _forward(self, inputs: torch.Tensor) -> npt.NDArray[np.float32]:
@@ -77,17 +79,17 @@ class TorchEngine:
 
 
 def _fold_batch_norms(model: nn.Module) -> nn.Module:
-    """The model with batch norms folded into the convolutions before them, where traceable."""
+    """Folds batch norms into the preceding convolutions if the model is traceable."""
     try:
         folded: nn.Module = optimization.fuse(model)
-    except Exception as error:  # a model's own code runs under torch.fx's tracer
-        logger.info("batch norms are not folded, torch.fx cannot trace the model: %s", error)
+    except Exception as error:  # the model's own code runs under torch.fx's tracer
+        logger.info("batch norms are not folded: torch.fx cannot trace the model: %s", error)
         return model
     return folded
 
 
 class PixelModel(nn.Module):
-    """A feature model that takes uint8 pixels, ``(N, S, S, 3) -> (N, D)``."""
+    """Wraps a feature model to take uint8 pixels, ``(N, S, S, 3) -> (N, D)``."""
 
     def __init__(self, feature_model: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -101,7 +103,7 @@ class PixelModel(nn.Module):
 
 
 def normalize(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    """uint8 ``(N, 3, S, S)`` to float32 ``(N, 3, S, S)`` on the same device."""
+    """Normalises uint8 ``(N, 3, S, S)`` to float32 ``(N, 3, S, S)`` on the same device."""
     mean = torch.tensor(preprocessing.mean, device=images.device).view(3, 1, 1)
     std = torch.tensor(preprocessing.std, device=images.device).view(3, 1, 1)
     return images.float().div_(255).sub_(mean).div_(std)

@@ -1,19 +1,17 @@
-"""Encoded bytes to uint8 RGB pixels.
+"""Decodes images to uint8 RGB pixels.
 
-All input is untrusted. The format must be on the allow-list and the size within ``max_pixels``,
-both read from the header, before a pixel is decoded; what fails is an ``ImageError``, whatever the
-decoder raised.
+All input is untrusted. Before decoding pixels, the header is checked: the format must be on the
+allow-list and the size within ``max_pixels``. Every decoder exception becomes an ``ImageError``.
 
-What a pixel becomes:
+Pixels are converted as follows:
 
 - EXIF orientation is applied.
-- CMYK, palette, grey and bilevel images become RGB as by Pillow's ``convert("RGB")``; alpha is
-  dropped as there, not blended.
-- 16 bits a channel keep the high byte, as Pillow does for 16-bit RGB. Its ``convert`` would clip
+- CMYK, palette, grey and bilevel images are converted by Pillow's ``convert("RGB")``, which drops
+  alpha without blending.
+- 16-bit channels keep the high byte, as Pillow does for 16-bit RGB. Its ``convert`` would clip
   16-bit grey at 255.
-- 32-bit integers and floats (some TIFFs) have no scale of their own: they are clipped to 0 to 255,
-  by ``convert``.
-- Of an animation or a multi-page file, the first frame is taken.
+- 32-bit integers and floats (some TIFFs) have no defined scale: ``convert`` clips them to 0 to 255.
+- Animations and multi-page files are reduced to the first frame.
 """
 
 from __future__ import annotations
@@ -48,12 +46,12 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class DecodedImage(NamedTuple):
-    """Pixels, and the size of the image that they came from.
+    """The pixels of an image, and its original size.
 
     Attributes:
-        pixels: uint8 RGB ``(H, W, 3)``, contiguous.
-        width: Of the image as displayed, in pixels.
-        height: Of the image as displayed, in pixels.
+        pixels: The pixels, uint8 RGB ``(H, W, 3)``, contiguous.
+        width: The width of the image as displayed, in pixels.
+        height: The height of the image as displayed, in pixels.
     """
 
     pixels: Pixels
@@ -68,14 +66,14 @@ def decode(
 
     Args:
         data: The bytes of an image file.
-        max_pixels: The largest width x height that is decoded. Pillow's own limit, which is of the
-            whole process, is raised to match where it is lower.
-        formats: The names of the formats that are decoded, of ``imagevec.options.FORMATS``.
-        min_side: JPEGs are decoded at the smallest of the scales 1/1, 1/2, 1/4 and 1/8 at which
-            both sides keep at least this many pixels; ``None`` decodes at 1/1.
+        max_pixels: The maximum width x height. Pillow's own limit, which applies to the whole
+            process, is raised to this value if it is lower.
+        formats: The accepted formats, from ``imagevec.options.FORMATS``.
+        min_side: The minimum length of both sides. JPEGs are decoded at the smallest scale of 1/1,
+            1/2, 1/4 and 1/8 that keeps it; ``None`` decodes at 1/1.
 
     Raises:
-        ImageError: The image is empty, of another format, too large, truncated or corrupt.
+        ImageError: The image is empty, too large, truncated, corrupt or in another format.
     """
     if not data:
         raise ImageError("empty", "0 bytes")
@@ -88,11 +86,11 @@ def decode(
     except UnidentifiedImageError as error:
         raise _unidentified(data, formats) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # Pillow's own limit strikes before the size can be asked for, and names itself.
+        # Pillow checks its own limit before the size can be read, and reports that limit.
         size = re.search(r"\d+ pixels", str(error))
         detail = f"{size[0] if size else error}, max_pixels={max_pixels}"
         raise ImageError("too_large", detail) from error
-    except Exception as error:  # decoders raise far more than OSError on hostile bytes
+    except Exception as error:  # decoders raise more than OSError on malicious bytes
         code = "truncated" if "truncated" in str(error).lower() else "corrupt"
         raise ImageError(code, f"{type(error).__name__}: {error}") from error
 
@@ -104,7 +102,7 @@ def _decode(
     width, height = image.size
     check_size(width, height, max_pixels)
     if min_side is not None:
-        image.draft(None, (min_side, min_side))  # of no effect but on JPEGs
+        image.draft(None, (min_side, min_side))  # only affects JPEGs
     is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")  # not CMYK
     pixels = _decode_jpeg(data, image) if is_plain_jpeg else None
     if pixels is None:
@@ -116,10 +114,10 @@ def _decode(
 
 
 def _decode_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
-    """uint8 RGB ``(H, W, 3)``, faster than Pillow; ``None`` if Pillow must tell what is wrong.
+    """Returns uint8 RGB ``(H, W, 3)`` faster than Pillow, or ``None`` to leave errors to Pillow.
 
-    Both run libjpeg-turbo with the same settings: pixels are the same, at every scale. ``strict``
-    leaves all that libjpeg as much as warns of to Pillow, whose verdict counts.
+    Both use libjpeg-turbo with the same settings, so the pixels are equal at every scale. The
+    default ``strict`` mode rejects every file with a libjpeg warning, and Pillow then decides.
     """
     width, height = image.size  # after ``draft``, of the scaled image
     try:
@@ -138,7 +136,7 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _rgb(image: Image.Image) -> Pixels:
-    """uint8 ``(H, W, 3)``, a copy."""
+    """Returns a copy of the pixels, uint8 ``(H, W, 3)``."""
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)  # (H, W)
         return np.repeat(grey[:, :, None], 3, axis=2)
@@ -146,7 +144,7 @@ def _rgb(image: Image.Image) -> Pixels:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; 1 where there is none or the EXIF block cannot be read."""
+    """Returns the EXIF orientation, 1 to 8; 1 if it is missing or the EXIF block is unreadable."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # broken metadata says nothing about the pixels
@@ -155,7 +153,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _apply_orientation(pixels: Pixels, orientation: int) -> Pixels:
-    """``(H, W, 3)`` as stored to ``(H, W, 3)`` or ``(W, H, 3)`` as displayed."""
+    """Converts ``(H, W, 3)`` as stored to ``(H, W, 3)`` or ``(W, H, 3)`` as displayed."""
     if orientation >= 5:  # 5 to 8 are 1, 4, 3, 2 after a transposition
         pixels = pixels.transpose(1, 0, 2)
         orientation = {5: 1, 6: 2, 7: 3, 8: 4}[orientation]

@@ -1,8 +1,8 @@
-"""Decoding in child processes, so that what kills or hangs a decoder costs one row.
+"""Decodes in child processes, so that an image that crashes or hangs a decoder costs one row.
 
-Spark retries a task whose worker died, and an image that kills the worker each time would fail the
-job in the end. A child costs some 100 MB, a second at its start, and the copying of each image to
-it and of its crop back. It imports Pillow and NumPy, and neither PyTorch nor OpenVINO.
+Spark retries a task after its worker dies, so an image that kills the worker every time fails the
+job. A child process costs about 100 MB, a second at startup, and copying each image to the child
+and its crop back. It imports Pillow and NumPy, but not PyTorch or OpenVINO.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ Prepare = Callable[[Value], Row]
 
 TIMEOUT_SECONDS = 60.0
 _START_SECONDS = 120.0
-_STARTS = 3  # of a child, before it counts as one that cannot start
+_STARTS = 3  # attempts to start a child before giving up
 
 
 def isolated(prepare: Prepare, timeout_seconds: float = TIMEOUT_SECONDS) -> Prepare:
-    """``prepare``, called in a child process of this one; each calling thread has one to itself.
+    """Wraps ``prepare`` to run in a child process. Each calling thread uses its own child.
 
-    An image whose child dies is tried once more in a fresh one before it is blamed: the child may
-    have been killed for another reason, for its memory say.
+    If a child dies, the image is retried once in a new child, because the first may have died for
+    another reason, such as its memory use.
 
     Args:
         prepare: A picklable function.
-        timeout_seconds: The child is killed when one value takes longer.
+        timeout_seconds: The time limit per value, after which the child is killed.
 
     Raises:
-        ImageVecError: A child dies at its start, again and again.
+        ImageVecError: A child repeatedly fails to start.
     """
 
     def prepare_isolated(value: Value) -> Row:
@@ -54,22 +54,22 @@ def isolated(prepare: Prepare, timeout_seconds: float = TIMEOUT_SECONDS) -> Prep
                 _end(child)
                 detail = f"not decoded after {timeout_seconds:g} seconds"
                 return Row(error=ImageError("timed_out", detail))
-            except Exception:  # of prepare's own
+            except Exception:  # raised by prepare
                 _waiting_children.put(child)
                 raise
             _waiting_children.put(child)
             return row
-        return Row(error=ImageError("crashed", "its decoder killed the process"))
+        return Row(error=ImageError("crashed", "the decoder killed its process"))
 
     return prepare_isolated
 
 
-# They outlive the task, as this process does. The last used comes first.
+# Children outlive the task, like this process. The most recently used child is reused first.
 _waiting_children: queue.LifoQueue[ProcessPoolExecutor] = queue.LifoQueue()
 
 
 def _waiting() -> ProcessPoolExecutor | None:
-    """A child that is still alive."""
+    """Returns an idle child that is still alive, or ``None``."""
     while True:
         try:
             child = _waiting_children.get_nowait()
@@ -81,8 +81,8 @@ def _waiting() -> ProcessPoolExecutor | None:
 
 
 def _started() -> ProcessPoolExecutor:
-    """A child whose imports are done, so that their time is no value's."""
-    # Not forked: a copy of other threads' locks, in whatever state, would hang.
+    """Starts a child and waits for its imports, so that they do not count as decoding time."""
+    # Not forked: a child could hang on a lock that another thread held at the fork.
     context = multiprocessing.get_context("spawn")
     for _ in range(_STARTS):
         child = ProcessPoolExecutor(1, mp_context=context, initializer=_exit_with_parent)
@@ -93,8 +93,8 @@ def _started() -> ProcessPoolExecutor:
         else:
             return child
     raise ImageVecError(
-        f"a process that decodes images did not start, {_STARTS} times in a row: "
-        "the worker may have too little memory; isolate=False does without"
+        f"a decoding process failed to start {_STARTS} times in a row: "
+        "the worker may have too little memory; isolate=False needs no such process"
     )
 
 
@@ -105,11 +105,11 @@ def _end(child: ProcessPoolExecutor) -> None:
 
 
 def _nothing() -> None:
-    """Takes as long as the child's start."""
+    """Returns once the child has started."""
 
 
 def _exit_with_parent() -> None:
-    """A parent that is killed takes its child along."""
+    """Ends this child when its parent ends, even if the parent is killed."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

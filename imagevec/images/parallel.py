@@ -1,4 +1,4 @@
-"""``map`` in threads, in order, with a bounded number of results that wait."""
+"""Ordered ``map`` functions in threads, with a bounded number of pending results."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def map_ahead(
     ahead: int,
     is_slow: Callable[[T], bool] = lambda item: True,
 ) -> Iterator[R]:
-    """Works on up to ``ahead`` items beyond the one that is taken, also while it is in use.
+    """Computes up to ``ahead`` results before they are requested, while earlier ones are in use.
 
-    An item that is not slow is not worth a thread: where none waits before it, it is done here.
+    An item that is not slow is processed in the calling thread if no earlier item is pending.
     """
-    pool = ThreadPoolExecutor(threads)  # starts no thread where nothing is slow
+    pool = ThreadPoolExecutor(threads)  # starts no threads if nothing is slow
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -42,7 +42,7 @@ def map_ahead(
 def map_in_turns(
     function: Callable[[T], R], items: Iterable[T], threads: int, turn: int
 ) -> Iterator[R]:
-    """Works on ``turn`` items at a time, and rests while they are in use."""
+    """Computes ``turn`` results at a time, and pauses while they are in use."""
     iterator = iter(items)
     with ThreadPoolExecutor(threads) as pool:
         while chunk := list(itertools.islice(iterator, turn)):

@@ -1,4 +1,4 @@
-"""One value of the input column to what the forward pass needs of it: pixels, or a reason."""
+"""Converts a value of the input column to pixels for the forward pass, or to an error."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from imagevec.images.preprocess import resize_and_crop
 from imagevec.images.values import ACCEPTED, ImageStruct, Value
 from imagevec.spec import ExecutionOptions, Preprocessing
 
-# OpenCV's type numbers, of pyspark.ml.image.ImageSchema.ocvTypes: channels of 8 unsigned bits.
+# OpenCV type numbers from pyspark.ml.image.ImageSchema.ocvTypes, with 8-bit unsigned channels.
 _CHANNELS_OF_MODE = {0: 1, 16: 3, 24: 4}
 
 
 class Row(NamedTuple):
-    """What became of one input row before the forward pass.
+    """An input row, prepared for the forward pass.
 
     Attributes:
-        input: What the forward pass takes: pixels, uint8 ``(S, S, 3)``, or the tokens of a text,
+        input: The input of the forward pass: pixels, uint8 ``(S, S, 3)``, or the tokens of a text,
             int32 ``(L,)``; ``None`` for a null or a bad image.
-        width: Of the image as displayed, in pixels.
-        height: Of the image as displayed, in pixels.
-        error: Why there is no input; ``None`` for a null.
-        path: Where a bad image is from, if the input says so.
-        decode_seconds: Spent on its pixels.
-        preprocess_seconds: Spent on its resize and crop.
+        width: The width of the image as displayed, in pixels.
+        height: The height of the image as displayed, in pixels.
+        error: The error of a bad image; ``None`` for a null.
+        path: The path of a bad image, if known.
+        decode_seconds: The time spent decoding.
+        preprocess_seconds: The time spent resizing and cropping, or tokenizing.
     """
 
     input: npt.NDArray[Any] | None = None
@@ -42,10 +42,10 @@ class Row(NamedTuple):
 
 
 def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOptions) -> Row:
-    """Decodes, resizes and crops one value; a bad image becomes a row with its error.
+    """Decodes, resizes and crops one value. A bad image becomes a row with an error.
 
     Raises:
-        OptionError: The value is of a type that is not accepted.
+        OptionError: The type of the value is not accepted.
     """
     if value.data is None:
         return Row()
@@ -67,13 +67,13 @@ def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOption
 
 
 def load(value: Value, options: ExecutionOptions, min_side: int | None = None) -> DecodedImage:
-    """Decodes one value that is not null, after ``read_ahead``.
+    """Decodes one non-null value from ``read_ahead``.
 
-    ``min_side`` is the one of ``imagevec.images.decode.decode``.
+    ``min_side`` is as in ``imagevec.images.decode.decode``.
 
     Raises:
-        ImageError: The value is no image that is accepted.
-        OptionError: The value is of a type that is not accepted.
+        ImageError: The value is not an accepted image.
+        OptionError: The type of the value is not accepted.
     """
     data = value.data
     if isinstance(data, ImageError):
@@ -81,7 +81,7 @@ def load(value: Value, options: ExecutionOptions, min_side: int | None = None) -
     if isinstance(data, ImageStruct):
         return _from_struct(data, options.max_pixels)
     if not isinstance(data, bytes | bytearray):
-        raise OptionError(f"the input column holds {type(data).__name__} values: {ACCEPTED}")
+        raise OptionError(f"the input column contains {type(data).__name__} values: {ACCEPTED}")
     return decode(
         bytes(data), max_pixels=options.max_pixels, formats=options.formats, min_side=min_side
     )

@@ -1,10 +1,10 @@
-"""uint8 pixels of any size to the model's input: antialiased resize and centre crop.
+"""Resizes uint8 pixels with antialiasing and crops the centre for the model's input.
 
-The pixels are those of torchvision's ``ImageClassification`` preset (``transforms/_presets.py``)
-on a Pillow image, but for rounding: of 200 photos 0.26 % of the values differ from Pillow's, by 1
-(0.53 % if bicubic, by 2 at most). Each axis is resized by itself, to uint8, the horizontal one
-first, since Pillow does so wherever the aspect ratio is kept. Normalisation is the engine's: as
-uint8, a batch is a quarter of float32.
+Up to rounding, the result equals torchvision's ``ImageClassification`` preset
+(``transforms/_presets.py``) on a Pillow image: over 200 photos, 0.26 % of the values differ from
+Pillow's by 1 (bicubic: 0.53 %, by at most 2). The axes are resized separately to uint8, horizontal
+first, as Pillow does when the aspect ratio is kept. The engine normalises the pixels, because a
+uint8 batch has a quarter of the size of a float32 batch.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from PIL import Image
 from imagevec.images.decode import Pixels
 from imagevec.spec import Preprocessing
 
-try:  # the Rust crate fast_image_resize: a sixth of Pillow's time
+try:  # the Rust crate fast_image_resize takes a sixth of Pillow's time
     from cykooz_resizer import rust_lib
-except ImportError:  # no wheel for this machine, Linux on Arm for example
+except ImportError:  # no wheel for this machine, for example Linux on Arm
     rust_lib = None
 
-# Above this many times the crop's pixels, Pillow does not make a resized image whole.
+# If the resized image has more than this many times the crop's pixels, Pillow only resizes a box.
 _MAX_RESIZED_RATIO = 32
 
 _U8X3 = 3
 _CONVOLUTION = 2
-_FILTERS = {"bilinear": 2, "bicubic": 3}  # numbers of cykooz_resizer.FilterType; 3 is catmull_rom
-_SUPPORT = {"bilinear": 1, "bicubic": 2}  # pixels that a filter reaches to each side, at scale 1
+_FILTERS = {"bilinear": 2, "bicubic": 3}  # cykooz_resizer.FilterType; 3 is catmull_rom
+_SUPPORT = {"bilinear": 1, "bicubic": 2}  # radius of the filter in pixels, at scale 1
 
 
 class _Geometry(NamedTuple):
-    """Where the crop is.
+    """The position of the crop in the resized image, in pixels.
 
     Attributes:
-        height: Of the whole resized image.
-        width: Of the whole resized image.
-        top: Of the crop in it.
-        left: Of the crop in it.
-        size: Of the crop's sides.
+        height: The height of the resized image.
+        width: The width of the resized image.
+        top: The top of the crop.
+        left: The left edge of the crop.
+        size: The side of the crop.
     """
 
     height: int
@@ -51,10 +51,10 @@ class _Geometry(NamedTuple):
 
 
 def resize_and_crop(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
-    """uint8 ``(H, W, 3)`` to uint8 ``(S, S, 3)``, S being ``crop_size``.
+    """Converts uint8 ``(H, W, 3)`` to uint8 ``(S, S, 3)``, where S is ``crop_size``.
 
-    Only the pixels of the crop are computed: a 3000x1 image, resized whole to a shorter side of
-    256, would take 590 MB for a crop of 224x224.
+    Only the pixels of the crop are computed: resizing a whole 3000x1 image to a shorter side of 256
+    would take 590 MB for a crop of 224x224.
     """
     geometry = _geometry(pixels.shape[0], pixels.shape[1], preprocessing)
     resize = _by_pillow if rust_lib is None else _by_cykooz
@@ -62,7 +62,7 @@ def resize_and_crop(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
 
 
 def _geometry(height: int, width: int, preprocessing: Preprocessing) -> _Geometry:
-    """Rounded as torchvision's ``Resize`` (down) and ``CenterCrop`` (to even) do."""
+    """Rounds like torchvision's ``Resize`` (down) and ``CenterCrop`` (to even)."""
     size, crop = preprocessing.resize_size, preprocessing.crop_size
     if preprocessing.squash:
         resized = (size, size)
@@ -76,12 +76,12 @@ def _geometry(height: int, width: int, preprocessing: Preprocessing) -> _Geometr
 
 def _by_cykooz(pixels: Pixels, to: _Geometry, interpolation: str) -> Pixels:
     height, width, _ = pixels.shape
-    scale_y, scale_x = height / to.height, width / to.width  # source pixels an output pixel
+    scale_y, scale_x = height / to.height, width / to.width  # source pixels per output pixel
     reach = _SUPPORT[interpolation] * max(scale_y, 1) + 1
-    first = max(0, math.floor(to.top * scale_y - reach))  # of the rows that the crop needs
+    first = max(0, math.floor(to.top * scale_y - reach))  # first row that the crop needs
     last = min(height, math.ceil((to.top + to.size) * scale_y + reach))
     rows = last - first
-    # A box of the whole width is not to be wider, by a rounding error.
+    # A rounding error must not make the box wider than the image.
     left, top = to.left * scale_x, to.top * scale_y - first
     box = (left, 0, min(to.size * scale_x, width - left), rows)
     image = _resized(
@@ -99,7 +99,7 @@ def _resized(
     new_size: tuple[int, int],
     interpolation: str,
 ) -> bytes:
-    """A box (left, top, width, height) of an image, at another (width, height)."""
+    """Resizes a box (left, top, width, height) of an image to another (width, height)."""
     rust: Any = rust_lib
     source = rust.Image(*size, _U8X3, image)
     target = rust.Image(*new_size, _U8X3, None)

@@ -1,8 +1,8 @@
-"""Paths and URIs to bytes, ahead of their turn.
+"""Reads the bytes of paths and URIs ahead of the decoder.
 
-A file that does not exist is a bad image. A file that cannot be read for any other reason is not:
-the read is tried again, and in the end it fails the task. So a null always means that another try
-would give a null, too.
+A file that does not exist is a bad image. If a file cannot be read for any other reason, the read
+is retried and finally fails the task. A null therefore always means that reading again would also
+return a null.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from imagevec.images.values import Value
 from imagevec.options import DEFAULTS
 
 _READ_THREADS = 8
-_MAX_READ_AHEAD = 16  # files that are held in memory before their turn
+_MAX_READ_AHEAD = 16  # files kept in memory before they are decoded
 
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 10.0
@@ -47,10 +47,10 @@ def read_ahead(
     allowed_roots: Sequence[str] = (),
     timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
 ) -> Iterator[Value]:
-    """The values in order, with paths replaced by what is read there, or by why it cannot be.
+    """Yields the values in order, with each path replaced by the file's bytes or by an error.
 
-    A few files are read at a time, in threads, so that slow storage overlaps decoding and the
-    forward pass. The other arguments, and what is raised, are those of ``read``.
+    Several files are read concurrently in threads, so that slow storage overlaps decoding and the
+    forward pass. The other arguments and the exceptions are those of ``read``.
     """
     read_value = functools.partial(
         _read_or_error, allowed_roots=allowed_roots, timeout_seconds=timeout_seconds
@@ -76,22 +76,23 @@ def read(
     allowed_roots: Sequence[str] = (),
     timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
 ) -> bytes:
-    """The bytes of a file: a local path, or a URI of a scheme that ``stores`` knows.
+    """Reads a file.
 
     Args:
-        path: Relative local paths are of the worker's folder.
-        allowed_roots: Folders, or prefixes of URIs (``"s3://bucket/photos"``, ``"s3://"``), outside
-            of which nothing is read; any file may be, if there are none. Symbolic links and ``..``
-            are followed before the question is asked.
-        timeout_seconds: After which a read that fails is not tried again. Between two tries there
-            are pauses, each about twice as long as the one before.
+        path: A local path, or a URI with a scheme that ``stores`` supports. Relative paths start
+            from the worker's folder.
+        allowed_roots: Folders and URI prefixes (``"s3://bucket/photos"``, ``"s3://"``) under which
+            the file must be; if empty, any file may be read. Symbolic links and ``..`` are resolved
+            before this check.
+        timeout_seconds: The time after which a failed read is no longer retried. The pause between
+            attempts roughly doubles each time.
 
     Raises:
-        ImageError: ``unreadable_path``, which another try would not change, or ``forbidden_path``.
-        ReadError: It failed for any other reason.
+        ImageError: ``forbidden_path``, or ``unreadable_path``, which a retry would not change.
+        ReadError: The read failed for another reason.
     """
     if allowed_roots and not _is_allowed(path, allowed_roots):
-        raise ImageError("forbidden_path", f"{path} is under none of allowed_roots")
+        raise ImageError("forbidden_path", f"{path} is not under any of allowed_roots")
     try:
         return retried(path, lambda: store_of(path).read(path), timeout_seconds)
     except (UnsupportedURIError, OSError, ValueError) as error:
@@ -99,52 +100,52 @@ def read(
 
 
 def retried(path: str, action: Callable[[], T], timeout_seconds: float) -> T:
-    """What an action on a path returns, tried again until it does.
+    """Calls an action on a path until it succeeds, and returns its result.
 
     Raises:
-        ReadError: It fails until the time is up, or there is no permission.
-        UnsupportedURIError, OSError, ValueError: By what the path itself is, it cannot succeed.
+        ReadError: The action failed until the timeout, or permission is denied.
+        UnsupportedURIError, OSError, ValueError: The action cannot succeed for this path.
     """
     deadline = time.monotonic() + timeout_seconds
-    answer: Exception | None = None  # the last one, which says more than that the time is up
+    answer: Exception | None = None  # the last error that is more specific than a timeout
     for tries in itertools.count(1):
         try:
             if scheme_of(path) == "file":
                 return action()
             return _within(deadline - time.monotonic(), action)
-        except Exception as error:  # of whatever type the store's library has
+        except Exception as error:  # each store's library has its own exceptions
             if _is_of_the_path(error):
                 raise
             if answer is None or not isinstance(error, _NoAnswerError):
                 answer = error
             again = min(_FIRST_PAUSE_SECONDS * 2 ** (tries - 1), _LONGEST_PAUSE_SECONDS)
-            pause = again * random.uniform(0.5, 1.5)  # not all workers at the same time
+            pause = again * random.uniform(0.5, 1.5)  # so that workers do not retry in step
             if isinstance(error, PermissionError | ImportError) or (
                 time.monotonic() + pause >= deadline
             ):
                 said = str(answer) or type(answer).__name__
                 raise ReadError(f"{path} cannot be read: {said} (tries: {tries})") from answer
         time.sleep(pause)
-    raise AssertionError("it is tried until it succeeds or fails")
+    raise AssertionError("unreachable: the loop ends by returning or raising")
 
 
 def _is_of_the_path(error: Exception) -> bool:
-    """Whether another try, elsewhere or later, would fail as well."""
+    """Returns whether a retry, on any machine and at any time, would also fail."""
     if isinstance(error, OSError) and error.errno in _OF_THE_PATH:
         return True
-    if isinstance(error, ValueError):  # a null byte, a lone surrogate, a URI that is malformed
-        # So is an answer that was cut off, or a certificate that has expired.
+    if isinstance(error, ValueError):  # a null byte, a lone surrogate, a malformed URI
+        # Truncated responses and expired certificates also raise ValueErrors.
         return not isinstance(error, json.JSONDecodeError | UnicodeDecodeError | OSError)
     not_there = FileNotFoundError | IsADirectoryError | NotADirectoryError
     return isinstance(error, not_there | UnsupportedURIError)
 
 
 class _NoAnswerError(TimeoutError):
-    """An action took longer than it may."""
+    """An action exceeded its time limit."""
 
 
 def _within(seconds: float, action: Callable[[], T]) -> T:
-    """What an action returns; it is left alone, in a thread, where that takes too long."""
+    """Runs an action in a thread and returns its result. The thread is abandoned on a timeout."""
     done: list[T] = []
     failed: list[BaseException] = []
 
@@ -168,7 +169,7 @@ def _is_allowed(path: str, allowed_roots: Sequence[str]) -> bool:
     scheme = scheme_of(path)
     if scheme != "file":
         place, _, query = _quoted(path).partition("?")
-        settings = "" if scheme in ("http", "https") else query  # an endpoint, say
+        settings = "" if scheme in ("http", "https") else query  # for example an endpoint
         roots = [_quoted(root).partition("?") for root in allowed_roots]
         same = [root for root, _, theirs in roots if theirs == settings or root.endswith("://")]
         return _is_under(place, same) and ".." not in urllib.parse.unquote(place).split("/")

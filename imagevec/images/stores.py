@@ -1,8 +1,9 @@
-"""Where files lie: on this machine, in object stores, behind HTTP. One client for each of them.
+"""File storage: local files, object stores and HTTP, with one client for each.
 
-Local files are read directly, ``s3``, ``gs`` and ``hdfs`` by Arrow's file systems, and every other
-scheme by fsspec, if it knows it. Arrow's client of Azure is not used: without credentials it ends
-the process. A client has time-outs of its own, and lives as long as the process.
+Local files are read directly, ``s3``, ``gs`` and ``hdfs`` through Arrow's file systems, and all
+other schemes through fsspec, if it supports them. Arrow's Azure client is not used, because it ends
+the process if credentials are missing. Clients have their own timeouts and live as long as the
+process.
 """
 
 from __future__ import annotations
@@ -25,27 +26,28 @@ from imagevec.errors import MissingExtraError
 CONNECT_SECONDS = 10
 REQUEST_SECONDS = 60
 
-# As Hadoop spells them, and as Arrow does.
+# Hadoop's and Arrow's spellings of schemes.
 _ARROW_SCHEMES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "hdfs": "hdfs"}
 _NEED_FSSPEC = ("http", "https", "abfs", "abfss", "wasb", "wasbs")  # fsspec itself may lack some
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
-_NOT_FOUND = (404, 410)  # of HTTP; fsspec knows the first one alone, and not everywhere
+_NOT_FOUND = (404, 410)  # HTTP statuses; fsspec only handles 404, and not everywhere
 _NO_SUCH_NAME = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 class UnsupportedURIError(Exception):
-    """A URI that is malformed, or of a scheme that nothing here knows."""
+    """A URI is malformed or has an unsupported scheme."""
 
 
 class Entry(NamedTuple):
-    """What a folder holds.
+    """An entry of a folder.
 
     Attributes:
-        path: Absolute path or URI, which can be read, or listed if it is a folder.
-        name: The last part of it.
-        kind: ``"other"`` is a pipe, a socket or a device, ``"dangling"`` a link to nothing.
-        length: Of a file, in bytes.
-        modified: When a file was, in microseconds since 1970 UTC, if the store says so.
+        path: The absolute path or URI, which can be read, or listed if it is a folder.
+        name: The last part of the path.
+        kind: ``"other"`` is a pipe, socket or device; ``"dangling"`` is a link without a target.
+        length: The length of a file, in bytes.
+        modified: The modification time of a file, in microseconds since 1970 UTC, if the store
+            provides it.
     """
 
     path: str
@@ -56,27 +58,27 @@ class Entry(NamedTuple):
 
 
 class Store(Protocol):
-    """One place of files. Its methods raise ``FileNotFoundError`` for what is not there."""
+    """A file store. Its methods raise ``FileNotFoundError`` if a path does not exist."""
 
     def read(self, path: str) -> bytes:
-        """The bytes of a file."""
+        """Returns the bytes of a file."""
 
     def open(self, path: str) -> Any:
-        """A file object, which can seek."""
+        """Opens a file and returns a seekable file object."""
 
     def entry(self, path: str) -> Entry:
-        """What a path is."""
+        """Describes a path."""
 
     def entries(self, folder: str) -> Iterator[Entry]:
-        """What a folder holds, in no particular order."""
+        """Yields the entries of a folder, in no particular order."""
 
 
 def store_of(path: str) -> Store:
-    """The store of a path or URI.
+    """Returns the store of a path or URI.
 
     Raises:
-        UnsupportedURIError: It has none.
-        ImportError: What reads its scheme is not installed.
+        UnsupportedURIError: The URI is malformed or its scheme is not supported.
+        ImportError: The package for the scheme is not installed.
     """
     scheme = scheme_of(path)
     if scheme == "file":
@@ -84,31 +86,31 @@ def store_of(path: str) -> Store:
     netloc = urllib.parse.urlsplit(path.partition("?")[0]).netloc
     if scheme in _ARROW_SCHEMES:
         query = path.partition("?")[2]
-        if not netloc and scheme != "hdfs":  # whose host Hadoop's settings may name
-            raise UnsupportedURIError(f"there is no bucket or host after {scheme}://")
+        if not netloc and scheme != "hdfs":  # Hadoop's settings may name the hdfs host
+            raise UnsupportedURIError(f"the URI has no bucket or host after {scheme}://")
         return _the_one((scheme, netloc, query), lambda: _arrow_store(scheme, netloc, query))
-    place = "" if scheme in ("http", "https") else netloc  # one client knows all of their hosts
+    place = "" if scheme in ("http", "https") else netloc  # one HTTP client serves all hosts
     return _the_one((scheme, place), lambda: _fsspec_store(scheme, f"{scheme}://{netloc}/"))
 
 
 def scheme_of(path: str) -> str:
-    """In lower case; ``file`` for a path without one, which may hold a colon."""
+    """Returns the scheme in lower case; ``file`` for a path, which may contain a colon."""
     match = _SCHEME.match(path)
     return match[1].lower() if match else "file"
 
 
 def local_path(path: str) -> str:
-    """The path of ``path``, ``file:/path`` or ``file:///path``."""
+    """Returns the local path of ``path``, ``file:/path`` or ``file:///path``."""
     rest = path[len("file:") :] if path[:5].lower() == "file:" else path
     return "/" + rest.lstrip("/") if rest.startswith("/") else rest
 
 
 def existing_path(path: str) -> str:
-    """``local_path``, unquoted if there is nothing else: the file_path of _metadata is quoted."""
+    """Returns ``local_path``, unquoted if only that exists: ``_metadata.file_path`` is quoted."""
     plain = local_path(path)
     try:
         os.stat(plain)
-    except OSError as error:  # any other one does not say that there is nothing
+    except OSError as error:  # other errors do not mean that the path does not exist
         return urllib.parse.unquote(plain) if error.errno in _NO_SUCH_NAME else plain
     return plain
 
@@ -119,7 +121,7 @@ _lock = threading.Lock()
 
 
 def _the_one(key: tuple[str, ...], make: Callable[[], Store]) -> Store:
-    """What was made for a key; one that is slow to make keeps none of the others waiting."""
+    """Returns the store of a key, made on first use. A slow one does not block other keys."""
     with _lock:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
@@ -131,7 +133,7 @@ def _the_one(key: tuple[str, ...], make: Callable[[], Store]) -> Store:
 class _LocalStore:
     def read(self, path: str) -> bytes:
         real = os.path.realpath(existing_path(path))
-        if os.path.exists(real) and not os.path.isfile(real):  # a pipe or a device would not end
+        if os.path.exists(real) and not os.path.isfile(real):  # reading a pipe might not end
             raise IsADirectoryError(f"{path}: not a file")
         return Path(real).read_bytes()
 
@@ -148,11 +150,11 @@ class _LocalStore:
                 yield self._entry(item.path)
 
     def _entry(self, path: str) -> Entry:
-        name, uri = os.path.basename(path), f"file:{path}"  # as Spark's binaryFile has it
+        name, uri = os.path.basename(path), f"file:{path}"  # as in Spark's binaryFile
         try:
             status = os.stat(path)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):  # or it was deleted just now
+            if error.errno in (errno.ENOENT, errno.ELOOP):  # or just deleted
                 return Entry(uri, name, "dangling")
             raise
         if stat.S_ISDIR(status.st_mode):
@@ -168,7 +170,7 @@ _LOCAL = _LocalStore()
 class _ArrowStore:
     def __init__(self, client: Any, prefix: str, query: str) -> None:
         self._client = client
-        self._prefix = prefix  # what stands before a path of the client to make a URI of it
+        self._prefix = prefix  # turns a path of the client into a URI
         self._query = f"?{query}" if query else ""
 
     def read(self, path: str) -> bytes:
@@ -208,7 +210,7 @@ class _ArrowStore:
 
 
 def _arrow_store(scheme: str, netloc: str, query: str) -> Store:
-    # What is no setting is of a key, whose question mark is not quoted: that would be another key.
+    # Rejects a query without settings: it belongs to a key with an unquoted question mark.
     options = dict(urllib.parse.parse_qsl(query, strict_parsing=bool(query)))
     user, _, host = netloc.rpartition("@")
     prefix = f"{scheme}://" + (f"{user}@" if user else "")
@@ -225,10 +227,10 @@ def _arrow_store(scheme: str, netloc: str, query: str) -> Store:
 
 
 def _s3(bucket: str, user: str, options: dict[str, str]) -> Any:
-    """The options are those that Arrow takes in a URI: ``region``, ``endpoint_override``, ..."""
+    """``options`` are those that Arrow accepts in a URI: ``region``, ``endpoint_override``, ..."""
     access_key, _, secret_key = (urllib.parse.unquote(part) for part in user.partition(":"))
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint and "endpoint_override" not in options:  # which Arrow reads with from_uri alone
+    if endpoint and "endpoint_override" not in options:  # Arrow only reads these in from_uri
         scheme, _, host = endpoint.rstrip("/").rpartition("://")
         options = {"scheme": scheme or "https", **options, "endpoint_override": host}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
@@ -254,7 +256,7 @@ class _FsspecStore:
             data: bytes = self._client.cat_file(self._client._strip_protocol(path))
         except Exception as error:
             if getattr(error, "status", None) in _NOT_FOUND:
-                raise FileNotFoundError(f"{path} is gone") from error
+                raise FileNotFoundError(f"{path} does not exist") from error
             raise
         return data
 
@@ -266,7 +268,7 @@ class _FsspecStore:
         try:
             info = self._client.info(path)
         except FileNotFoundError as error:
-            # That of HTTP says so of any failure, a server that is down among them.
+            # fsspec's HTTP client raises this for any failure, even if the server is down.
             failure = error.__cause__
             if failure is None or getattr(failure, "status", None) in _NOT_FOUND:
                 raise
@@ -274,16 +276,16 @@ class _FsspecStore:
         return self._entry(info, path)
 
     def entries(self, folder: str) -> Iterator[Entry]:
-        self._client.invalidate_cache()  # what was there when it was last asked
+        self._client.invalidate_cache()  # the cache holds earlier listings
         for info in self._client.ls(folder, detail=True):
             path = info["name"]
-            if "://" not in path:  # of the web it is whole; others leave the host out, say
+            if "://" not in path:  # HTTP returns whole URLs; other clients may omit the host
                 path = f"{folder.rstrip('/')}/{path.rstrip('/').rpartition('/')[2]}"
             yield self._entry(info, path)
 
     def _entry(self, info: dict[str, Any], path: str) -> Entry:
         name = path.rstrip("/").rpartition("/")[2]
-        if info["type"] == "directory" or path.endswith("/"):  # a web server takes all for files
+        if info["type"] == "directory" or path.endswith("/"):  # HTTP reports all as files
             return Entry(path, name, "folder")
         when = next(
             (info[k] for k in ("mtime", "LastModified", "last_modified") if k in info), None
@@ -306,12 +308,12 @@ def _fsspec_store(scheme: str, uri: str) -> Store:
             raise ImportError(f"{scheme}:// needs the package adlfs: pip install adlfs")
         raise UnsupportedURIError(f"the scheme {scheme}:// is not supported")
     try:
-        # Its own cache has a client for each thread.
+        # fsspec's own cache has a client per thread.
         client, _ = fsspec.core.url_to_fs(uri, skip_instance_cache=True, **_timeouts(scheme))
-    except TypeError as error:  # it wraps another one, or asks for more than a URI says
+    except TypeError as error:  # it wraps another file system, or needs more than a URI
         raise UnsupportedURIError(f"{scheme}:// cannot be read: {error}") from error
-    except (ValueError, FileNotFoundError) as error:  # of its settings, not of the path
-        raise ConnectionError(f"there is no client for {scheme}://: {error}") from error
+    except (ValueError, FileNotFoundError) as error:  # caused by settings, not by the path
+        raise ConnectionError(f"cannot create a client for {scheme}://: {error}") from error
     return _FsspecStore(client)
 
 

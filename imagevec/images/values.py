@@ -10,7 +10,7 @@ import pandas as pd
 from imagevec.errors import ImageError, OptionError
 
 IMAGE_FIELDS = ("height", "width", "nChannels", "mode", "data")
-FILE_FIELDS = ("bytes", "content")  # a struct with one of them is of files
+FILE_FIELDS = ("bytes", "content")  # one of them marks a struct that contains a file
 
 ACCEPTED = (
     "use a column of type binary (an image file's bytes) or string (a path or URI), "
@@ -19,7 +19,7 @@ ACCEPTED = (
 
 
 class ImageStruct(NamedTuple):
-    """A row of Spark's ``image`` struct: raw pixels, row by row, grey, BGR or BGRA."""
+    """A row of Spark's ``image`` struct: raw pixels in row order, grey, BGR or BGRA."""
 
     height: int
     width: int
@@ -32,9 +32,9 @@ class Value(NamedTuple):
     """A row of the input column.
 
     Attributes:
-        data: A file's bytes, the path or URI to read them from, or raw pixels; an error where they
-            could not be read; ``None`` for a null. Of another type where the column is.
-        path: Where the image is from, if the row says so.
+        data: The bytes of a file, the path or URI of a file, raw pixels, an error if the file could
+            not be read, or ``None`` for a null. Columns of other types have other values.
+        path: The path of the image, if the row contains it.
     """
 
     data: bytes | str | ImageStruct | ImageError | None
@@ -42,10 +42,10 @@ class Value(NamedTuple):
 
 
 def values_of(batch: pd.Series | pd.DataFrame) -> Iterator[Value]:
-    """The values of one Arrow batch, as Spark hands it to a pandas UDF.
+    """Yields the values of an Arrow batch, as Spark passes it to a pandas UDF.
 
     Raises:
-        OptionError: The column's type is none that is accepted.
+        OptionError: The type of the column is not accepted.
     """
     if isinstance(batch, pd.Series):
         for data in batch:
@@ -54,7 +54,7 @@ def values_of(batch: pd.Series | pd.DataFrame) -> Iterator[Value]:
         structs = zip(*(batch[field] for field in IMAGE_FIELDS), strict=True)
         for struct, path in zip(structs, _paths(batch, "origin"), strict=True):
             yield Value(None if struct[-1] is None else ImageStruct(*struct), path)
-    elif "bytes" in batch.columns:  # of Hugging Face's Parquet files
+    elif "bytes" in batch.columns:  # as in Hugging Face's Parquet files
         for data, path in zip(batch["bytes"], _paths(batch, "path"), strict=True):
             yield Value(path if data is None else data, path)
     elif "content" in batch.columns:

@@ -1,7 +1,7 @@
-"""A digest of what a module computes, the same in every process.
+"""A digest of what a module computes, equal in every process.
 
-Pickles will not do: cloudpickle gives a class of ``__main__`` another name in each process, and the
-order of a set in a pickle changes with the process, too.
+A digest of the pickle would not work: in each process, cloudpickle names a class of ``__main__``
+differently, and sets are pickled in a different order.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _ATOMS = (type(None), type(...), bool, int, float, complex, str, bytes, torch.dt
 
 
 def content_digest(module: nn.Module) -> str:
-    """SHA-256 of a module's classes and their code, attributes and tensors, as 64 hex digits.
+    """Returns the SHA-256 of a module's classes, code, attributes and tensors as 64 hex digits.
 
-    Of an installed library's classes and functions the name and the version count, of all others
-    the code. What cannot be looked into gives another digest each time.
+    Classes and functions of installed libraries are hashed by name and version, all others by their
+    code. Objects that cannot be inspected change the digest on every call.
     """
     hasher = _Hasher()
     hasher.add(module)
@@ -41,7 +41,7 @@ def content_digest(module: nn.Module) -> str:
 class _Hasher:
     def __init__(self) -> None:
         self.sha256 = hashlib.sha256()
-        self._seen: dict[int, tuple[int, Any]] = {}  # kept, so that no id is given away again
+        self._seen: dict[int, tuple[int, Any]] = {}  # keeps values alive, so that ids stay unique
 
     def add(self, value: Any) -> None:
         if isinstance(value, _ATOMS):
@@ -108,14 +108,14 @@ class _Hasher:
         try:
             flat = value.detach().cpu().contiguous().reshape(-1)
             self.sha256.update(flat.view(torch.uint8).numpy().data)
-        except RuntimeError:  # sparse, quantized, or without memory
+        except RuntimeError:  # sparse, quantized, or without storage
             self.sha256.update(os.urandom(32))
 
     def _add_reduced(self, value: Any) -> None:
-        """What pickle would write of any other object: its class and its state."""
+        """Hashes what pickle would write for any other object: its class and its state."""
         try:
             reduced = value.__reduce_ex__(4)
-        except Exception:  # a lock, a file, or the object's own code
+        except Exception:  # a lock, a file, or an error in the object's own code
             self.sha256.update(os.urandom(32))
             return
         self._text("object")
@@ -124,7 +124,7 @@ class _Hasher:
 
 
 def _is_of_a_library(value: Any) -> bool:
-    """Whether a class or function is found by its name, in code whose version is known."""
+    """Returns whether a class or function can be found by name in code with a known version."""
     module = sys.modules.get(value.__module__ or "")
     if module is None or "<locals>" in value.__qualname__ or module.__name__ == "__main__":
         return False
@@ -137,7 +137,7 @@ def _is_of_a_library(value: Any) -> bool:
 
 @functools.cache
 def _version(module: str) -> str:
-    """Of the package that a module is in; empty if it does not say."""
+    """Returns the version of a module's package; empty if it is unknown."""
     name = module.partition(".")[0]
     version = getattr(sys.modules.get(name), "__version__", None)
     if version is None:

@@ -1,9 +1,10 @@
-"""Where a model comes from: the one protocol of this wing, and the names that users registered.
+"""The protocol of model sources, and the models that users registered.
 
-A source is one module of this folder that ``registry.SOURCES`` lists. ``find(model)`` is the source
-of a ``model`` option, or ``None`` if it is not of this kind; it is quick, so that a plan that is
-remembered imports no PyTorch: sources import theirs where they build a model, not before.
-``names(part)`` are the names that hold a text, and ``PREFIX`` is what they begin with, or empty.
+Each kind of source is a module of this package, listed in ``registry.SOURCES``, with the following
+members. ``find(model)`` returns the source of a ``model`` option, or ``None`` for another kind. It
+is fast: sources import PyTorch only to build a model, so a cached plan never imports it.
+``names(part)`` returns the names that contain a text. ``PREFIX`` is the prefix of the names, or
+empty.
 """
 
 from __future__ import annotations
@@ -21,76 +22,78 @@ IMAGENET = Preprocessing()
 
 
 class ModelSource(Protocol):
-    """One model: all that plans, workers, pipelines and the command line ask of it."""
+    """One model, as used by plans, workers, pipelines and the command line."""
 
     @property
     def name(self) -> str:
-        """What ``FeatureSpec.model`` holds."""
+        """The value of ``FeatureSpec.model``."""
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Those of ``imagevec.options.ENGINES`` that can run it."""
+        """The ``imagevec.options.ENGINES`` that can run the model."""
 
     @property
     def identity(self) -> Literal["name", "file", "content"]:
-        """What says that two are the same model, to remember plans and to save pipelines by.
+        """What identifies the model in cached plans and saved pipelines.
 
-        Its names, of model and weights, wherever its library is installed; or the weights file; or,
-        for a factory, no less than the module that it builds.
+        ``"name"``: the names of the model and its weights, on any machine with the library.
+        ``"file"``: the weights file. ``"content"``: the module that a factory builds.
         """
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        """The packages that build it: with another version of one, a plan is made anew."""
+        """The packages that build the model. A new version of one invalidates cached plans."""
 
     @property
     def infers_shapes(self) -> bool:
-        """Whether its shapes are known from PyTorch's ``meta`` device, without computing."""
+        """Whether PyTorch's ``meta`` device can infer the shapes without computing."""
 
     @property
     def beside_weights(self) -> tuple[str, ...]:
-        """The names of files in the folder of a weights file that say how to use it."""
+        """The names of files next to a weights file that describe how to use it."""
 
     def why_not_saved(self) -> str | None:
-        """Why a pipeline with it cannot be saved, for a person; ``None`` if it can."""
+        """Returns a message why a pipeline cannot be saved with the model, or ``None``."""
 
     def check(self, layer: str | tuple[str, ...]) -> None:
-        """Raises ``OptionError`` if there is no such model, or, as far as is known, layer."""
+        """Raises ``OptionError`` if the model, or as far as is known the layer, does not exist."""
 
     def weights(self, option: str) -> Path | nn.Module | None:
-        """What a ``weights`` option means: a local file, or ``None`` for random ones.
+        """Resolves a ``weights`` option to a local file, or to ``None`` for random weights.
 
-        Or a module, where it is the module that comes with them.
+        Returns a module if the weights come with a module.
 
         Raises:
-            OptionError: The model has no weights of that name.
+            OptionError: The model has no weights with this name.
             WeightsError: The file does not exist, or the download failed.
         """
 
     def has_weights(self) -> bool:
-        """Whether its default weights are on this machine."""
+        """Returns whether the default weights are on this machine."""
 
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
-        """What the weights were trained for; the source of a text tower returns ``Tokenization``.
+        """Returns the preprocessing that the weights were trained with.
+
+        The source of a text tower returns a ``Tokenization``.
 
         Args:
-            weights_digest: The SHA-256 of their file.
-            weights: The option.
+            weights_digest: The SHA-256 of the weights file.
+            weights: The ``weights`` option.
         """
 
     def build(self, crop_size: int) -> nn.Module:
-        """A new model for ``(N, 3, crop_size, crop_size)``, in no particular mode.
+        """Builds a model that takes ``(N, 3, crop_size, crop_size)``, or tokens for texts.
 
-        One of texts takes tokens instead.
+        The model may be in training or evaluation mode.
         """
 
     def module(self, crop_size: int, weights: Path | None) -> nn.Module:
-        """The model with its weights, random ones if there is no file.
+        """Builds the model with the weights of a file, or with random weights for ``None``.
 
         Raises:
-            WeightsError: The weights are of another model.
+            WeightsError: The weights belong to another model.
         """
 
 
 REGISTERED: dict[str, ModelSource] = {}
-"""What ``register_model`` added, by name."""
+"""The sources added by ``register_model``, by name."""

@@ -1,7 +1,7 @@
-"""``.pt2`` files, of ``torch.export.save``: a model's graph and its weights in one.
+"""``.pt2`` files written by ``torch.export.save``, which contain a model's graph and weights.
 
-``model="path/to/model.pt2"`` runs one. Its program takes normalised float32 ``(N, 3, S, S)``, for
-any N, and returns the features, ``(N, D)``. PyTorch runs it, not OpenVINO. It is exported in
+``model="path/to/model.pt2"`` runs a file. Its program takes normalised float32 ``(N, 3, S, S)`` for
+any N and returns features ``(N, D)``. It runs on PyTorch, not on OpenVINO. Export the model in
 evaluation mode:
 
     batch = torch.export.Dim("batch")
@@ -9,11 +9,11 @@ evaluation mode:
     program = torch.export.export(model.eval(), (images,), dynamic_shapes=({0: batch},))
     torch.export.save(program, "model.pt2")
 
-Loading such a file can run code that is in it. ``torch.export.load`` unpickles parts of it without
-restriction (example inputs, opaque constants), evaluates expressions that are in it as text (of
-shapes, by SymPy), opens compiled libraries that are packed into it, and its graph may name any
-function of ``torch``. Take ``.pt2`` files only from people from whom you would take code. The
-SHA-256 by which a file travels tells damage on the way, not malice.
+Loading a ``.pt2`` file can run code that it contains. ``torch.export.load`` unpickles parts of the
+file without restriction (example inputs, opaque constants), evaluates text expressions (shapes, by
+SymPy) and opens packaged compiled libraries, and the graph may name any function of ``torch``. Only
+use ``.pt2`` files from people whose code you would run. The SHA-256 of a shipped file detects
+corruption, not tampering.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ SUFFIX = ".pt2"
 
 
 def find(model: Any) -> ExportedSource | None:
-    """The source of a path with the suffix.
+    """Returns the source of a path that ends in ``.pt2``.
 
     Raises:
-        OptionError: There is no such file.
+        OptionError: The file does not exist.
     """
     if not isinstance(model, str | Path) or not str(model).endswith(SUFFIX):
         return None
     path = Path(model).expanduser().absolute()
     if not path.is_file():
-        raise OptionError(f"model={str(model)!r}: there is no such file")
+        raise OptionError(f"model={str(model)!r}: no such file")
     return ExportedSource(path)
 
 
 def names(part: str = "") -> list[str]:
-    """None: files are where they are."""
+    """Returns no names: files are given by path."""
     return []
 
 
 @dataclass(frozen=True)
 class ExportedSource:
-    """A file of ``torch.export.save``, whose output is the features."""
+    """A file written by ``torch.export.save`` with a program that returns features."""
 
     path: Path
     preset: Preprocessing | None = None
     registered_name: str | None = None
 
-    backends: ClassVar[tuple[str, ...]] = ("torch",)  # tracing it would fix the size of a batch
+    backends: ClassVar[tuple[str, ...]] = ("torch",)  # tracing would fix the batch size
     identity: ClassVar[Literal["file"]] = "file"
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
     infers_shapes: ClassVar[bool] = False
@@ -73,28 +73,28 @@ class ExportedSource:
         return self.registered_name or f"pt2:{self.path.stem}"
 
     def why_not_saved(self) -> str | None:
-        return f"a featurizer with model={str(self.path)!r} cannot be saved: it can hold code"
+        return f"a featurizer with model={str(self.path)!r} cannot be saved: it can contain code"
 
     def check(self, layer: str | tuple[str, ...]) -> None:
         if layer != "pooled":
             raise OptionError(
-                f"layer={layer!r} is not valid: a .pt2 file has its output alone, use 'pooled'"
+                f"layer={layer!r} is not valid: a .pt2 file only provides its output, use 'pooled'"
             )
 
     def weights(self, option: str) -> Path | nn.Module | None:
         if option != "DEFAULT":
-            raise OptionError(f"weights={option!r} is not valid: {self.path.name} has its own")
+            raise OptionError(f"weights={option!r} is not valid: {self.path.name} contains weights")
         return self.path
 
     def has_weights(self) -> bool:
         return True
 
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
-        """What was registered, else torchvision's preset for the program's input size."""
+        """Returns the registered preprocessing, or torchvision's preset in the input size."""
         size = input_size(self.path)
         if self.preset is None:
             crop_size = size or IMAGENET.crop_size
-            # 256 to 224, as torchvision's
+            # the ratio of torchvision's preset, 256 to 224
             return Preprocessing(resize_size=math.floor(crop_size / 0.875), crop_size=crop_size)
         if size not in (None, self.preset.crop_size):
             raise OptionError(
@@ -106,15 +106,15 @@ class ExportedSource:
         return load(self.path)
 
     def module(self, crop_size: int, weights: Path | None) -> nn.Module:
-        return load(weights or self.path)  # on a worker the file is at another place
+        return load(weights or self.path)  # on a worker the file has another path
 
 
 def input_size(path: Path) -> int | None:
-    """The side of a program's input, S, in pixels; ``None`` if it takes any.
+    """Returns the side S of a program's input in pixels, or ``None`` if it accepts any.
 
     Raises:
-        OptionError: Its input is not float32 ``(N, 3, S, S)`` for any N.
-        WeightsError: The file is not of ``torch.export.save``.
+        OptionError: The input is not float32 ``(N, 3, S, S)`` for any N.
+        WeightsError: The file was not written by ``torch.export.save``.
     """
     import torch
 
@@ -130,7 +130,7 @@ def input_size(path: Path) -> int | None:
     shape = tuple(inputs[0].shape)
     if isinstance(count, int):
         raise OptionError(
-            f"{path.name} takes batches of {count} alone: export it with "
+            f"{path.name} only takes batches of {count}: export it with "
             "dynamic_shapes=({0: torch.export.Dim('batch')},)"
         )
     sides = [side for side in (height, width) if isinstance(side, int)]
@@ -140,19 +140,19 @@ def input_size(path: Path) -> int | None:
 
 
 def load(path: Path) -> nn.Module:
-    """The program as a module that takes any memory layout.
+    """Loads the program as a module that accepts any memory layout.
 
     Raises:
-        WeightsError: The file is not of ``torch.export.save``.
+        WeightsError: The file was not written by ``torch.export.save``.
     """
     import torch
     from torch import fx
 
     module = _load(path).module()
     for node in module.graph.nodes:
-        if node.target is torch.ops.aten.view.default:  # it refuses channels_last
+        if node.target is torch.ops.aten.view.default:  # view rejects channels_last
             node.target = torch.ops.aten.reshape.default
-    return fx.GraphModule(module, module.graph)  # program.module()'s own refuses eval()
+    return fx.GraphModule(module, module.graph)  # the class of program.module() rejects eval()
 
 
 def _load(path: Path) -> Any:
@@ -160,5 +160,5 @@ def _load(path: Path) -> Any:
 
     try:
         return torch.export.load(path)
-    except Exception as error:  # damaged bytes raise whatever comes up
-        raise WeightsError(f"{path.name} is not a file of torch.export.save: {error}") from error
+    except Exception as error:  # corrupt bytes raise arbitrary exceptions
+        raise WeightsError(f"{path.name} is not a torch.export file: {error}") from error

@@ -1,4 +1,4 @@
-"""Models of your own: a zero-argument factory, given as ``model`` or registered under a name."""
+"""Custom models: a zero-argument factory, passed as ``model`` or registered under a name."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ PREFIX = ""
 
 
 def find(model: Any) -> ModelSource | None:
-    """The source of a registered name, or of a factory.
+    """Returns the source of a registered name or of a factory.
 
     Raises:
         OptionError: The model is a live module.
-        SerializationError: The factory captures what must not be pickled, a session for example.
+        SerializationError: The factory captures an object that must not be pickled, for example a
+            session.
     """
     if isinstance(model, str) and model in REGISTERED:
         return REGISTERED[model]
@@ -40,23 +41,23 @@ def find(model: Any) -> ModelSource | None:
 
 
 def names(part: str = "") -> list[str]:
-    """The registered names that hold ``part``."""
+    """Returns the registered names that contain ``part``."""
     return [name for name in REGISTERED if part.casefold() in name.casefold()]
 
 
 def check(factory: Any) -> None:
-    """Raises unless workers can call it."""
+    """Raises an error unless workers can call ``factory``."""
     if forbidden_kind(factory) == "nn.Module":
         raise OptionError(
             "model is a live nn.Module, which would be pickled into every task: "
-            "give a zero-argument factory, a function that returns it"
+            "use a zero-argument factory, a function that returns it"
         )
     check_pickle(factory)
 
 
 @dataclass(frozen=True)
 class FactorySource:
-    """A zero-argument factory of an ``nn.Module``."""
+    """A zero-argument factory that returns an ``nn.Module``."""
 
     factory: ModelFactory
     preset: Preprocessing = IMAGENET
@@ -65,7 +66,7 @@ class FactorySource:
     backends: ClassVar[tuple[str, ...]] = ENGINES
     identity: ClassVar[Literal["content"]] = "content"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision")
-    infers_shapes: ClassVar[bool] = False  # its own code may look at the pixels
+    infers_shapes: ClassVar[bool] = False  # the model's code may depend on pixel values
     beside_weights: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -79,13 +80,13 @@ class FactorySource:
         if self.registered_name:
             return None
         return (
-            f"a featurizer with a factory, model={self.factory!r}, cannot be saved, since to load "
-            "it would be to run saved code: give the factory a name with register_model and that "
-            "name as model, or give the folder of a saved model"
+            f"a featurizer with a factory, model={self.factory!r}, cannot be saved, because "
+            "loading it would run saved code: register the factory with register_model and use "
+            "its name as model, or use the folder of a saved model"
         )
 
     def check(self, layer: str | tuple[str, ...]) -> None:
-        """Its layers are known when it is built."""
+        """Accepts any layer: the layers are only known once the model is built."""
 
     def weights(self, option: str) -> Path | nn.Module | None:
         from imagevec.models.state_dict import local_file

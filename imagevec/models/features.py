@@ -1,4 +1,4 @@
-"""A model, its weights and a layer to what yields feature vectors, and to their spec."""
+"""Combines a model, its weights and a layer into a module that returns features, and a spec."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from imagevec.spec import FeatureSpec, Preprocessing, Tokenization, with_decode
 
 
 class FeatureModel:
-    """What options say of a model, on the driver; it is built once, when it is first needed.
+    """The model that options describe, on the driver. It is built once, on first use.
 
     Args:
-        source: The model.
-        weights: The option.
-        layer: The option.
-        normalize: The option.
-        decode: The option.
+        source: The model source.
+        weights: The ``weights`` option.
+        layer: The ``layer`` option.
+        normalize: The ``normalize`` option.
+        decode: The ``decode`` option.
 
     Attributes:
-        source: The model.
-        weights_file: Where its weights are; ``None`` for random ones.
-        preprocessing: What happens to the pixels before it.
+        source: The model source.
+        weights_file: The path of the weights; ``None`` for random weights.
+        preprocessing: The preprocessing of the model's input.
 
     Raises:
-        OptionError: There is no such model, or it has no such weights or layer.
-        WeightsError: The weights cannot be had.
+        OptionError: The model, its weights or the layer does not exist.
+        WeightsError: The weights cannot be loaded.
     """
 
     def __init__(
@@ -63,23 +63,23 @@ class FeatureModel:
 
     @property
     def weights_name(self) -> str:
-        """What ``FeatureSpec.weights`` holds."""
+        """The value of ``FeatureSpec.weights``."""
         return f"sha256:{self._digest}" if self._digest else RANDOM
 
     @functools.cached_property
     def content(self) -> str:
-        """A digest of what the model computes, before its layers are chosen."""
+        """A digest of what the model computes, before layers are selected."""
         if self._built is None:
             self._built = self._with_weights()
         return content_digest(self._built)
 
     @functools.cached_property
     def module(self) -> nn.Module:
-        """``example_input`` to ``(N, D)``, in evaluation mode.
+        """The module from ``example_input`` to ``(N, D)``, in evaluation mode.
 
         Raises:
-            OptionError: The model has no such layer; the message holds the nearest ones.
-            WeightsError: The weights are of another model.
+            OptionError: The layer does not exist. The message lists the nearest layers.
+            WeightsError: The weights belong to another model.
         """
         model, self._built = self._built, None
         if model is None:
@@ -91,10 +91,10 @@ class FeatureModel:
 
     @functools.cached_property
     def spec(self) -> FeatureSpec:
-        """What its vectors are, in float32.
+        """The spec of the vectors, in float32.
 
         Raises:
-            OptionError: The model's output is not a tensor of two dimensions.
+            OptionError: The model's output is not a two-dimensional tensor.
         """
         device = "meta" if self.source.infers_shapes else "cpu"
         example = example_input(self.preprocessing, 1).to(device)
@@ -111,13 +111,13 @@ class FeatureModel:
 
 
 def feature_module(source: ModelSource, spec: FeatureSpec, weights_file: Path | None) -> nn.Module:
-    """On a worker: the module of a spec, ``example_input`` to ``(N, D)``."""
+    """Builds the module of a spec on a worker, from ``example_input`` to ``(N, D)``."""
     model = source.module(spec.preprocessing.input_size, weights_file)
     return to_feature_model(model, spec.layer, spec.normalize)
 
 
 def example_input(preprocessing: Preprocessing | Tokenization, count: int) -> torch.Tensor:
-    """Zeros in the form of a model's input: float32 ``(N, 3, S, S)``, or int32 ``(N, L)``."""
+    """Returns zeros in the shape of the input: float32 ``(N, 3, S, S)`` or int32 ``(N, L)``."""
     if isinstance(preprocessing, Tokenization):
         return torch.zeros(count, preprocessing.context_length, dtype=torch.int32)
     return torch.zeros(count, 3, preprocessing.crop_size, preprocessing.crop_size)

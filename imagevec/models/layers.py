@@ -1,4 +1,4 @@
-"""Layers: a classifier to a model that yields feature vectors."""
+"""Selects layers: turns a classifier into a module that returns feature vectors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from imagevec.errors import OptionError, did_you_mean
 
 
 def to_feature_model(model: nn.Module, layer: str | tuple[str, ...], normalize: bool) -> nn.Module:
-    """Turns a classifier, which it alters, into a model that yields feature vectors.
+    """Turns a classifier into a model that returns feature vectors. Modifies the classifier.
 
     Returns:
-        A module in evaluation mode, float32 ``(N, 3, S, S)`` to ``(N, D)``. The vectors of several
-        layers, each normalised by itself, are one after the other: D is the sum of their lengths.
+        A module in evaluation mode, from float32 ``(N, 3, S, S)`` to ``(N, D)``. The vectors of
+        several layers are normalised separately and concatenated: D is the sum of their lengths.
 
     Raises:
-        OptionError: The model has no such layer; the message holds the nearest ones.
+        OptionError: The layer does not exist. The message lists the nearest layers.
     """
     model.eval().requires_grad_(False)
     if layer == "pooled":
@@ -35,16 +35,16 @@ def to_feature_model(model: nn.Module, layer: str | tuple[str, ...], normalize: 
 
 
 def infer_num_features(feature_model: nn.Module, example: torch.Tensor) -> tuple[int, ...]:
-    """The length of the feature vector, or of each of several layers' vectors.
+    """Returns the length of each layer's vector.
 
-    On PyTorch's ``meta`` device only shapes are computed, of stand-ins for the model's tensors.
+    On PyTorch's ``meta`` device, only shapes are computed, from stand-ins for the model's tensors.
 
     Args:
-        feature_model: What returns features.
-        example: An input of it, on the CPU or on ``meta``.
+        feature_model: The result of ``to_feature_model``.
+        example: An input for the model, on the CPU or on ``meta``.
 
     Raises:
-        OptionError: The model's output is not a tensor of two dimensions.
+        OptionError: The model's output is not a two-dimensional tensor.
     """
     names = feature_model.names if isinstance(feature_model, _Layers) else None
     model = feature_model.extractor if isinstance(feature_model, _Layers) else feature_model
@@ -69,7 +69,7 @@ class _VectorNorm(nn.Module):
 
 
 class _Whole(nn.Module):
-    """A model whose output is a node of its own, ``output``; all others begin with ``model.``."""
+    """A model with a separate node ``output``. All other node names begin with ``model.``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -82,12 +82,12 @@ class _Whole(nn.Module):
 
 
 class _Layers(nn.Module):
-    """Layers of a model, each a vector.
+    """Returns the vectors of several layers of a model.
 
     Attributes:
-        extractor: ``(N, 3, S, S)`` to a dictionary of vectors, ``(N, D)`` each.
-        names: In that dictionary, in order.
-        norm: What becomes of each vector.
+        extractor: The module from ``(N, 3, S, S)`` to a dictionary of vectors ``(N, D)``.
+        names: The keys of the dictionary, in layer order.
+        norm: The module that is applied to each vector.
     """
 
     def __init__(self, extractor: nn.Module, names: list[str], normalize: bool) -> None:
@@ -97,26 +97,26 @@ class _Layers(nn.Module):
         self.norm = _VectorNorm() if normalize else nn.Identity()
 
     def vectors(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """``(N, D)`` of each layer."""
+        """Returns ``(N, D)`` for each layer."""
         vectors = self.extractor(images)
         return [self.norm(vectors[name]) for name in self.names]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self.vectors(images), dim=1)  # (N, D) each -> (N, sum of D)
+        return torch.cat(self.vectors(images), dim=1)  # several (N, D) -> (N, sum of D)
 
 
 def _to_vector(node: torch.Tensor, first_token: int | None, patches: int | None) -> torch.Tensor:
-    """A node's output as a vector in memory of its own.
+    """Reduces a node's output to a vector, always in new memory.
 
     Args:
         node: ``(N, C)``, ``(N, T, C)``, ``(N, C, H, W)`` or ``(N, H, W, C)``. Images are square, so
-            the positions are the two dimensions of the same length.
-        first_token: Of the tokens to be averaged; ``None`` takes the class token.
-        patches: So many tokens are those of the image alone, and all of them are averaged.
+            H and W are the two dimensions of equal length.
+        first_token: The index of the first token to average; ``None`` uses the class token.
+        patches: The number of image tokens. If T equals it, all tokens are averaged.
     """
     if not isinstance(node, torch.Tensor):
         kind = type(node).__name__
-        raise OptionError(f"the layer's output is not a tensor but of type {kind}: choose another")
+        raise OptionError(f"the layer's output is a {kind}, not a tensor: choose another layer")
     if node.ndim == 4:
         channels_last = node.shape[1] == node.shape[2] != node.shape[3]
         return node.mean((1, 2) if channels_last else (2, 3))
@@ -128,7 +128,7 @@ def _to_vector(node: torch.Tensor, first_token: int | None, patches: int | None)
 
 
 def _first_token(model: nn.Module) -> int | None:
-    """Where a model of timm has no class token: which token is the first of the image."""
+    """Returns the index of the first image token if a timm model has no class token."""
     is_timm = hasattr(model, "reset_classifier")
     if not is_timm or getattr(model, "cls_token", None) is not None:
         return None
@@ -136,7 +136,7 @@ def _first_token(model: nn.Module) -> int | None:
 
 
 def _without_classifier(model: nn.Module) -> nn.Module:
-    """The model up to the input of its classifier's last linear layer."""
+    """Truncates the model to the input of its classifier's last linear layer."""
     if getattr(model, "returns_features", False):
         return model
     if hasattr(model, "reset_classifier"):  # timm
@@ -145,7 +145,7 @@ def _without_classifier(model: nn.Module) -> nn.Module:
         model.classifier = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)))
     else:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if linear:  # a factory may give a backbone that has no classifier
+        if linear:  # a factory may return a backbone without a classifier
             parent, _, name = linear[-1].rpartition(".")
             setattr(model.get_submodule(parent), name, nn.Identity())
     result: nn.Module = model
@@ -153,21 +153,21 @@ def _without_classifier(model: nn.Module) -> nn.Module:
 
 
 def _up_to_nodes(model: nn.Module, layers: tuple[str, ...], normalize: bool) -> nn.Module:
-    """The model up to the layers, which one forward pass computes."""
+    """Truncates the model to the given layers, which one forward pass computes."""
     special = {"logits": "output"}
     if "pooled" in layers:
         special["pooled"] = _mark_pooled(model)
     whole = _Whole(model).eval()
     try:
         _, nodes = get_graph_node_names(whole, _not_to_trace(), suppress_diff_warning=True)
-    except Exception as error:  # a model's own code runs under torch.fx's tracer
+    except Exception as error:  # the model's own code runs under torch.fx's tracer
         layer = layers[0] if len(layers) == 1 else layers
         raise OptionError(
             f"layer={layer!r} is not available: torch.fx cannot trace the model ({error}); "
-            "use 'pooled' or 'logits' alone, or a factory whose model ends at that layer"
+            "use only 'pooled' or 'logits', or a factory whose model ends at that layer"
         ) from error
-    # A module's name means the last node in it. torchvision finds that, too, but of two names that
-    # mean the same node it gives another one to the second.
+    # A module's name refers to its last node. torchvision does the same, but if two names refer to
+    # the same node, it resolves the second to another node.
     last = {prefix: node for node in nodes for prefix in _prefixes(node)}
     known = {name.removeprefix("model."): node for name, node in last.items() if "." in name}
     known |= {layer: last[name] for layer, name in special.items() if name in last}
@@ -185,7 +185,7 @@ def _up_to_nodes(model: nn.Module, layers: tuple[str, ...], normalize: bool) -> 
     pooling = (_first_token(model), patches)
     vectors = {}
     for name, node in output.args[0].items():
-        # Not at the end: an in-place operation that comes next would write over the node's output.
+        # Directly after the node: a later in-place operation would overwrite the node's output.
         with graph.inserting_after(node):
             vectors[name] = graph.call_function(_to_vector, (node, *pooling))
     output.args = (vectors,)
@@ -193,9 +193,10 @@ def _up_to_nodes(model: nn.Module, layers: tuple[str, ...], normalize: bool) -> 
 
 
 def _not_to_trace() -> dict[str, Any]:
-    """What ``torch.fx`` takes as a whole: parts of timm's models that depend on an input's shape.
+    """Returns the parts of timm models that ``torch.fx`` must not trace into.
 
-    They are those of ``timm.models.create_feature_extractor``, to which factories may lead, too.
+    They depend on the input's shape. ``timm.models.create_feature_extractor`` excludes the same
+    parts. Factories may also return timm models.
     """
     timm_models: Any = sys.modules.get("timm.models")
     if timm_models is None:
@@ -207,7 +208,7 @@ def _not_to_trace() -> dict[str, Any]:
 
 
 def _mark_pooled(model: nn.Module) -> str:
-    """Gives the pooled layer a node of its own; returns the node's name in ``_Whole``."""
+    """Adds a separate node for the pooled layer, and returns the node's name in ``_Whole``."""
     if isinstance(model, torchvision.models.SqueezeNet):  # its classifier is a convolution
         return "model.features"
     if hasattr(model, "get_classifier"):  # timm
@@ -224,10 +225,10 @@ def _mark_pooled(model: nn.Module) -> str:
             setattr(model.get_submodule(parent), attribute, marked)
             return f"model.{name}.0"
     raise OptionError(
-        "layer='pooled' is not available beside others: the model has two classifiers"
+        "layer='pooled' cannot be combined with other layers: the model has two classifiers"
     )
 
 
 def _prefixes(node: str) -> Iterator[str]:
-    """``"layer1.0.conv1"``: ``"layer1"``, ``"layer1.0"`` and ``"layer1.0.conv1"``."""
+    """Yields ``"layer1"``, ``"layer1.0"`` and ``"layer1.0.conv1"`` for the last of them."""
     return itertools.accumulate(node.split("."), "{}.{}".format)

@@ -1,7 +1,7 @@
-"""Models of open_clip, as ``open_clip/<name>``: images and texts in one space.
+"""open_clip models, named ``open_clip/<name>``, with comparable vectors of images and texts.
 
-Both towers come from one file of weights. An image's features are what ``encode_image`` returns, a
-text's what ``encode_text`` does: the vectors after the projection, not normalised.
+Both towers use the same weights file. Features of images are the result of ``encode_image``, those
+of texts the result of ``encode_text``: the vectors after the projection, not normalised.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 
 PREFIX = "open_clip/"
 
-# What a model's repository on the Hugging Face hub has beside its weights. A file of weights that
-# lies with such files is preprocessed, and its texts are tokenized, as they say.
+# Files next to the weights in a model's repository on the Hugging Face hub. If they are next to a
+# local weights file, they define its preprocessing and tokenization.
 _CONFIG = "open_clip_config.json"
 _TOKENIZER = "tokenizer.json"
 
-_DEFAULTS = {  # of open_clip.transform.PreprocessCfg
+_DEFAULTS = {  # from open_clip.transform.PreprocessCfg
     "mean": (0.48145466, 0.4578275, 0.40821073),
     "std": (0.26862954, 0.26130258, 0.27577711),
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
-_IMAGE_SIZE = 224  # of open_clip.model.CLIPVisionCfg
-_CONTEXT_LENGTH = 77  # of open_clip.model.CLIPTextCfg
+_IMAGE_SIZE = 224  # from open_clip.model.CLIPVisionCfg
+_CONTEXT_LENGTH = 77  # from open_clip.model.CLIPTextCfg
 
 
 def find(model: Any) -> OpenClipSource | None:
-    """The source of a name with the prefix; whether open_clip has it is asked later."""
+    """Returns the source of a name with the prefix. Whether it exists is checked later."""
     if not isinstance(model, str) or not model.startswith(PREFIX):
         return None
     return OpenClipSource(model.removeprefix(PREFIX))
 
 
 def names(part: str = "") -> list[str]:
-    """The names that contain ``part``; none without open_clip."""
+    """Returns the names that contain ``part``, or none if open_clip is not installed."""
     try:
         listed = _open_clip().list_models()
     except MissingExtraError:
@@ -55,7 +55,7 @@ def names(part: str = "") -> list[str]:
 
 @dataclass(frozen=True)
 class OpenClipSource:
-    """The image tower of a model of open_clip; ``clip_name`` has no prefix."""
+    """The image tower of an open_clip model; ``clip_name`` has no prefix."""
 
     clip_name: str
 
@@ -70,7 +70,7 @@ class OpenClipSource:
         return PREFIX + self.clip_name
 
     def text_source(self) -> OpenClipTextSource:
-        """The other tower."""
+        """Returns the source of the model's text tower."""
         return OpenClipTextSource(self.clip_name)
 
     def why_not_saved(self) -> str | None:
@@ -80,7 +80,8 @@ class OpenClipSource:
         _ = self._config
         if layer != "pooled":
             raise OptionError(
-                f"layer={layer!r} is not valid: a model of open_clip has its projection, 'pooled'"
+                f"layer={layer!r} is not valid: open_clip models only support 'pooled', the "
+                "projection"
             )
 
     def weights(self, option: str) -> Path | nn.Module | None:
@@ -91,12 +92,12 @@ class OpenClipSource:
         return _downloaded(self.name, self._tag(option))
 
     def has_weights(self) -> bool:
-        return False  # they are in the cache of the Hugging Face hub, or nowhere
+        return False  # only the Hugging Face hub's cache may contain them
 
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
-        """What the tag's weights were trained for, or a file's by the configuration beside it.
+        """Returns the preprocessing of the tag, or of the configuration next to a weights file.
 
-        Random weights, and files without a configuration, take that of the model's first tag.
+        Random weights and files without a configuration use that of the model's first tag.
         """
         wanted = {**_DEFAULTS, **self._preprocess_cfg(weights)}
         size = self._config["vision_cfg"].get("image_size", _IMAGE_SIZE)
@@ -125,10 +126,10 @@ class OpenClipSource:
 
     @property
     def _config(self) -> dict[str, Any]:
-        """What open_clip knows of the model, on this machine.
+        """open_clip's configuration of the model.
 
         Raises:
-            OptionError: Nothing.
+            OptionError: open_clip has no such model.
         """
         config: dict[str, Any] | None = _open_clip().get_model_config(self.clip_name)
         if config is None:
@@ -145,16 +146,16 @@ class OpenClipSource:
         return tags.get(weights) or next(iter(tags.values()), {})
 
     def _tags(self) -> dict[str, dict[str, Any]]:
-        """The pretrained weights, and what open_clip says of each."""
+        """Returns open_clip's configuration of each pretrained tag."""
         pretrained = _open_clip().pretrained
         tags = _open_clip().list_pretrained_tags_by_model(self.clip_name)
         return {tag: pretrained.get_pretrained_cfg(self.clip_name, tag) for tag in tags}
 
     def _tag(self, option: str) -> dict[str, Any]:
-        """What open_clip says of a tag; ``"DEFAULT"`` is the only one there is.
+        """Returns open_clip's configuration of a tag; ``"DEFAULT"`` requires a single tag.
 
         Raises:
-            OptionError: There is no such tag, or its weights belong to another model.
+            OptionError: The tag does not exist, or its weights belong to another model.
         """
         tags = self._tags()
         fitting = [tag for tag in tags if self._fits(tags[tag])]
@@ -168,7 +169,7 @@ class OpenClipSource:
                 near = "open_clip has none"
             raise OptionError(
                 f"weights={option!r} is not known for {self.name!r}: {near}; "
-                f"or give a path that ends in {', '.join(WEIGHTS_SUFFIXES)}"
+                f"or use a path that ends in {', '.join(WEIGHTS_SUFFIXES)}"
             )
         if option not in fitting:
             raise OptionError(
@@ -177,23 +178,23 @@ class OpenClipSource:
         return tags[option]
 
     def _fits(self, tag: Mapping[str, Any]) -> bool:
-        """Whether the weights are not of the model of the same name with the suffix."""
+        """Returns whether the weights belong to this model, not to its quickgelu variant."""
         has_twin = f"{self.clip_name}-quickgelu" in _open_clip().list_models()
         return not (tag.get("quick_gelu") and has_twin)
 
 
 @dataclass(frozen=True)
 class OpenClipTextSource(OpenClipSource):
-    """The text tower of a model of open_clip."""
+    """The text tower of an open_clip model."""
 
     def preprocessing(  # type: ignore[override]
         self, weights_digest: str | None, weights: str = RANDOM
     ) -> Tokenization:
-        """How open_clip's tokenizer of the model works; its vocabulary is put into the cache.
+        """Returns the steps of the model's tokenizer, and stores its vocabulary in the cache.
 
         Raises:
-            OptionError: open_clip has no tokenizer for it, or one that is not supported.
-            WeightsError: The vocabulary cannot be had.
+            OptionError: open_clip has no tokenizer for the model, or it is not supported.
+            WeightsError: The vocabulary cannot be loaded.
         """
         text_cfg = self._config["text_cfg"]
         options = dict(text_cfg.get("tokenizer_kwargs") or {})
@@ -232,9 +233,9 @@ class OpenClipTextSource(OpenClipSource):
 
     @property
     def _reads_padding(self) -> bool:
-        """Whether a text's vector depends on the tokens after its end.
+        """Whether the vector of a text depends on the tokens after its end.
 
-        It does not where attention is causal and the end's own token is taken.
+        It does not if attention is causal and the output is taken at the end token.
         """
         text_cfg = self._config["text_cfg"]
         is_causal = not (text_cfg.get("no_causal_mask") or text_cfg.get("hf_model_name"))
@@ -243,26 +244,26 @@ class OpenClipTextSource(OpenClipSource):
 
 
 def _beside(weights: str, name: str) -> Path | None:
-    """The file of that name in the folder of a file of weights, if there is one."""
+    """Returns the file with this name next to a weights file, or ``None``."""
     path = Path(weights).expanduser().with_name(name)
     return path if weights.endswith(WEIGHTS_SUFFIXES) and path.is_file() else None
 
 
 def _downloaded(name: str, tag: Mapping[str, Any]) -> Path:
-    """A tag's weights, in the cache of the Hugging Face hub or in ``~/.cache/clip``."""
+    """Returns the weights of a tag in the Hugging Face hub's cache or in ``~/.cache/clip``."""
     try:
         return Path(_open_clip().download_pretrained(tag))
-    except (OSError, RuntimeError) as error:  # what open_clip raises without a network
+    except (OSError, RuntimeError) as error:  # raised by open_clip without a network
         repository = tag["hf_hub"].rpartition("/")[0] or tag["url"]
         raise WeightsError(
-            f"cannot download the weights of {name} ({error}). Without a network, fetch "
-            f"{repository} elsewhere, with the {_CONFIG} and {_TOKENIZER} that may be beside it, "
-            "and give weights='<folder>/<file>'; or weights='random' to test"
+            f"cannot download the weights of {name} ({error}). Without a network, download "
+            f"{repository} on another machine, with its {_CONFIG} and {_TOKENIZER} if present, "
+            "and use weights='<folder>/<file>', or weights='random' for tests"
         ) from error
 
 
 def _of_byte_pairs(simple: Any) -> Any:
-    """An ``open_clip.SimpleTokenizer`` as one of the library tokenizers, of words."""
+    """Converts an ``open_clip.SimpleTokenizer`` to a ``tokenizers.Tokenizer`` of words."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
     start, end = (simple.decoder[token] for token in (simple.sot_token_id, simple.eot_token_id))
@@ -280,10 +281,10 @@ def _of_byte_pairs(simple: Any) -> Any:
 
 
 def _of_transformers(name: str, where: str) -> Any:
-    """A tokenizer of the Hugging Face hub, or of a folder.
+    """Loads a tokenizer from the Hugging Face hub or from a folder.
 
     Raises:
-        WeightsError: It cannot be had.
+        WeightsError: The tokenizer cannot be loaded.
     """
     try:
         from transformers import AutoTokenizer
@@ -291,16 +292,16 @@ def _of_transformers(name: str, where: str) -> Any:
         raise MissingExtraError("transformers", "clip") from error
     try:
         return AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:  # what transformers raises without a network
+    except (OSError, ValueError) as error:  # raised by transformers without a network
         first = str(error).partition("\n")[0]
         raise WeightsError(
-            f"cannot get the tokenizer of {name}, {where} ({first}). Without a network, put its "
-            f"{_TOKENIZER} and tokenizer_config.json beside the weights, and give weights='<path>'"
+            f"cannot load the tokenizer of {name}, {where} ({first}). Without a network, put its "
+            f"{_TOKENIZER} and tokenizer_config.json next to the weights and use weights='<path>'"
         ) from error
 
 
 def _padded_by(tokenizer: Any, context_length: int) -> Any:
-    """A tokenizer of transformers as one of the library tokenizers, of texts."""
+    """Converts a tokenizer of transformers to a ``tokenizers.Tokenizer`` of texts."""
     from tokenizers import Tokenizer
 
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -1,9 +1,9 @@
-"""A ``model`` option to its source.
+"""Finds the source of a ``model`` option.
 
-torchvision's classification models are known by their torchvision names, timm's as
-``timm/<name>``, open_clip's as ``open_clip/<name>``, your own through ``register_model``.
-Preprocessing travels with the weights: torchvision's preset of the weights entry, timm's data
-config, open_clip's of the tag, or what was registered.
+torchvision's classification models have their torchvision names, timm models are named
+``timm/<name>``, open_clip models ``open_clip/<name>``, and ``register_model`` adds custom models.
+The weights determine the preprocessing: the preset of torchvision's weights entry, timm's data
+config, the configuration of open_clip's tag, or the registered preprocessing.
 """
 
 from __future__ import annotations
@@ -17,42 +17,43 @@ from imagevec.models.entry import IMAGENET, REGISTERED, ModelSource
 from imagevec.models.factory import ModelFactory
 from imagevec.spec import Preprocessing
 
-# In the order in which they are asked; torchvision takes whatever name is left.
+# In the order of the search; torchvision accepts any remaining name.
 SOURCES = (factory, exported, timm, open_clip, torchvision)
 
 
 def list_models() -> list[str]:
-    """The names that ``model`` accepts, sorted; those of timm and open_clip are accepted too."""
+    """Returns the names that ``model`` accepts, sorted, without those of timm and open_clip."""
     return sorted([*REGISTERED, *torchvision.names()])
 
 
 def register_model(
     name: str, factory: ModelFactory | str | Path, *, preprocessing: Preprocessing | None = None
 ) -> None:
-    """Makes ``model=name`` mean ``factory``, in this process and in the jobs that it starts.
+    """Registers a model, so that ``model=name`` works in this process and the jobs it starts.
 
     Args:
         name: A new name.
-        factory: Returns a new ``nn.Module`` that takes float32 ``(N, 3, S, S)``. It is pickled (by
-            cloudpickle) and called once on the driver for each plan, and once in each worker that
-            runs it with PyTorch; OpenVINO's workers have the converted model. Or the path of a
-            ``.pt2`` file, whose loading can run code: see ``imagevec.models.exported``.
-        preprocessing: What happens to the pixels before the model; by default that of
-            torchvision's ``ImageClassification`` preset, for a ``.pt2`` file in its input size.
+        factory: A function that returns a new ``nn.Module`` for input float32 ``(N, 3, S, S)``. It
+            is pickled with cloudpickle, and called once per plan on the driver and once in each
+            worker that runs it with PyTorch; OpenVINO's workers load the converted model. Or the
+            path of a ``.pt2`` file. Loading one can run code: see ``imagevec.models.exported``.
+        preprocessing: The preprocessing of the images. Default: torchvision's
+            ``ImageClassification`` preset, adapted to the input size of a ``.pt2`` file.
 
     Raises:
-        OptionError: The name is taken, the factory is not callable, there is no such file, or
-            ``preprocessing`` is of another type.
-        SerializationError: The factory captures what must not be pickled, a session for example.
+        OptionError: The name is taken, the factory is not callable, the file does not exist, or
+            ``preprocessing`` has another type.
+        SerializationError: The factory captures an object that must not be pickled, for example a
+            session.
     """
     if not isinstance(name, str) or not name:
-        raise OptionError(f"the model name {name!r} is not valid: give a string")
+        raise OptionError(f"the model name {name!r} is not valid: use a non-empty string")
     prefixes = tuple(source.PREFIX for source in SOURCES if source.PREFIX)
     if name in list_models() or name.startswith(prefixes):
         raise OptionError(f"the model name {name!r} is taken: choose another")
     if not (preprocessing is None or isinstance(preprocessing, Preprocessing)):
         raise OptionError(
-            f"preprocessing={preprocessing!r} is not valid: give an imagevec.Preprocessing"
+            f"preprocessing={preprocessing!r} is not valid: use an imagevec.Preprocessing"
         )
     REGISTERED[name] = _registered(name, factory, preprocessing)
 
@@ -65,18 +66,19 @@ def _registered(
         return exported.ExportedSource(file.path, preprocessing, name)
     if not callable(factory_or_file):
         raise OptionError(
-            f"factory={factory_or_file!r} is not valid: give a function without arguments"
+            f"factory={factory_or_file!r} is not valid: use a function without arguments"
         )
     factory.check(factory_or_file)
     return factory.FactorySource(factory_or_file, preprocessing or IMAGENET, name)
 
 
 def find_source(model: str | Path | ModelFactory) -> ModelSource:
-    """The source of a ``model`` option; whether it has such a model is for its ``check`` to say.
+    """Returns the source of a ``model`` option. Its ``check`` tests whether the model exists.
 
     Raises:
-        OptionError: The option is a live module, or a path where nothing is.
-        SerializationError: The factory captures what must not be pickled, a session for example.
+        OptionError: The option is a live module, or a path that does not exist.
+        SerializationError: The factory captures an object that must not be pickled, for example a
+            session.
     """
     for source in SOURCES:
         found: ModelSource | None = source.find(model)
@@ -85,19 +87,19 @@ def find_source(model: str | Path | ModelFactory) -> ModelSource:
     path = Path(str(model)).expanduser()
     if path.exists():
         raise OptionError(f"model={str(model)!r} is not a saved model: it has no spec.json")
-    raise OptionError(f"model={str(model)!r}: there is no such folder")
+    raise OptionError(f"model={str(model)!r}: no such folder")
 
 
 def find_text_source(model: Any) -> ModelSource:
-    """The source of the text tower that belongs to a ``model`` option.
+    """Returns the source of the text tower of a ``model`` option.
 
     Raises:
-        OptionError: It has none.
+        OptionError: The model has no text tower.
     """
     source = open_clip.find(model)
     if source is None:
         raise OptionError(
-            f"model={model!r} cannot encode text: use a model of open_clip, "
-            "'open_clip/ViT-B-32' for example"
+            f"model={model!r} cannot encode text: use an open_clip model, "
+            "for example 'open_clip/ViT-B-32'"
         )
     return cast(ModelSource, source.text_source())

@@ -1,7 +1,7 @@
-"""Weights: a file to tensors, and tensors into a model.
+"""Loads tensors from weights files, and loads them into models.
 
-Nothing is unpickled but tensors: ``.pth`` and ``.pt`` files are loaded with ``weights_only=True``,
-``.safetensors`` files hold nothing else.
+Only tensors are unpickled: ``.pth`` and ``.pt`` files are loaded with ``weights_only=True``, and
+``.safetensors`` files contain nothing else.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from imagevec.models.entry import ModelSource
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES
 
 OFFLINE = (
-    "Without a network, give weights='<path>' of a .pth, .pt or .safetensors file, "
-    "or weights='random' to test"
+    "Without a network, use weights='<path>' with a .pth, .pt or .safetensors file, "
+    "or weights='random' for tests"
 )
 
 
 def local_file(model_name: str, option: str) -> Path | None:
-    """The file of a ``weights`` option that is a path; ``None`` for ``"random"``.
+    """Returns the file of a ``weights`` option that is a path, or ``None`` for ``"random"``.
 
     Raises:
-        OptionError: It is neither.
-        WeightsError: There is no such file.
+        OptionError: The option is neither.
+        WeightsError: The file does not exist.
     """
     if option == RANDOM:
         return None
@@ -44,20 +44,20 @@ def local_file(model_name: str, option: str) -> Path | None:
         )
     path = Path(option).expanduser()
     if not path.is_file():
-        raise WeightsError(f"weights={option!r}: there is no such file")
+        raise WeightsError(f"weights={option!r}: no such file")
     return path
 
 
 def with_weights(source: ModelSource, crop_size: int, weights: Path | None) -> nn.Module:
-    """A model with its weights.
+    """Builds a model with its weights.
 
     Args:
-        source: Builds the model.
-        crop_size: The side of its input, in pixels.
-        weights: Their file; ``None`` for random ones, the same wherever they are drawn.
+        source: The source that builds the model.
+        crop_size: The side of the model's input, in pixels.
+        weights: The weights file; ``None`` for random weights, identical on every machine.
 
     Raises:
-        WeightsError: The weights are of another model.
+        WeightsError: The weights belong to another model.
     """
     if weights is None:
         with seeded():
@@ -66,7 +66,7 @@ def with_weights(source: ModelSource, crop_size: int, weights: Path | None) -> n
     with no_random_init():
         model = source.build(crop_size)
     if isinstance(model, torchvision.models.DenseNet):
-        # torchvision's files have the names of its first version: norm.1 is norm1 now.
+        # torchvision's files use the original names: norm.1 is now norm1.
         state_dict = {
             re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key): value
             for key, value in state_dict.items()
@@ -81,14 +81,14 @@ def with_weights(source: ModelSource, crop_size: int, weights: Path | None) -> n
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Random numbers of PyTorch drawn within are the same each time."""
+    """Seeds PyTorch's random numbers within the context."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
 
 
 def save_state_dict(model: nn.Module) -> Path:
-    """Writes a model's weights as safetensors into the user's cache."""
+    """Saves a model's weights as safetensors in the user's cache."""
     from safetensors.torch import save_file
 
     tensors = {
@@ -101,14 +101,14 @@ def save_state_dict(model: nn.Module) -> Path:
 
 
 def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file, on the CPU.
+    """Loads the tensors of a weights file on the CPU.
 
     Args:
-        path: A ``.pth``, ``.pt`` or ``.safetensors`` file; a checkpoint that holds its weights
-            under ``state_dict`` or ``model`` is opened.
+        path: A ``.pth``, ``.pt`` or ``.safetensors`` file. It may be a checkpoint with the weights
+            under ``state_dict`` or ``model``.
 
     Raises:
-        WeightsError: The file does not hold tensors alone.
+        WeightsError: The file contains anything but tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -116,23 +116,23 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling damaged bytes raises whatever comes up
-        raise WeightsError(f"{path.name} is not a file of weights: {error}") from error
+    except Exception as error:  # unpickling corrupt bytes raises arbitrary exceptions
+        raise WeightsError(f"{path.name} is not a weights file: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(
         isinstance(v, torch.Tensor) for v in loaded.values()
     ):
-        raise WeightsError(f"{path.name} is not a file of weights: it holds no state_dict")
+        raise WeightsError(f"{path.name} is not a weights file: it contains no state_dict")
     nn.modules.utils.consume_prefix_in_state_dict_if_present(loaded, "module.")
     return loaded
 
 
 class no_memory(TorchFunctionMode):  # noqa: N801, a context manager
-    """Weights of modules built within are on PyTorch's ``meta`` device: they have a shape alone.
+    """Creates the weights of modules on PyTorch's ``meta`` device, where tensors have only a shape.
 
-    ``torch.device("meta")`` puts there what RegNets compute their widths from, too.
+    ``torch.device("meta")`` would also affect the tensors from which RegNets compute their widths.
     """
 
     _OF_WEIGHTS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
@@ -146,9 +146,9 @@ class no_memory(TorchFunctionMode):  # noqa: N801, a context manager
 
 
 class no_random_init(TorchFunctionMode):  # noqa: N801, a context manager
-    """Modules built within start from zeros: the random numbers take most of the time of building.
+    """Initialises modules with zeros, because random numbers take most of the build time.
 
-    Zeros are drawn, not nothing: ``nn.init.trunc_normal_`` draws again until all are in its range.
+    The values must be set: ``nn.init.trunc_normal_`` redraws until all are in its range.
     """
 
     def __torch_function__(

@@ -1,4 +1,4 @@
-"""Models of timm, as ``timm/<name>``."""
+"""timm models, named ``timm/<name>``."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PREFIX = "timm/"
 
 
 def find(model: Any) -> ModelSource | None:
-    """The source of a name with the prefix; whether timm has it is asked later."""
+    """Returns the source of a name with the prefix. Whether it exists is checked later."""
     if not isinstance(model, str) or not model.startswith(PREFIX):
         return None
     return TimmSource(model.removeprefix(PREFIX))
 
 
 def names(part: str = "") -> list[str]:
-    """The names that hold ``part``, none without timm."""
+    """Returns the names that contain ``part``, or none if timm is not installed."""
     try:
         listed = _timm().list_models(f"*{part.casefold()}*")
     except MissingExtraError:
@@ -36,7 +36,7 @@ def names(part: str = "") -> list[str]:
 
 @dataclass(frozen=True)
 class TimmSource:
-    """A model of timm; ``timm_name`` has no prefix."""
+    """A timm model; ``timm_name`` has no prefix."""
 
     timm_name: str
 
@@ -69,17 +69,17 @@ class TimmSource:
             return local_file(self.name, option)
         try:
             model: nn.Module = _timm().create_model(self.timm_name, pretrained=True)
-        except (OSError, RuntimeError) as error:  # what timm raises without a network, or weights
+        except (OSError, RuntimeError) as error:  # raised by timm without a network or weights
             raise WeightsError(
                 f"cannot download the weights of {self.name} ({error}). {OFFLINE}"
             ) from error
         return model
 
     def has_weights(self) -> bool:
-        return False  # they are in the cache of the Hugging Face hub, or of torch.hub, or nowhere
+        return False  # only the caches of the Hugging Face hub and torch.hub may contain them
 
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
-        """timm's data config (``timm/data/config.py``, ``timm/data/transforms_factory.py``)."""
+        """Converts timm's data config, of ``timm/data/config.py`` and ``transforms_factory.py``."""
         pretrained_cfg = _timm().get_pretrained_cfg(self.timm_name).to_dict()
         config = _timm().data.resolve_data_config(pretrained_cfg=pretrained_cfg)
         _, height, width = config["input_size"]
@@ -98,7 +98,7 @@ class TimmSource:
         )
 
     def build(self, crop_size: int) -> nn.Module:
-        """For the size that timm's data config states."""
+        """Builds the model for the input size in timm's data config."""
         model: nn.Module = _timm().create_model(self.timm_name, pretrained=False)
         return model
 

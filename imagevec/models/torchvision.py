@@ -21,14 +21,14 @@ PREFIX = ""
 
 
 def find(model: Any) -> ModelSource | None:
-    """The source of any name; whether torchvision has it is asked later, since that takes time."""
+    """Returns the source of any name. The slow check whether it exists comes later."""
     if not isinstance(model, str) or os.sep in model:
         return None
     return TorchvisionSource(model)
 
 
 def names(part: str = "") -> list[str]:
-    """The names that hold ``part``."""
+    """Returns the names that contain ``part``."""
     import torchvision.models
 
     listed = torchvision.models.list_models(module=torchvision.models)
@@ -49,7 +49,7 @@ class TorchvisionSource:
 
     @property
     def weights_enum(self) -> Any:
-        """The enumeration of the pretrained weights, with their presets and addresses."""
+        """The enum of the pretrained weights, with their presets and URLs."""
         import torchvision.models
 
         return torchvision.models.get_model_weights(self.name)
@@ -73,7 +73,7 @@ class TorchvisionSource:
             near = did_you_mean(option, [*members, RANDOM])
             raise OptionError(
                 f"weights={option!r} is not known for {self.name!r}: {near}; "
-                f"or give a path that ends in {', '.join(WEIGHTS_SUFFIXES)}"
+                f"or use a path that ends in {', '.join(WEIGHTS_SUFFIXES)}"
             )
         return self._downloaded(members[option])
 
@@ -81,13 +81,13 @@ class TorchvisionSource:
         return _hub_path(self.weights_enum.DEFAULT).exists()
 
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
-        """The preset of the weights entry (``torchvision/transforms/_presets.py``).
+        """Converts the preset of the weights entry (``torchvision/transforms/_presets.py``).
 
-        Weights that are not torchvision's, and random ones, take the preset of the default entry.
+        Random weights and weights from elsewhere use the preset of the default entry.
         """
         entry = self.weights_enum.DEFAULT
         for candidate in self.weights_enum:
-            # The name of a file of torch.hub ends in the first digits of its SHA-256.
+            # File names of torch.hub end with the first digits of the SHA-256.
             if weights_digest and weights_digest.startswith(
                 Path(candidate.url).stem.split("-")[-1]
             ):
@@ -106,7 +106,7 @@ class TorchvisionSource:
 
         kwargs: dict[str, Any] = {}
         if self.name in ("googlenet", "inception_v3"):
-            # What torchvision sets where it loads its weights, which expect another input scale.
+            # torchvision sets these to load its weights, which expect another input scale.
             kwargs = {"transform_input": True, "init_weights": False}
         elif self.name.startswith("vit_"):
             kwargs = {"image_size": crop_size}
@@ -119,7 +119,7 @@ class TorchvisionSource:
         return with_weights(self, crop_size, weights)
 
     def _downloaded(self, entry: Any) -> Path:
-        """The weights file in torch.hub's folder, downloaded where it is not there."""
+        """Returns the weights file in torch.hub's folder, and downloads it if needed."""
         import torch
 
         from imagevec.models.state_dict import OFFLINE
@@ -133,7 +133,7 @@ class TorchvisionSource:
             except (urllib.error.URLError, OSError, RuntimeError) as error:
                 raise WeightsError(
                     f"cannot download {entry} of {self.name} from {entry.url} ({error}). "
-                    f"{OFFLINE}; or put {path.name} into {path.parent}"
+                    f"{OFFLINE}, or put {path.name} in {path.parent}"
                 ) from error
         return path
 

@@ -1,4 +1,4 @@
-"""The two towers of a model of open_clip, as modules whose output is the features."""
+"""Builds the image and text towers of open_clip models as modules that return features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SMALL_TEXT = {"width": 8, "heads": 1, "layers": 1}
 
 
 class Tower(nn.Module):
-    """A part of a model that returns features, ``(N, D)``: there is no classifier to take off."""
+    """A part of a model that returns features ``(N, D)`` and has no classifier to remove."""
 
     returns_features = True
 
@@ -32,10 +32,10 @@ class Tower(nn.Module):
 
 
 class CausalTextTower(Tower):
-    """A text transformer with a causal mask, for tokens ``(N, L)`` of any L up to its context.
+    """A causal text transformer that accepts tokens ``(N, L)`` for any L up to its context length.
 
-    Its own ``forward`` takes the whole context alone. A token does not depend on those after it,
-    so what is cut off behind the last end of a text changes nothing.
+    open_clip's ``forward`` only accepts the full context. A token does not depend on later tokens,
+    so removing tokens after the last end token does not change the result.
     """
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ class CausalTextTower(Tower):
         length = inputs.shape[1]
         x = text.token_embedding(inputs) + text.positional_embedding[:length]  # (N, L, width)
         x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
-        ends = inputs.argmax(dim=-1)  # the end's token is the highest number: (N,)
+        ends = inputs.argmax(dim=-1)  # the end token has the highest number: (N,)
         x = text.ln_final(x)[torch.arange(x.shape[0], device=x.device), ends]  # (N, width)
         if isinstance(text.text_projection, nn.Linear):
             x = text.text_projection(x)
@@ -53,7 +53,10 @@ class CausalTextTower(Tower):
 
 
 def image_tower(name: str, config: Mapping[str, Any], weights: Path | None) -> Tower:
-    """float32 ``(N, 3, S, S)`` to ``(N, D)``, as ``encode_image``; arguments as in ``model``."""
+    """Builds the module of ``encode_image``, float32 ``(N, 3, S, S)`` to ``(N, D)``.
+
+    The arguments are those of ``model``.
+    """
     if weights is None:  # the other parts do not matter
         config = {key: value for key, value in config.items() if key != "multimodal_cfg"}
         config["text_cfg"] = _SMALL_TEXT
@@ -63,22 +66,25 @@ def image_tower(name: str, config: Mapping[str, Any], weights: Path | None) -> T
 def text_tower(
     name: str, config: Mapping[str, Any], weights: Path | None, reads_padding: bool
 ) -> Tower:
-    """int32 ``(N, L)`` to ``(N, D)``, as ``encode_text``; arguments as in ``model``."""
+    """Builds the module of ``encode_text``, int32 ``(N, L)`` to ``(N, D)``.
+
+    The first three arguments are those of ``model``; ``reads_padding`` is as in ``Tokenization``.
+    """
     text = model(name, config, weights).text
     return (Tower if reads_padding else CausalTextTower)(text)  # type: ignore[arg-type]
 
 
 def model(name: str, config: Mapping[str, Any], weights: Path | None) -> nn.Module:
-    """A model with both towers, as ``open_clip.create_model`` builds it.
+    """Builds a model with both towers, like ``open_clip.create_model``.
 
     Args:
-        name: The model's, for messages.
-        config: open_clip's, of the model.
-        weights: Their file; ``None`` for random ones, as they are after ``torch.manual_seed(0)``.
+        name: The model's name, for error messages.
+        config: open_clip's configuration of the model.
+        weights: The weights file; ``None`` for random weights after ``torch.manual_seed(0)``.
 
     Raises:
-        OptionError: It cannot be built, without the package transformers for example.
-        WeightsError: The file does not contain only tensors, or they are of another model.
+        OptionError: The model cannot be built, for example without the package transformers.
+        WeightsError: The file contains anything but tensors, or they belong to another model.
     """
     if weights is None:
         with seeded():
@@ -90,9 +96,9 @@ def model(name: str, config: Mapping[str, Any], weights: Path | None) -> nn.Modu
     except RuntimeError as error:
         first = " ".join(" ".join(str(error).splitlines()[1:4]).split())[:500]
         raise WeightsError(f"the weights do not fit {name!r}: {first}") from error
-    except Exception as error:  # unpickling damaged bytes raises whatever comes up
+    except Exception as error:  # unpickling corrupt bytes raises arbitrary exceptions
         first = str(error).partition(". ")[0]
-        raise WeightsError(f"{weights.name} is not a file of weights: {first}") from error
+        raise WeightsError(f"{weights.name} is not a weights file: {first}") from error
     return built
 
 
@@ -103,7 +109,7 @@ def _built(name: str, config: Mapping[str, Any]) -> nn.Module:
     kind: Any = open_clip.CoCa if "multimodal_cfg" in parts else open_clip.CustomTextCLIP
     try:
         built: nn.Module = kind(**parts)
-    except (OSError, RuntimeError) as error:  # a text tower of transformers, and no network
+    except (OSError, RuntimeError) as error:  # a text tower from transformers without a network
         first = str(error).partition("\n")[0]
         raise OptionError(f"open_clip cannot build {name!r}: {first}") from error
     return built

@@ -1,7 +1,7 @@
-"""Texts to int32 tokens, as open_clip's tokenizers make them (``open_clip/tokenizer.py``).
+"""Converts texts to int32 tokens like open_clip's tokenizers (``open_clip/tokenizer.py``).
 
-The vocabulary comes with the plan, as a file. A worker needs the packages ftfy, regex and
-tokenizers, and neither PyTorch nor open_clip.
+The vocabulary is one of the plan's files. Workers need the packages ftfy, regex and tokenizers, but
+not PyTorch or open_clip.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from imagevec.spec import Tokenization
 
 Tokens = npt.NDArray[np.int32]
 
-# Batches are cut to a multiple of so many tokens: an engine prepares for each shape it meets.
+# Batches are trimmed to a multiple of this length, because engines prepare for each new shape.
 _LENGTH_STEP = 8
 
 _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 
 class Tokenizer:
-    """What makes the tokens of one model's texts.
+    """A model's tokenizer.
 
     Args:
         vocabulary: The file that ``tokenization`` names.
-        tokenization: How.
+        tokenization: The steps of the tokenization.
 
     Raises:
-        MissingExtraError: Without the extra ``clip``.
+        MissingExtraError: The extra ``clip`` is not installed.
     """
 
     def __init__(self, vocabulary: Path, tokenization: Tokenization) -> None:
@@ -45,10 +45,10 @@ class Tokenizer:
         self._encoder = tokenizers.Tokenizer.from_file(str(vocabulary))
 
     def __call__(self, text: str) -> Tokens:
-        """The tokens of one text, int32 ``(context_length,)``."""
+        """Returns the tokens of one text, int32 ``(context_length,)``."""
         cleaned: Any = clean(text, self._how.clean)
         if self._how.words:
-            # Not the library's own split: its tables of Unicode are of another version.
+            # Not the library's own split: its Unicode tables have a different version.
             cleaned = self._regex.findall(self._how.words, cleaned, self._regex.IGNORECASE)
         encoded = self._encoder.encode(cleaned, is_pretokenized=bool(self._how.words))
         tokens = np.array(encoded.ids, np.int32)
@@ -57,9 +57,9 @@ class Tokenizer:
         return tokens
 
     def stack(self, rows: Sequence[Tokens]) -> Tokens:
-        """A batch: N times int32 ``(context_length,)`` to int32 ``(N, L)``.
+        """Stacks N rows of int32 ``(context_length,)`` to int32 ``(N, L)``.
 
-        L is ``context_length``, or less where padding is not read.
+        L is ``context_length``, or less if the model does not read padding.
         """
         tokens = np.stack(rows)
         if self._how.reads_padding:
@@ -69,7 +69,7 @@ class Tokenizer:
 
 
 def clean(text: str, how: str) -> str:
-    """A text as its model was trained on it; ``how`` is the one of ``Tokenization``."""
+    """Cleans a text as for training; ``how`` is the ``clean`` of ``Tokenization``."""
     text = html.unescape(html.unescape(_library("ftfy").fix_text(text)))
     if how == "canonicalize":
         text = text.translate(_NO_PUNCTUATION)

@@ -1,4 +1,4 @@
-"""The values of an Arrow batch of texts."""
+"""Values of an Arrow batch of texts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from imagevec.errors import OptionError
 
 
 def texts_of(batch: pd.Series | pd.DataFrame) -> Iterator[str | None]:
-    """The texts and nulls of one batch, as Spark hands it to a pandas UDF.
+    """Yields the texts and nulls of a batch, as Spark passes it to a pandas UDF.
 
     Raises:
-        OptionError: The column's type is not string.
+        OptionError: The type of the column is not string.
     """
-    for text in [batch] if isinstance(batch, pd.DataFrame) else batch:  # of a struct's fields
+    for text in [batch] if isinstance(batch, pd.DataFrame) else batch:  # a data frame is a struct
         if text is not None and not isinstance(text, str):
             raise OptionError(
                 f"the text column contains values of type {type(text).__name__}: "

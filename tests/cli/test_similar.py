@@ -50,7 +50,7 @@ def test_a_table_of_a_model_without_texts(tmp_path, capsys):
     spec = FeatureSpec("resnet18", "random", "pooled", 2, Preprocessing(), "float32", False)
     table = write_made_of(tmp_path, {"/p/a.jpg": [1.0, 0.0]}, spec.metadata)
     assert main(["similar", table, "--text", "a red shoe"]) == 1
-    assert "model='resnet18' cannot encode text: use a model of" in capsys.readouterr().err
+    assert "model='resnet18' cannot encode text: use an open_clip" in capsys.readouterr().err
 
 
 def test_texts_find_the_photos_of_the_demo(clip, spark, tmp_path, capsys):

@@ -41,7 +41,7 @@ def test_what_a_saved_model_fixes_cannot_be_changed(saved_model: Path) -> None:
     for options in fixed:
         with pytest.raises(OptionError, match=f"{next(iter(options))}="):
             ImageVectorizer(model=str(saved_model), **options)
-    with pytest.raises(OptionError, match="engine='openvino' and device='cpu' alone"):
+    with pytest.raises(OptionError, match="only runs with engine='openvino' and device='cpu'"):
         ImageVectorizer(model=str(saved_model), engine="torch")
 
 
@@ -59,7 +59,7 @@ def test_a_saved_model_that_was_altered_is_refused(saved_model: Path, tmp_path: 
 
 
 def test_nothing_is_saved_below_the_floor(tmp_path: Path) -> None:
-    with pytest.raises(ImageVecError, match="int8 is not saved"):
+    with pytest.raises(ImageVecError, match="int8 model not saved"):
         quantize(IMAGES, output=tmp_path / "new", model=tiny, weights="random", min_median_cosine=1)
     assert not (tmp_path / "new").exists()
 
@@ -67,7 +67,7 @@ def test_nothing_is_saved_below_the_floor(tmp_path: Path) -> None:
 def test_wrong_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="2 of 3 images can be decoded"):
         quantize([*IMAGES[:2], b""], output=tmp_path / "new", model=tiny, weights="random")
-    with pytest.raises(OptionError, match="exists already"):
+    with pytest.raises(OptionError, match="already exists"):
         quantize(IMAGES, output=tmp_path, model=tiny, weights="random")
 
 
@@ -84,7 +84,7 @@ def test_images_are_a_list_of_paths_or_bytes(tmp_path: Path) -> None:
     assert report.calibration_images == 12
     singles: list[Any] = [str(paths[0]), paths[0], IMAGES[0]]
     for single in singles:
-        with pytest.raises(OptionError, match="give a list of images"):
+        with pytest.raises(OptionError, match="use a list of images"):
             quantize(single, output=tmp_path / "other", model=tiny, weights="random")
 
 
@@ -92,7 +92,7 @@ def test_a_data_frame_has_one_column(tmp_path: Path) -> None:
     class Frame:
         columns = ("path", "content")
 
-    with pytest.raises(OptionError, match="give a data frame of one"):
+    with pytest.raises(OptionError, match="use a data frame with one"):
         quantize(Frame(), output=tmp_path / "new", model=tiny, weights="random")  # type: ignore[arg-type]
 
 
@@ -120,12 +120,12 @@ def test_a_saved_model_names_its_backend(saved_model: Path, tmp_path: Path) -> N
 def test_a_saved_model_runs_on_the_cpu_where_tasks_have_gpus(saved_model: Path) -> None:
     plan = make_plan(gpus=True, model=str(saved_model))
     assert (plan.backend, plan.execution.device) == ("openvino", "cpu")
-    with pytest.raises(OptionError, match="device='cpu' alone"):
+    with pytest.raises(OptionError, match="only runs with .*device='cpu'"):
         make_plan(model=str(saved_model), device="cuda")
 
 
 def test_a_folder_that_is_no_saved_model_says_so(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="there is no such folder"):
+    with pytest.raises(OptionError, match="no such folder"):
         ImageVectorizer(model=str(tmp_path / "moved"))
     with pytest.raises(OptionError, match=r"it has no spec\.json"):
         ImageVectorizer(model=str(tmp_path))

@@ -24,7 +24,7 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"layer": ()}, "('layer3', 'pooled')"),
     ({"layer": []}, "('layer3', 'pooled')"),
     ({"layer": ("pooled", 3)}, "('layer3', 'pooled')"),
-    ({"layer": ("pooled", "logits", "pooled")}, "give 'pooled' once"),
+    ({"layer": ("pooled", "logits", "pooled")}, "list 'pooled' only once"),
     ({"layer": None}, "layer=None"),
     ({"normalize": "yes"}, "use True or False"),
     ({"precision": "bf16"}, "'bfloat16'"),

@@ -142,7 +142,7 @@ def test_a_child_that_never_starts_is_an_error_that_says_so(
     before = set(multiprocessing.active_children())
     monkeypatch.setattr(isolation, "_exit_with_parent", start(tmp_path))
     monkeypatch.setattr(isolation, "_START_SECONDS", seconds)
-    with pytest.raises(ImageVecError, match="did not start, 3 times in a row") as raised:
+    with pytest.raises(ImageVecError, match="failed to start 3 times in a row") as raised:
         isolated(fragile)(Value(b"a"))
     assert not isinstance(raised.value, ImageError)  # no image's fault
     assert set(multiprocessing.active_children()) <= before
@@ -191,7 +191,7 @@ def test_a_crash_is_an_error_row_of_the_stream(
     options: dict[str, Any]
     options = {"isolate": True, "output": "struct", "decode_threads": decode_threads}
     first, crashed, null, last = rows(stream([batch], mean_engine, **options))
-    assert crashed["error"] == "crashed: its decoder killed the process"
+    assert crashed["error"] == "crashed: the decoder killed its process"
     assert crashed["features"] is None is null["features"]
     assert (first["features"][0], last["features"][0]) == (1, 2)
     assert first["error"] is null["error"] is last["error"] is None
@@ -200,5 +200,5 @@ def test_a_crash_is_an_error_row_of_the_stream(
 def test_a_crash_is_raised_where_errors_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imagevec.stream.prepare", decoders.fragile_of_stream)
     batch = file_batch({"file:/a.png": b"a", "file:/b.png": b"kill"})
-    with pytest.raises(ImageError, match=r"crashed: file:/b\.png: its decoder killed"):
+    with pytest.raises(ImageError, match=r"crashed: file:/b\.png: the decoder killed"):
         stream([batch], mean_engine, isolate=True, on_error="raise")

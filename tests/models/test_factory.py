@@ -75,5 +75,5 @@ def test_a_factory_of_something_else_is_refused(factory, fragment):
 
 
 def test_a_live_model_is_refused_with_the_fix():
-    with pytest.raises(OptionError, match="give a zero-argument factory"):
+    with pytest.raises(OptionError, match="use a zero-argument factory"):
         ImageVectorizer(model=Tiny(), **RANDOM)

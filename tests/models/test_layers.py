@@ -154,7 +154,7 @@ def test_the_layers_of_a_model_that_cannot_be_traced_are_refused():
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return super().forward(images) if images.sum() > 0 else super().forward(-images)
 
-    with pytest.raises(OptionError, match=r"layer=\('pooled', 'logits'\).*'logits' alone"):
+    with pytest.raises(OptionError, match=r"layer=\('pooled', 'logits'\).*use only 'pooled' or"):
         ImageVectorizer(model=Branching, layer=("pooled", "logits"), **RANDOM)
 
 

@@ -70,7 +70,7 @@ def test_an_unknown_name_lists_the_nearest(name, nearest):
     [
         ("", {}, "the model name '' is not valid"),
         (7, {}, "the model name 7 is not valid"),
-        ("wrong preprocessing", {"preprocessing": {}}, "give an imagevec.Preprocessing"),
+        ("wrong preprocessing", {"preprocessing": {}}, "use an imagevec.Preprocessing"),
     ],
 )
 def test_a_wrong_registration_is_refused(name, options, message):

@@ -110,7 +110,7 @@ def test_code_in_a_file_is_refused_and_not_run(suffix, write, tmp_path):
     payload = {"a": trap} if write is torch.save else pickle.dumps({"a": trap}, protocol=2)
     path = tmp_path / f"evil{suffix}"
     write(payload, path)
-    assert f"evil{suffix} is not a file of weights" in refused(path)
+    assert f"evil{suffix} is not a weights file" in refused(path)
     assert not trap.folder.exists()
 
 
@@ -121,7 +121,7 @@ def test_the_trap_works(tmp_path):
 
 def test_a_pickle_that_pops_from_nothing_is_no_file_of_weights(tmp_path):
     (tmp_path / "damaged.pth").write_bytes(b"\x80\x02.")
-    assert "is not a file of weights" in refused(tmp_path / "damaged.pth")
+    assert "is not a weights file" in refused(tmp_path / "damaged.pth")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -133,13 +133,13 @@ def test_a_damaged_file_is_no_file_of_weights(suffix, state_dict, tmp_path):
     garbage = [np.random.default_rng(seed).bytes(300) for seed in range(5)]
     for cut in [*(data[: len(data) * part // 8] for part in range(8)), *garbage]:
         path.write_bytes(cut)
-        assert "is not a file of weights" in refused(path)
+        assert "is not a weights file" in refused(path)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"epoch": 3, "state_dict": {"a": "b"}}, 7])
 def test_a_file_without_weights_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "something.pth")
-    assert "is not a file of weights" in refused(tmp_path / "something.pth")
+    assert "is not a weights file" in refused(tmp_path / "something.pth")
 
 
 def test_weights_of_another_model_are_refused_by_name(weights):
