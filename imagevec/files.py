@@ -1,4 +1,4 @@
-"""Content-addressed files, which let a worker verify that it has the driver's file."""
+"""Content-addressed files: workers verify that they have the driver's files."""
 
 from __future__ import annotations
 

@@ -49,10 +49,10 @@ class Backend(Protocol):
         """Imports what workers need before they are forked. Starts no threads."""
 
     def version(self) -> str:
-        """Returns the version that ``prepare`` depends on. Another version prepares again."""
+        """Returns the version that ``prepare`` depends on. A new one invalidates prepared files."""
 
     def why_not(self, precision: str, device: str) -> str | None:
-        """Returns a message why the backend cannot run the options, or ``None`` if it can.
+        """Returns the reason why the backend cannot run these options, or ``None`` if it can.
 
         Args:
             precision: One of ``imagevec.options.PRECISIONS``.

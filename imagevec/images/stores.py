@@ -210,7 +210,7 @@ class _ArrowStore:
 
 
 def _arrow_store(scheme: str, netloc: str, query: str) -> Store:
-    # Rejects a query without settings: it belongs to a key with an unquoted question mark.
+    # strict_parsing rejects other queries: they belong to keys with an unquoted question mark.
     options = dict(urllib.parse.parse_qsl(query, strict_parsing=bool(query)))
     user, _, host = netloc.rpartition("@")
     prefix = f"{scheme}://" + (f"{user}@" if user else "")

@@ -53,7 +53,7 @@ class ModelSource(Protocol):
         """The names of files next to a weights file that describe how to use it."""
 
     def why_not_saved(self) -> str | None:
-        """Returns a message why a pipeline cannot be saved with the model, or ``None``."""
+        """Returns the reason why a pipeline with the model cannot be saved, or ``None``."""
 
     def check(self, layer: str | tuple[str, ...]) -> None:
         """Raises ``OptionError`` if the model, or as far as is known the layer, does not exist."""

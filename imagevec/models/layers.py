@@ -230,5 +230,5 @@ def _mark_pooled(model: nn.Module) -> str:
 
 
 def _prefixes(node: str) -> Iterator[str]:
-    """Yields ``"layer1"``, ``"layer1.0"`` and ``"layer1.0.conv1"`` for the last of them."""
+    """Yields the prefixes of a node name: ``"layer1"`` and ``"layer1.0"`` for ``"layer1.0"``."""
     return itertools.accumulate(node.split("."), "{}.{}".format)

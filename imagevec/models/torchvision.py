@@ -21,7 +21,7 @@ PREFIX = ""
 
 
 def find(model: Any) -> ModelSource | None:
-    """Returns the source of any name. The slow check whether it exists comes later."""
+    """Returns the source of any name. Whether it exists is checked later, because that is slow."""
     if not isinstance(model, str) or os.sep in model:
         return None
     return TorchvisionSource(model)
