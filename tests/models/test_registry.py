@@ -81,8 +81,8 @@ def test_a_wrong_registration_is_refused(name, options, message):
 
 def test_a_source_answers_everything():
     declared = {name for name in vars(ModelSource) if not name.startswith("_")}
-    assert len(declared) == 12
-    for model in ("resnet50", "timm/resnet18", "tiny_vit", tiny):
+    assert len(declared) == 13
+    for model in ("resnet50", "timm/resnet18", "open_clip/ViT-B-32", "tiny_vit", tiny):
         source = find_source(model)
         assert all(hasattr(source, name) for name in declared)
         assert set(source.backends) <= set(ENGINES)
