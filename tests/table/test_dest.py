@@ -203,7 +203,7 @@ def test_a_table_of_something_else(spark: SparkSession, tmp_path: Path) -> None:
     spec = ImageVectorizer(model=tiny, weights="random", engine="torch").spec
     spark.range(3).write.parquet(str(tmp_path / "numbers"))
     write_table(tmp_path / "vectors", {"a": [1.0, 2.0]})
-    for name, said in (("numbers", "there is no column 'features'"), ("vectors", "does not say")):
+    for name, said in (("numbers", "there is no column 'features'"), ("vectors", "no provenance")):
         table = Dest(spark, str(tmp_path / name))
         table.check_is_table()
         before = files(table)
