@@ -32,8 +32,8 @@ class Metrics:
     def value(self) -> dict[str, float]:
         """The sums over all tasks that have ended.
 
-        - ``rows``: ``images`` + ``nulls`` + ``errors.<code>`` (codes of ``imagevec.ImageError``), or
-          ``texts`` + ``nulls`` for a column of texts.
+        - ``rows``: ``images`` + ``nulls`` + ``errors.<code>`` (codes of ``imagevec.ImageError``).
+          For texts: ``texts`` + ``nulls``.
         - ``batches``: forward passes.
         - ``tasks``: tasks that reported.
         - ``seconds.start`` (until the engine is loaded, once per worker), ``seconds.read`` (waiting
