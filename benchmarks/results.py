@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,20 @@ class Row:
     @property
     def images_per_second(self) -> float:
         return statistics.median(self.rates)
+
+
+# A row, and a function that runs the approach once and returns the seconds.
+Contestant = tuple[Row, Callable[[], float]]
+
+
+def take_turns(contestants: list[Contestant], rounds: int) -> None:
+    """Times each contestant once per round; each round starts at another one."""
+    for number in range(rounds):
+        print(f" round {number + 1}", flush=True)
+        turn = number * len(contestants) // rounds
+        for row, run in contestants[turn:] + contestants[:turn]:
+            row.seconds.append(run())
+            print(f"  {row.approach}, {row.workers} workers: {row.rates[-1]:.1f}/s", flush=True)
 
 
 def derived(rows: Iterable[Row]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from benchmarks.approaches import MEMORY, STAGES, Stage, find, model_of
 from benchmarks.ceiling import Ceiling, Engine
 from benchmarks.images import CACHE, ImageSet, from_folder, generated
 from benchmarks.machine import machine, versions
-from benchmarks.results import Row, derived
+from benchmarks.results import Contestant, Row, derived, take_turns
 from benchmarks.spark import (
     ARROW_BATCH_ROWS,
     collect_vectors,
@@ -29,9 +29,6 @@ from benchmarks.spark import (
 )
 
 RESULTS = Path("benchmarks/results")
-
-# A row, and a function that runs its approach once and returns the seconds.
-Contestant = tuple[Row, Callable[[], float]]
 
 
 def main() -> None:
@@ -162,16 +159,6 @@ def measure_stage(
     for frame in (few, *frames.values()):
         frame.unpersist(blocking=True)
     return [row for row, _ in contestants]
-
-
-def take_turns(contestants: list[Contestant], rounds: int) -> None:
-    """Times each contestant once per round; each round starts at another one."""
-    for number in range(rounds):
-        print(f" round {number + 1}", flush=True)
-        turn = number * len(contestants) // rounds
-        for row, run in contestants[turn:] + contestants[:turn]:
-            row.seconds.append(run())
-            print(f"  {row.approach}, {row.workers} workers: {row.rates[-1]:.1f}/s", flush=True)
 
 
 def measure_memory(workers: int) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from benchmarks.images import dealt
 from benchmarks.machine import machine, versions
-from benchmarks.results import BASELINE, Row, derived
+from benchmarks.results import BASELINE, Contestant, Row, derived, take_turns
 from benchmarks.spark import collect_vectors, session, timed_seconds
 from benchmarks.text_baselines import BATCH_SIZE, loop, rowwise_udf
 from imagevec import text_features_udf
@@ -67,7 +67,7 @@ def measure() -> dict[str, Any]:
 def _measure_stage(spark: SparkSession, stage: str, texts: list[str]) -> list[Row]:
     print(f"\n{stage}", flush=True)
     frame = _frame(spark, texts)
-    contestants: list[tuple[Row, Callable[[], float]]] = []
+    contestants: list[Contestant] = []
     alone = functools.partial(loop, NAME, threads=WORKERS)
     reference = alone(texts)
     for name, precision, column in _columns(spark):
@@ -84,12 +84,7 @@ def _measure_stage(spark: SparkSession, stage: str, texts: list[str]) -> list[Ro
             reference,
         )
     )
-    for number in range(ROUNDS):
-        print(f" round {number + 1}", flush=True)
-        turn = number * len(contestants) // ROUNDS
-        for row, timed in contestants[turn:] + contestants[:turn]:
-            row.seconds.append(timed())
-            print(f"  {row.approach}: {row.rates[-1]:.1f}/s", flush=True)
+    take_turns(contestants, ROUNDS)
     frame.unpersist(blocking=True)
     return [row for row, _ in contestants]
 
@@ -101,7 +96,7 @@ def _contestant(
     run: Callable[[int], float],
     vectors: np.ndarray,
     reference: np.ndarray,
-) -> tuple[Row, Callable[[], float]]:
+) -> Contestant:
     """Returns a row and a function that times it, over the texts as often as needed."""
     passes = max(1, round(SECONDS / run(1)))
     row = Row(stage, name, precision, WORKERS, passes * TEXTS)

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from pyspark.ml import Pipeline, PipelineModel
@@ -24,6 +22,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.functions import element_at, split
 
 from imagevec import ImageFeaturizer
+from session import start_spark
 
 
 def main() -> int:
@@ -33,7 +32,7 @@ def main() -> int:
     parser.add_argument("--weights", default="DEFAULT", help="name or file")
     parser.add_argument("--predict-with", help=argparse.SUPPRESS)  # in the new process
     arguments = parser.parse_args()
-    spark = start_spark()
+    spark = start_spark("imagevec classify")
     test = photos(spark, arguments.folder, "query")
     if arguments.predict_with:
         print(json.dumps(predictions(PipelineModel.load(arguments.predict_with), test)))
@@ -58,16 +57,6 @@ def main() -> int:
         again = predictions_in_a_new_process(f"{temporary}/model", arguments.folder)
     print(f"same predictions after loading in a new process: {again == predicted}")
     return int(again != predicted)
-
-
-def start_spark() -> SparkSession:
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    quiet = Path(__file__).with_name("log4j2.properties").as_uri()
-    builder = SparkSession.builder.master("local[2]").appName("imagevec classify")
-    builder.config("spark.driver.extraJavaOptions", f"-Dlog4j2.configurationFile={quiet}")
-    builder.config("spark.ui.enabled", False)
-    builder.config("spark.ui.showConsoleProgress", False)
-    return builder.getOrCreate()
 
 
 def photos(spark: SparkSession, folder: str, part: str) -> DataFrame:

@@ -11,13 +11,9 @@ but gives meaningless labels.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from pathlib import Path
-
-from pyspark.sql import SparkSession
 
 from imagevec import features_udf, nearest, text_features_udf
+from session import start_spark
 
 PROMPT = "a photo of a {}"
 
@@ -31,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = {"model": arguments.model, "weights": arguments.weights}
 
-    spark = start_spark()
+    spark = start_spark("imagevec zero-shot")
     files = spark.read.format("binaryFile").load(arguments.folder)
     photos = files.select("path", features_udf("content", **model)).cache()
     prompts = [(label, PROMPT.format(label)) for label in arguments.labels]
@@ -39,16 +35,6 @@ def main() -> None:
     labels = texts.select("path", text_features_udf("prompt", **model))
     for row in nearest(photos, labels, k=1).orderBy("query").collect():
         print(f"{row.cosine:7.4f}  {row.neighbour:<20}  {row.query.rpartition('/')[2]}")
-
-
-def start_spark() -> SparkSession:
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    quiet = Path(__file__).with_name("log4j2.properties").as_uri()
-    builder = SparkSession.builder.master("local[2]").appName("imagevec zero-shot")
-    builder.config("spark.driver.extraJavaOptions", f"-Dlog4j2.configurationFile={quiet}")
-    builder.config("spark.ui.enabled", False)
-    builder.config("spark.ui.showConsoleProgress", False)
-    return builder.getOrCreate()
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class OpenClipSource:
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         """Returns the preprocessing of the tag, or of the configuration next to a weights file.
 
-        Random weights and files without a configuration use that of the model's first tag.
+        Random weights and files without a configuration use that of the first tag that fits.
         """
         wanted = {**_DEFAULTS, **self._preprocess_cfg(weights)}
         size = self._config["vision_cfg"].get("image_size", _IMAGE_SIZE)
@@ -143,7 +143,7 @@ class OpenClipSource:
             found: dict[str, Any] = json.loads(config.read_text()).get("preprocess_cfg", {})
             return found
         tags = self._tags()
-        return tags.get(weights) or next(iter(tags.values()), {})
+        return tags.get(weights) or next(iter({**self._fitting(tags), **tags}.values()), {})
 
     def _tags(self) -> dict[str, dict[str, Any]]:
         """Returns open_clip's configuration of each pretrained tag."""
@@ -158,9 +158,9 @@ class OpenClipSource:
             OptionError: The tag does not exist, or its weights belong to another model.
         """
         tags = self._tags()
-        fitting = [tag for tag in tags if self._fits(tags[tag])]
+        fitting = self._fitting(tags)
         if option == "DEFAULT" and len(fitting) == 1:
-            option = fitting[0]
+            return next(iter(fitting.values()))
         if option not in tags:
             near = f"choose one of {', '.join(fitting)}"
             if option != "DEFAULT" and fitting:
@@ -177,10 +177,10 @@ class OpenClipSource:
             )
         return tags[option]
 
-    def _fits(self, tag: Mapping[str, Any]) -> bool:
-        """Returns whether the weights belong to this model, not to its quickgelu variant."""
+    def _fitting(self, tags: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Returns the tags whose weights belong to this model, not to its quickgelu variant."""
         has_twin = f"{self.clip_name}-quickgelu" in _open_clip().list_models()
-        return not (tag.get("quick_gelu") and has_twin)
+        return {tag: tags[tag] for tag in tags if not (tags[tag].get("quick_gelu") and has_twin)}
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,10 @@ def text_features(
         WeightsError: The weights cannot be loaded, or do not fit the model.
     """
     if isinstance(texts, str):
-        raise OptionError(f"texts={texts[:80]!r} is not valid: give a list of strings")
+        raise OptionError(f"texts={texts[:80]!r} is not valid: use a list of strings")
     given: list[Any] = list(texts)
     if None in given:
-        raise OptionError(f"texts[{given.index(None)}] is None: give strings")
+        raise OptionError(f"texts[{given.index(None)}] is None: use strings")
     plan = text_plan(model, **options)
     device = device_here(plan.execution.device)
     how = schedule(plan, device, threads_here())

@@ -26,6 +26,7 @@ from imagevec import (
 from imagevec.engines.torch_engine import normalize
 from imagevec.images.preprocess import resize_and_crop
 from imagevec.models import open_clip as module
+from imagevec.models.open_clip import OpenClipSource
 from imagevec.models.registry import find_source, find_text_source
 from tests.helpers.clip import TINY, built, encoded, write_tokenizer
 from tests.helpers.factories import Tiny
@@ -135,6 +136,20 @@ def test_the_preprocessing_of_a_tag_is_its_transform(clip, name, tag):
         channels_first = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
         ours = normalize(channels_first, preprocessing)
         assert cosine(ours.flatten(), transform(image).flatten()) >= 0.9999
+
+
+def test_tags_of_the_quickgelu_variant_are_no_default(clip, monkeypatch):
+    config = clip.get_model_config("tiny-vit")
+    monkeypatch.setitem(clip.factory._MODEL_CONFIGS, "tiny-vit-quickgelu", config)
+    own = {"mean": (0.1, 0.2, 0.3)}
+    tags = {"other": {"mean": (0.9, 0.9, 0.9), "quick_gelu": True}, "own": own}
+    monkeypatch.setitem(clip.pretrained._PRETRAINED, "tiny-vit", tags)
+    source = OpenClipSource("tiny-vit")
+    assert source._tag("DEFAULT") == own
+    for weights in ("DEFAULT", "random", "weights.pt", "own"):
+        assert source.preprocessing(None, weights).mean == (0.1, 0.2, 0.3)
+    with pytest.raises(OptionError, match="use model='open_clip/tiny-vit-quickgelu'"):
+        source.weights("other")
 
 
 def test_every_tag_has_a_preprocessing(clip):
@@ -265,7 +280,7 @@ def test_names(clip):
 
 def test_texts_must_be_strings(clip):
     options: dict[str, Any] = {"model": "open_clip/tiny-vit", "weights": "random"}
-    with pytest.raises(OptionError, match="give a list of strings"):
+    with pytest.raises(OptionError, match="use a list of strings"):
         text_features("a", **options)
     with pytest.raises(OptionError, match=r"texts\[1\] is None"):
         text_features(["a", None], **options)  # type: ignore[list-item]
