@@ -87,12 +87,6 @@ spark.sparkContext.setLogLevel("OFF")
 """
 
 
-@pytest.fixture(scope="session")
-def spark(spark: SparkSession) -> SparkSession:
-    """Of its own: on 4.0 no classifier can be fitted in a session that has observed a query."""
-    return spark.newSession()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> None:
     register_model(NAME, tiny, preprocessing=Preprocessing(resize_size=32, crop_size=32))
@@ -109,10 +103,14 @@ def weights(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def coloured(spark: SparkSession) -> DataFrame:
-    """Red and blue photos with the labels 0 and 1, in turns."""
+    """Red and blue photos with the labels 0 and 1, in turns.
+
+    In a session of their own: Spark 4.0 cannot fit a classifier in one that has observed a query.
+    """
     labels = [float(i % 2) for i in range(12)]
     rows = [(i, coloured_photo(COLOURS[label], i), label) for i, label in enumerate(labels)]
-    return spark.createDataFrame(rows, "id int, content binary, label double").coalesce(2).cache()
+    df = spark.newSession().createDataFrame(rows, "id int, content binary, label double")
+    return df.coalesce(2).cache()
 
 
 def coloured_photo(colour: str, seed: int) -> bytes:
