@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from imagevec._version import __version__ as __version__
+from imagevec.errors import pyspark_required as _pyspark_required
 
 if TYPE_CHECKING:
     from imagevec.engines.quantization import QuantizationReport as QuantizationReport
@@ -82,7 +83,8 @@ __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    with _pyspark_required():
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

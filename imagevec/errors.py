@@ -12,8 +12,9 @@ ImageVecError
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class ImageVecError(Exception):
@@ -39,6 +40,18 @@ class MissingExtraError(ImageVecError, ImportError):
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
         return type(self), (self.package, self.extra)  # pickle the arguments, not the message
+
+
+@contextlib.contextmanager
+def pyspark_required() -> Iterator[None]:
+    """Raises ``MissingExtraError`` where an import fails because PySpark is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("pyspark", "py4j"):
+            raise
+        raise MissingExtraError(package, "spark") from error
 
 
 class WeightsError(ImageVecError):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the sdist and the wheel into dist/, and then uses the wheel as its users will: without
-# extras, in an environment of its own, in a folder outside the repository.
+# Builds the sdist and the wheel into dist/, and then uses the wheel as its users will: with PySpark
+# and no other extra, in an environment of its own, in a folder outside the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repository="$PWD"
@@ -34,7 +34,7 @@ diff <(git ls-files imagevec | sort) \
     <(python3 -m zipfile --list dist/*.whl | awk '/^imagevec\// { print $1 }' | sort)
 
 echo "== install the wheel, which takes some minutes"
-make_environment user dist/*.whl
+make_environment user "$(echo "$repository"/dist/*.whl)[spark]"
 cd "$folder"
 
 echo "== imagevec --version"

@@ -4,6 +4,7 @@ import inspect
 import pickle
 import re
 import sys
+import textwrap
 
 import pytest
 
@@ -18,6 +19,7 @@ from imagevec.errors import (
     WeightsError,
     did_you_mean,
 )
+from tests.helpers.pipeline import run_python
 
 EXAMPLES = [
     ImageVecError("no session"),
@@ -73,6 +75,25 @@ def test_a_missing_extra_tells_the_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtraError, match=re.escape("pip install 'imagevec[timm]'")):
         imagevec.ImageVectorizer(model="timm/resnet18", weights="random")
+
+
+def test_without_pyspark_the_extra_is_named():
+    found = run_python(
+        textwrap.dedent("""
+        import sys
+        sys.modules["pyspark"] = None
+        import imagevec
+        from imagevec.cli import main
+        assert "resnet50" in imagevec.list_models()
+        assert main(["models", "--search", "resnet18"]) == 0
+        assert main(["extract", "photos", "features"]) == 1
+        try:
+            from imagevec import features_udf
+        except imagevec.MissingExtraError as error:
+            print(error)
+    """)
+    )
+    assert found.endswith("pyspark is not installed: pip install 'imagevec[spark]'\n")
 
 
 @pytest.mark.parametrize(

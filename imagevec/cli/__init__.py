@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 from imagevec._version import __version__
-from imagevec.errors import ImageVecError
+from imagevec.errors import ImageVecError, pyspark_required
 
 VERBS = ("extract", "models", "similar", "duplicates", "gallery", "cache", "doctor")
 
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     verb: Verb = options.verb
     try:
-        result = verb.run(options)
+        with pyspark_required():
+            result = verb.run(options)
         print(json.dumps(result, indent=1) if options.json else verb.show(result), flush=True)
     except KeyboardInterrupt:
         print("imagevec: interrupted", file=sys.stderr)
