@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         default="",
-        help="only models whose names contain this; includes timm's, such as 'timm/vit'",
+        help="only models whose names contain this; includes timm and open_clip, as in 'timm/vit'",
     )
 
 

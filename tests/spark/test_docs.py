@@ -531,29 +531,20 @@ def test_no_two_entries_of_a_contents_list_are_equal(page: Path) -> None:
     assert sorted(set(entries)) == sorted(entries)
 
 
-def tree(text: str) -> dict[str, str]:
-    """The files of a drawn tree, as paths from its root, and what is said of each."""
-    folders: list[str] = []
-    files = {}
-    for line in text.splitlines():
-        indent, name, said = re.fullmatch(r"( *)(\S+) +(\S.*)", line).groups()  # type: ignore[union-attr]
-        depth = len(indent) // 2
-        folders[depth:] = [name.rstrip("/")]
-        if not name.endswith("/"):
-            files["/".join(folders[1:])] = said
-    return files
+def test_the_picture_of_the_house_is_what_the_linter_enforces() -> None:
+    (picture,) = (code for code in blocks(CONTRIBUTING, "text") if "│" in code)
+    drawn = [name for row in re.findall("│(.*?)│", picture) for name in re.findall(r"\w+", row)]
+    parts = [path.stem for path in (ROOT / "imagevec").iterdir() if path.name != "py.typed"]
+    package = [name for name in parts if not name.startswith("_")]
+    assert sorted(drawn) == sorted(package)
 
-
-def test_the_tree_of_the_package_is_as_told() -> None:
-    (drawn,) = (code for code in blocks(CONTRIBUTING, "text") if "imagevec/" in code)
-    package = ROOT / "imagevec"
-    python_files = {
-        path.relative_to(package).as_posix()
-        for path in package.rglob("*.py")
-        if path.stat().st_size  # a folder's line speaks for its empty __init__.py
-    }
-    assert {name for name in tree(drawn) if name.endswith(".py")} == python_files
-    assert {name for name in tree(drawn) if not (package / name).is_file()} == set()
+    settings = (ROOT / "pyproject.toml").read_text()
+    (layers,) = re.findall(r"^layers = \[(.*?)^\]", settings, re.MULTILINE | re.DOTALL)
+    for layer in layers.strip().splitlines():
+        names = set(re.findall(r"imagevec\.(\w+)", layer)) & set(package)
+        assert set(drawn[: len(names)]) == names
+        del drawn[: len(names)]
+    assert not drawn
 
 
 def test_every_make_target_that_is_told_is_there() -> None:
