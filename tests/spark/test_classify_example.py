@@ -1,26 +1,13 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from pyspark.sql import SparkSession
 
+from tests.helpers.examples import run_example
 from tests.helpers.images import encode, photo
-from tests.helpers.shared import ROOT
-
-
-def classify(folder: Path, *options: str) -> str:
-    """What the example prints."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "classify.py"), str(folder), *options],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture
@@ -37,9 +24,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "some photos"
 
 
-@pytest.mark.java
-def test_it_tells_colours_apart(folder: Path) -> None:
-    assert classify(folder, "--model", "squeezenet1_1", "--weights", "random").splitlines() == [
+def test_it_tells_colours_apart(
+    spark: SparkSession,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = [str(folder), "--model", "squeezenet1_1", "--weights", "random"]
+    run_example(monkeypatch, spark, "classify", *options)
+    assert capsys.readouterr().out.splitlines() == [
         "train: 12 photos, 2 classes",
         "test: 6 photos",
         "accuracy: 1.000",

@@ -733,7 +733,10 @@ def test_no_code_is_saved(place: Path) -> None:
     assert kinds == {".pth"}  # read with weights_only=True
 
 
-def test_a_new_process_loads_it(frame: Frame, tmp_path: Path) -> None:
+def test_a_new_process_loads_them(
+    frame: Frame, coloured: DataFrame, weights: Path, tmp_path: Path
+) -> None:
+    """A featurizer with a model of torchvision, and a pipeline with a registered one."""
     from torchvision.models import squeezenet1_1
 
     path = tmp_path / "weights.pth"
@@ -744,18 +747,7 @@ def test_a_new_process_loads_it(frame: Frame, tmp_path: Path) -> None:
     ImageFeaturizer(**options, outputType="vector").save(str(tmp_path / "saved"))
     path.unlink()
     frame(IMAGES[:2]).write.parquet(str(tmp_path / "images"))
-    printed = run_python(f"""{SESSION}
-import json
-from imagevec import ImageFeaturizer
-featurizer = ImageFeaturizer.load({str(tmp_path / "saved")!r})
-images = spark.read.parquet({str(tmp_path / "images")!r})
-rows = featurizer.transform(images).orderBy("id").collect()
-print(json.dumps([row.features.tolist() for row in rows]))
-""")
-    assert_vectors(json.loads(printed), expected)
 
-
-def test_a_new_process_loads_a_pipeline(coloured: DataFrame, weights: Path, tmp_path: Path) -> None:
     featurizer = ImageFeaturizer(
         model=NAME, weights=str(weights), engine="torch", outputType="vector"
     )
@@ -766,19 +758,26 @@ def test_a_new_process_loads_a_pipeline(coloured: DataFrame, weights: Path, tmp_
     weights.unlink()
     here = PipelineModel.load(str(tmp_path / "model"))
     assert [stage.uid for stage in here.stages] == [stage.uid for stage in model.stages]
-    coloured.write.parquet(str(tmp_path / "images"))
+    coloured.write.parquet(str(tmp_path / "coloured"))
+
     printed = run_python(f"""{SESSION}
 import json
-from imagevec import Preprocessing, register_model
+from imagevec import ImageFeaturizer, Preprocessing, register_model
 from pyspark.ml import PipelineModel
 from tests.helpers.factories import tiny
-register_model({NAME!r}, tiny, preprocessing=Preprocessing(resize_size=32, crop_size=32))
+featurizer = ImageFeaturizer.load({str(tmp_path / "saved")!r})
 images = spark.read.parquet({str(tmp_path / "images")!r})
-predicted = PipelineModel.load({str(tmp_path / "model")!r}).transform(images)
+rows = featurizer.transform(images).orderBy("id").collect()
+print(json.dumps([row.features.tolist() for row in rows]))
+
+register_model({NAME!r}, tiny, preprocessing=Preprocessing(resize_size=32, crop_size=32))
+coloured = spark.read.parquet({str(tmp_path / "coloured")!r})
+predicted = PipelineModel.load({str(tmp_path / "model")!r}).transform(coloured)
 rows = predicted.select({columns}).orderBy("id").collect()
 print(json.dumps([[row.id, row.probability.tolist(), row.prediction] for row in rows]))
 """)
-    loaded = json.loads(printed)
+    vectors, loaded = map(json.loads, printed.splitlines())
+    assert_vectors(vectors, expected)
     assert [row[0] for row in loaded] == [row.id for row in rows]
     np.testing.assert_allclose([row[1] for row in loaded], [list(r.probability) for r in rows])
     assert [row[2] for row in loaded] == [row.prediction for row in rows]

@@ -19,7 +19,6 @@ from imagevec import (
     text_features_udf,
 )
 from tests.helpers.images import encode, photo
-from tests.helpers.pipeline import run_python
 
 OPTIONS: dict[str, Any] = {"model": "open_clip/tiny-vit", "weights": "random"}
 TEXTS = ["a red shoe", None, "", "a dog 🐕", "word " * 100, None, "a red shoe", "a cat", "x"]
@@ -113,37 +112,3 @@ def test_those_of_other_models_are_not(captions, frame, other, differing):
 def test_a_wrong_option_is_named(clip, spark):
     with pytest.raises(OptionError, match="the option 'decode' is not known"):
         text_features_udf("caption", **OPTIONS, decode="scaled")  # type: ignore[call-arg]
-
-
-@pytest.mark.java
-def test_an_openvino_worker_imports_no_pytorch():
-    assert (
-        run_python("""
-import sys
-from collections.abc import Iterator
-import pandas as pd
-from pyspark.sql import SparkSession
-from pyspark.sql.functions import pandas_udf
-from imagevec import text_features_udf
-
-builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
-spark = builder.config("spark.ui.showConsoleProgress", "false").getOrCreate()
-texts = spark.createDataFrame([("a cat",)], "text string").coalesce(1)
-options = {"model": "open_clip/ViT-S-32-alt", "weights": "random", "engine": "openvino"}
-((vector,),) = texts.select(text_features_udf("text", **options)).collect()
-
-@pandas_udf("string")
-def modules(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
-    from imagevec import runtime
-
-    heavy = {"torch", "torchvision", "timm", "open_clip", "transformers", "openvino"}
-    for batch in batches:
-        found = sorted(heavy & sys.modules.keys())
-        yield pd.Series([f"{len(runtime._engines)} {found}"] * len(batch))
-
-print(len(vector), texts.select(modules("text")).collect()[0][0])
-spark.stop()
-""")
-        .strip()
-        .endswith("256 1 ['openvino']")
-    )

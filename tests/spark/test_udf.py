@@ -487,58 +487,61 @@ except ImageVecError as error:
 
 
 @pytest.mark.java
-@pytest.mark.parametrize("engine", ["torch", "openvino"])
-def test_a_worker_imports_what_its_plan_needs(tmp_path, engine):
-    """In a session of its own, whose workers serve one plan alone, with and without isolation."""
-    if engine == "openvino":
-        pytest.importorskip("openvino")
-    printed = run_python(f"""
+def test_a_worker_imports_what_its_plan_needs():
+    """In sessions of their own, whose workers serve one plan alone, with and without isolation."""
+    for package in ("openvino", "open_clip"):
+        pytest.importorskip(package)
+    printed = run_python("""
 import sys
 from collections.abc import Iterator
+from functools import partial
 import pandas as pd
 from pyspark.sql import SparkSession
 from pyspark.sql.functions import pandas_udf
-from imagevec import features_udf
-from tests.helpers.factories import tiny
+from imagevec import features_udf, text_features_udf
 from tests.helpers.images import encode, photo
 
-found = []
-for module in ("pyspark.daemon", "imagevec.spark.daemon"):
-    spark = (
-        SparkSession.builder.master("local[1]")
-        .config("spark.driver.host", "127.0.0.1")
-        .config("spark.driver.bindAddress", "127.0.0.1")
-        .config("spark.ui.enabled", "false")
-        .config("spark.ui.showConsoleProgress", "false")
-        .config("spark.python.daemon.module", module)
-        .getOrCreate()
-    )
-    images = spark.createDataFrame([(encode(photo()),)], "content binary").coalesce(1)
-    for isolate in (False, True):
-        column = features_udf(
-            "content", model="resnet18", weights="random", engine={engine!r}, isolate=isolate
+def modules(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
+    from imagevec import runtime
+
+    heavy = {"torch", "torchvision", "timm", "open_clip", "transformers", "openvino"}
+    for batch in batches:
+        found = sorted(heavy & sys.modules.keys())
+        yield pd.Series([f"{len(runtime._engines)} {found}"] * len(batch))
+
+columns = {}
+for engine in ("torch", "openvino"):
+    images = partial(features_udf, "content", model="resnet18", weights="random", engine=engine)
+    columns[engine] = [partial(images, isolate=isolate) for isolate in (False, True)]
+clip = {"model": "open_clip/ViT-S-32-alt", "weights": "random", "engine": "openvino"}
+columns["texts"] = [partial(text_features_udf, "text", **clip)]
+for name, made in columns.items():
+    for module in ("pyspark.daemon", "imagevec.spark.daemon")[name == "texts" :]:
+        spark = (
+            SparkSession.builder.master("local[1]")
+            .config("spark.driver.host", "127.0.0.1")
+            .config("spark.driver.bindAddress", "127.0.0.1")
+            .config("spark.ui.enabled", "false")
+            .config("spark.ui.showConsoleProgress", "false")
+            .config("spark.python.daemon.module", module)
+            .getOrCreate()
         )
-        ((vector,),) = images.select(column).collect()  # first() would end the worker
-        assert len(vector) == 512
-
-    @pandas_udf("string")
-    def modules(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
-        from imagevec import runtime
-
-        heavy = {{"torch", "torchvision", "timm", "openvino"}} & sys.modules.keys()
-        for batch in batches:
-            yield pd.Series([f"{{len(runtime._engines)}} {{sorted(heavy)}}"] * len(batch))
-
-    found.append(images.select(modules("content")).collect()[0][0])
-    spark.stop()
-print("; ".join(found))
+        rows = [(encode(photo()), "a cat")]
+        df = spark.createDataFrame(rows, "content binary, text string").coalesce(1)
+        for column in made:
+            ((vector,),) = df.select(column()).collect()  # first() would end the worker
+        probe = pandas_udf(modules, "string")
+        print(name, len(vector), df.select(probe("text")).collect()[0][0])
+        spark.stop()
 """)
     # One engine: it is the worker that served the plan.
-    expected = {
-        "openvino": "1 ['openvino']; 1 ['openvino']",
-        "torch": "1 ['torch', 'torchvision']; 1 ['openvino', 'torch', 'torchvision']",
-    }[engine]
-    assert printed.strip() == expected
+    assert printed.splitlines()[-5:] == [
+        "torch 512 1 ['torch', 'torchvision']",
+        "torch 512 1 ['openvino', 'torch', 'torchvision']",
+        "openvino 512 1 ['openvino']",
+        "openvino 512 1 ['openvino']",
+        "texts 256 1 ['openvino']",
+    ]
 
 
 def test_a_session_whose_tasks_have_gpus_decides_auto(spark, monkeypatch, frame):
