@@ -5,8 +5,8 @@ export PYSPARK_PYTHON := $(abspath $(PYTHON))
 export PYSPARK_DRIVER_PYTHON := $(abspath $(PYTHON))
 unexport SPARK_HOME
 
-# The tests of a file run in one process, so that they share one Spark session.
-IN_TWO = -n 2 --dist loadfile
+# The tests of a file run in one process, so that they share what its fixtures set up.
+IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder
 
 WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
 
@@ -34,7 +34,7 @@ test-unit: setup ## Run the tests that need no Java and build no large models (u
 	@$(PYTHON) -m pytest -m 'not java and not models'
 
 test-models: setup ## Build all models of torchvision, and four of open_clip
-	@IMAGEVEC_TEST_ALL_MODELS=1 $(PYTHON) -m pytest $(IN_TWO) -m models tests/models/test_torchvision.py tests/models/test_open_clip.py
+	@IMAGEVEC_TEST_ALL_MODELS=1 $(PYTHON) -m pytest -n 2 -m models tests/models/test_torchvision.py tests/models/test_open_clip.py
 
 test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the command line
 	@$(WITH_JAVA) $(PYTHON) -m pytest $(IN_TWO) tests/cluster

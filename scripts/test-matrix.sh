@@ -56,7 +56,7 @@ for name in "${names[@]}"; do
     echo "== $name: $("$python" -c '
 import numpy, pandas, pyarrow, pyspark
 print(*(f"{m.__name__} {m.__version__}" for m in (pyspark, pandas, pyarrow, numpy)), sep=", ")')"
-    "$python" -m pytest -q -n 2 --dist loadfile -W ignore ${tests[$name]} || failed+=("$name")
+    "$python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -W ignore ${tests[$name]} || failed+=("$name")
 done
 if [ "${#failed[@]}" -gt 0 ]; then
     echo "failed: ${failed[*]}" >&2

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import psutil
 from pyspark.sql import SparkSession
 
+from tests.helpers.spark import JAVA_OPTIONS
+
 
 @contextmanager
 def session_of(master: str, **conf: str) -> Iterator[SparkSession]:
@@ -19,6 +21,8 @@ def session_of(master: str, **conf: str) -> Iterator[SparkSession]:
         .appName("imagevec cluster tests")
         .config("spark.driver.host", "127.0.0.1")
         .config("spark.driver.bindAddress", "127.0.0.1")
+        .config("spark.driver.extraJavaOptions", JAVA_OPTIONS)
+        .config("spark.executor.extraJavaOptions", JAVA_OPTIONS)
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.sql.shuffle.partitions", "2")
