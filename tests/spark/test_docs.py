@@ -270,7 +270,7 @@ def check_tuning(scope: dict[str, Any], folder: Path) -> None:
 
 def check_pipelines(scope: dict[str, Any], folder: Path) -> None:
     spark = scope["spark"]
-    assert spark.read.parquet(str(folder / "features/stream")).count() == 13
+    assert spark.read.parquet(str(folder / "stream_features")).count() == 13
     assert {row.prediction for row in scope["predictions"].collect()} <= {0.0, 1.0}
     assert scope["together"].count() == 2 * 13
     rows = scope["series"].to_frame().to_spark(index_col="path").collect()
