@@ -26,6 +26,7 @@ for name in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE"):
 
 # Spark's workers and the tests' own subprocesses see the code that the tests see.
 os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+os.environ["SPARK_CONF_DIR"] = str(ROOT / "tests" / "conf")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part
 )

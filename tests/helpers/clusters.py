@@ -10,8 +10,6 @@ from contextlib import contextmanager
 import psutil
 from pyspark.sql import SparkSession
 
-from tests.helpers.spark import JAVA_OPTIONS
-
 
 @contextmanager
 def session_of(master: str, **conf: str) -> Iterator[SparkSession]:
@@ -21,8 +19,6 @@ def session_of(master: str, **conf: str) -> Iterator[SparkSession]:
         .appName("imagevec cluster tests")
         .config("spark.driver.host", "127.0.0.1")
         .config("spark.driver.bindAddress", "127.0.0.1")
-        .config("spark.driver.extraJavaOptions", JAVA_OPTIONS)
-        .config("spark.executor.extraJavaOptions", JAVA_OPTIONS)
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.sql.shuffle.partitions", "2")
@@ -38,8 +34,6 @@ def session_of(master: str, **conf: str) -> Iterator[SparkSession]:
         yield session
     finally:
         session.stop()
-        # The builder is shared by the process: its settings must not reach the next session.
-        SparkSession.builder._options.clear()
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
