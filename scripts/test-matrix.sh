@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-of_users = ("spark", "timm", "openvino", "quantize", "connect", "fsspec", "search")
+of_users = ("spark", "timm", "clip", "openvino", "quantize", "connect", "fsspec", "search")
 extras = project["optional-dependencies"]
 for requirement in project["dependencies"] + [line for name in of_users for line in extras[name]]:
     name, version = re.match(r"(.+?)>=([\d.]+)", requirement).groups()
@@ -46,11 +46,11 @@ failed=()
 for name in "${names[@]}"; do
     folder=".cache/matrix/$name"
     python="$PWD/$folder/bin/python"
-    if [ "$(cat "$folder/.installed" 2>/dev/null)" != "${packages[$name]}" ]; then
+    if [ ! -f "$folder/.installed" ] || [ "$(cat "$folder/.installed")" != "${packages[$name]}" ]; then
         .venv/bin/python -m venv --clear --without-pip "$folder"
         site_packages .venv/bin/python >"$(site_packages "$python")/base.pth" # pip is there, too
         [ -z "${packages[$name]}" ] || "$python" -m pip install --quiet \
-            --disable-pip-version-check ${packages[$name]} 2>/dev/null
+            --disable-pip-version-check ${packages[$name]}
         echo "${packages[$name]}" >"$folder/.installed"
     fi
     echo "== $name: $("$python" -c '
