@@ -135,6 +135,21 @@ def models() -> dict[str, str]:
     return found
 
 
+def weights_option(model: str, weights: str) -> str | None:
+    """Returns the option that led to weights in an earlier plan, a tag for example, or ``None``.
+
+    Args:
+        model: The name of the model.
+        weights: The name of the weights in its spec, with their digest.
+    """
+    for path in folder("plans").iterdir():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            record = json.loads(path.read_text())
+            if (record["spec"]["model"], record["spec"]["weights"]) == (model, weights):
+                return str(record["weights"])
+    return None
+
+
 def limit_bytes() -> int:
     """Returns the size limit of the cache.
 

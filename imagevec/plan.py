@@ -24,6 +24,7 @@ from imagevec.engines import backend, saved_model
 from imagevec.errors import ImageVecError, OptionError, WeightsError
 from imagevec.files import digest_of, verified
 from imagevec.models.entry import REGISTERED, ModelSource
+from imagevec.models.open_clip import BESIDE_WEIGHTS
 from imagevec.models.registry import find_source, find_text_source
 from imagevec.options import DEFAULTS, ENGINES, WEIGHTS_SUFFIXES, Options, checked
 from imagevec.spec import ExecutionOptions, FeatureSpec, with_decode
@@ -89,7 +90,7 @@ def make_plan(*, gpus: bool | None = None, texts: bool = False, **options: Unpac
     if key in _plans and _has_files(_plans[key]):
         return _plans[key]
     if saved_model.is_saved_model(given.get("model")) and not texts:
-        plan = _of_saved_model(Path(given["model"]), given, gpus)
+        plan = _of_saved_model(Path(given["model"]).expanduser(), given, gpus)
     else:
         chosen = {**checked(DEFAULTS), **given}
         source = (find_text_source if texts else find_source)(chosen["model"])
@@ -226,7 +227,8 @@ def _prepared(
     if record is None:
         spec = get_model().spec
         files = (*_prepared_files(name, get_model()), *spec.preprocessing.files)
-        cache.remember(key, {"spec": json.loads(spec.to_json()), "files": files})
+        record = {"spec": json.loads(spec.to_json()), "weights": chosen["weights"], "files": files}
+        cache.remember(key, record)
     else:
         spec = FeatureSpec.from_json(json.dumps(record["spec"]))
         files = tuple(record["files"])
@@ -302,7 +304,10 @@ def _weights_key(source: ModelSource, weights: str) -> list[str]:
 def _process_key(given: dict[str, Any], gpus: bool | None, texts: bool) -> Any:
     """Returns the key of a plan in this process, or ``None`` if the options are not hashable."""
     model = given.get("model", DEFAULTS["model"])
-    files = [_version_of_file(path) for path in (model, given.get("weights"))]
+    weights = given.get("weights")
+    files = [_version_of_file(path) for path in (model, weights)]
+    if weights is not None and weights.endswith(WEIGHTS_SUFFIXES):
+        files += [_version_of_file(Path(weights).with_name(name)) for name in BESIDE_WEIGHTS]
     spec_file = _version_of_file(Path(model) / saved_model.SPEC_FILE) if _is_path(model) else None
     known = REGISTERED.get(model) if isinstance(model, str) else None
     available = tuple(name for name in ENGINES if backend(name).is_available())

@@ -26,6 +26,7 @@ PREFIX = "open_clip/"
 # local weights file, they define its preprocessing and tokenization.
 _CONFIG = "open_clip_config.json"
 _TOKENIZER = "tokenizer.json"
+BESIDE_WEIGHTS = (_CONFIG, _TOKENIZER, "tokenizer_config.json")
 
 _DEFAULTS = {  # from open_clip.transform.PreprocessCfg
     "mean": (0.48145466, 0.4578275, 0.40821073),
@@ -63,7 +64,7 @@ class OpenClipSource:
     identity: ClassVar[Literal["name"]] = "name"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "timm", "open_clip_torch")
     infers_shapes: ClassVar[bool] = True
-    beside_weights: ClassVar[tuple[str, ...]] = (_CONFIG, _TOKENIZER)
+    beside_weights: ClassVar[tuple[str, ...]] = BESIDE_WEIGHTS
 
     @property
     def name(self) -> str:
@@ -131,7 +132,9 @@ class OpenClipSource:
         Raises:
             OptionError: open_clip has no such model.
         """
-        config: dict[str, Any] | None = _open_clip().get_model_config(self.clip_name)
+        config: dict[str, Any] | None = None
+        if ":" not in self.clip_name:  # open_clip would read other places: hf-hub:, local-dir:
+            config = _open_clip().get_model_config(self.clip_name)
         if config is None:
             known = (PREFIX + name for name in _open_clip().list_models())
             raise OptionError(f"model={self.name!r} is not known: {did_you_mean(self.name, known)}")
@@ -140,7 +143,10 @@ class OpenClipSource:
     def _preprocess_cfg(self, weights: str) -> Mapping[str, Any]:
         config = _beside(weights, _CONFIG)
         if config is not None:
-            found: dict[str, Any] = json.loads(config.read_text()).get("preprocess_cfg", {})
+            try:
+                found: dict[str, Any] = json.loads(config.read_text()).get("preprocess_cfg", {})
+            except ValueError as error:
+                raise WeightsError(f"{config} is not valid JSON: {error}") from error
             return found
         tags = self._tags()
         return tags.get(weights) or next(iter({**self._fitting(tags), **tags}.values()), {})

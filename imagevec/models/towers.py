@@ -94,8 +94,13 @@ def model(name: str, config: Mapping[str, Any], weights: Path | None) -> nn.Modu
     try:
         open_clip.load_checkpoint(built, str(weights), weights_only=True)
     except RuntimeError as error:
-        first = " ".join(" ".join(str(error).splitlines()[1:4]).split())[:500]
-        raise WeightsError(f"the weights do not fit {name!r}: {first}") from error
+        first, *mismatches = str(error).splitlines() or [""]
+        if not mismatches:  # PyTorch cannot read the file
+            raise WeightsError(f"{weights.name} is not a weights file: {first}") from error
+        found = " ".join(" ".join(mismatches[:3]).split())[:500]
+        raise WeightsError(f"the weights do not fit {name!r}: {found}") from error
+    except KeyError as error:
+        raise WeightsError(f"the weights do not fit {name!r}: no tensor {error}") from error
     except Exception as error:  # unpickling corrupt bytes raises arbitrary exceptions
         first = str(error).partition(". ")[0]
         raise WeightsError(f"{weights.name} is not a weights file: {first}") from error

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from imagevec.errors import IMAGE_ERROR_CODES, ImageError
+from imagevec.errors import IMAGE_ERROR_CODES, ImageError, ReadError
 from imagevec.images.decode import decode
 from imagevec.images.reading import read
 from imagevec.options import DEFAULTS, FORMATS, RANDOM, check_positive
@@ -225,6 +225,8 @@ def _picture(path: str, size: int) -> dict[str, Any]:
         )
     except ImageError as error:
         return {"problem": IMAGE_ERROR_CODES[error.code]}
+    except ReadError:
+        return {"problem": "the file cannot be read"}
     image = Image.fromarray(pixels)
     scale = min(1, size / min(image.size), 2 * size / max(image.size))
     sides = [max(1, round(side * scale)) for side in image.size]

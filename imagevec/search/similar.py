@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from imagevec.cache import find
+from imagevec.cache import find, weights_option
 from imagevec.errors import FingerprintError, OptionError
+from imagevec.files import digest_of
 from imagevec.images.parallel import map_ahead
-from imagevec.options import Options, check_positive
+from imagevec.options import WEIGHTS_SUFFIXES, Options, check_positive
 from imagevec.search.neighbours import Vectors, nearest
 from imagevec.spec import Preprocessing
 from imagevec.table.read import RowGroup, column_metadata, read_paths, read_vectors
@@ -158,6 +160,10 @@ def _vectors_computed(
         options["decode"] = made_of.preprocessing.decode
     if model is None:
         name = made_of.model
+        if name.startswith("factory:"):
+            raise OptionError(
+                f"the table was made with a function, {name!r}: only its own images can be queries"
+            )
         if made_of.precision == "int8" or name.startswith("pt2:"):
             raise OptionError(
                 f"the table was made with {name!r}, a file or folder: give it as --model"
@@ -198,12 +204,18 @@ def _weights_at_hand(made_of: Provenance) -> str:
     kind, _, digest = made_of.weights.partition(":")
     if kind == "random":
         return kind
-    path = find(digest)
-    return str(path) if path else "DEFAULT"
+    option = weights_option(made_of.model, made_of.weights) or "DEFAULT"
+    if option.endswith(WEIGHTS_SUFFIXES):
+        original = Path(option).expanduser()
+        if original.is_file() and digest_of(original) == digest:
+            return option  # the files next to it count, too
+    elif option != "DEFAULT":
+        return option
+    return str(find(digest) or "DEFAULT")
 
 
 def _plain(path: str) -> str:
     """Returns a local path or ``file:`` URI as an absolute path, other URIs unchanged."""
     if path.startswith("file:"):
         return "/" + path.removeprefix("file:").lstrip("/")
-    return path if "://" in path else str(Path(path).absolute())
+    return path if "://" in path else os.path.abspath(path)

@@ -107,8 +107,9 @@ def column_metadata(folder: str | Path, column: str) -> dict[str, Any]:
     Raises:
         OptionError: The table does not exist.
     """
-    filesystem, (first, *_) = _files(str(folder), _EXTRACT)
-    schema = parquet.read_schema(first, filesystem=filesystem)
+    with _errors_of(str(folder), _EXTRACT):
+        filesystem, (first, *_) = _files(str(folder), _EXTRACT)
+        schema = parquet.read_schema(first, filesystem=filesystem)
     fields = json.loads((schema.metadata or {}).get(_SPARK_SCHEMA, b'{"fields": []}'))["fields"]
     found: list[dict[str, Any]] = [x["metadata"] for x in fields if x["name"] == column]
     return found[0] if found else {}

@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from examples.photos import write_photos
-from imagevec import FeatureSpec, ImageVectorizer, Preprocessing, extract, text_features
+from imagevec import FeatureSpec, ImageVectorizer, Preprocessing, extract, plan, text_features
 from imagevec.cli import main
+from imagevec.models import open_clip
+from tests.helpers.images import encode, photo
 from tests.helpers.tables import write_made_of, write_table
 
 
@@ -80,6 +83,44 @@ def test_texts_find_the_photos_of_the_demo(clip, spark, tmp_path, capsys):
         by_name = dict(zip((file.name for file in files), cosines, strict=True))
         names = [neighbour["path"].rpartition("/")[2] for neighbour in query["neighbours"]]
         np.testing.assert_allclose([by_name[name] for name in names], nearest, atol=1e-5)
+
+
+def test_a_tag_is_remembered(clip, spark, tmp_path, monkeypatch, capsys):
+    """The model has two tags with weights of their own, and none is the default."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for seed, tag in enumerate(("first", "second"), 1):
+        torch.manual_seed(seed)
+        torch.save(clip.create_model("tiny-vit").state_dict(), tmp_path / f"{tag}.pt")
+    tags = {
+        tag: {"tag": tag, "mean": [mean] * 3} for tag, mean in (("first", 0.9), ("second", 0.1))
+    }
+    monkeypatch.setitem(clip.pretrained._PRETRAINED, "tiny-vit", tags)
+    monkeypatch.setattr(open_clip, "_downloaded", lambda name, cfg: tmp_path / f"{cfg['tag']}.pt")
+    (tmp_path / "photos").mkdir()
+    for seed in range(3):
+        (tmp_path / "photos" / f"{seed}.png").write_bytes(encode(photo(seed=seed)))
+    (tmp_path / "query.png").write_bytes(encode(photo(seed=1)))
+    options: Any = {"model": "open_clip/tiny-vit", "weights": "second"}
+    features = str(tmp_path / "features")
+    extract(tmp_path / "photos", features, spark=spark, **options)
+    monkeypatch.setattr(plan, "_plans", {})  # as in a new process
+    query = ["--text", "a rocket", "--query", str(tmp_path / "query.png")]
+    assert main(["similar", features, *query, "-k", "1", "--json"]) == 0
+    of_photo, of_text = json.loads(capsys.readouterr().out)["queries"]
+    assert of_photo["neighbours"][0]["path"].endswith("1.png")
+    assert of_photo["neighbours"][0]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert len(of_text["neighbours"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [("nowhere", "does not exist: give the folder"), ("photos", "cannot be read as Parquet")],
+)
+def test_texts_need_a_table(tmp_path, capsys, folder, message):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"no table")
+    assert main(["similar", str(tmp_path / folder), "--text", "a rocket"]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_k_below_1(table, capsys):

@@ -45,7 +45,7 @@ all_models = pytest.mark.skipif(
 
 
 def lowest_cosine(ours: np.ndarray, theirs: np.ndarray) -> Any:
-    return min(cosine(a, b) for a, b in zip(ours, theirs, strict=True))
+    return np.min([cosine(a, b) for a, b in zip(ours, theirs, strict=True)])  # NaN is lowest
 
 
 def image_vector(open_clip, name: str) -> np.ndarray:
@@ -178,7 +178,7 @@ def save_weights(open_clip, name: str, path, seed: int = 1):
 
 
 @pytest.mark.parametrize("name", ["open_clip/tiny-vit", "open_clip/tiny-siglip"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin"])
 def test_a_file_of_weights(clip, name, suffix, tmp_path):
     model = save_weights(clip, name, tmp_path / f"weights{suffix}")
     tokens = clip.get_tokenizer(name.removeprefix("open_clip/"))(TEXTS)
@@ -206,7 +206,7 @@ def test_files_beside_the_weights_say_how_to_use_them(clip, tmp_path):
         "interpolation": "bilinear",
     }
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": own}))
-    after: Any = ImageVectorizer(**{**options, "batch_size": 3}).spec.preprocessing
+    after: Any = ImageVectorizer(**options).spec.preprocessing
     assert (after.squash, after.mean, after.interpolation) == (True, (0.5, 0.5, 0.5), "bilinear")
     theirs = find_text_source(name).preprocessing(None, str(options["weights"]))
     write_tokenizer(tmp_path)
@@ -222,6 +222,21 @@ def test_weights_of_another_model(clip, tmp_path):
         text_features(["a"], model="open_clip/tiny-vit", weights=tmp_path / "weights.pt")
 
 
+def test_weights_that_end_early(clip, tmp_path):
+    path = tmp_path / "weights.pt"
+    save_weights(clip, "open_clip/tiny-vit", path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(WeightsError, match="weights.pt is not a weights file: Pytorch"):
+        text_features(["a"], model="open_clip/tiny-vit", weights=path)
+
+
+def test_a_configuration_beside_the_weights_that_is_damaged(clip, tmp_path):
+    save_weights(clip, "open_clip/tiny-vit", tmp_path / "weights.pt")
+    (tmp_path / "open_clip_config.json").write_text("{")
+    with pytest.raises(WeightsError, match="open_clip_config.json is not valid JSON"):
+        ImageVectorizer(model="open_clip/tiny-vit", weights=tmp_path / "weights.pt")
+
+
 def test_weights_that_are_no_tensors_are_not_unpickled(clip, tmp_path):
     torch.save({"state_dict": shutil.rmtree}, tmp_path / "weights.pt")  # by its name, as code
     with pytest.raises(
@@ -234,6 +249,10 @@ def test_weights_that_are_no_tensors_are_not_unpickled(clip, tmp_path):
     ("options", "message"),
     [
         ({"model": "open_clip/ViT-B32"}, "is not known: did you mean 'open_clip/ViT-B-32'"),
+        (
+            {"model": "open_clip/hf-hub:org/model"},
+            "model='open_clip/hf-hub:org/model' is not known",
+        ),
         ({"model": "resnet50"}, "model='resnet50' cannot encode text: use an open_clip model"),
         ({"model": "timm/vit_tiny_patch16_224"}, "cannot encode text: use an open_clip model"),
         ({"weights": "laion2b_s34b_b79"}, "did you mean 'laion2b_s34b_b79k'"),

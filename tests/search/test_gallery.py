@@ -15,8 +15,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from imagevec import OptionError
+from imagevec import OptionError, ReadError
 from imagevec.errors import IMAGE_ERROR_CODES
+from imagevec.search import gallery
 from imagevec.search.gallery import write_gallery
 from imagevec.search.neighbours import nearest
 from imagevec.spec import FeatureSpec, Preprocessing
@@ -266,6 +267,17 @@ def test_a_file_that_has_gone_or_is_bad_has_a_placeholder(tmp_path):
     assert "thumbnail" not in bad
     assert "not an image" in bad["problem"]
     assert gone["problem"] == IMAGE_ERROR_CODES["unreadable_path"]
+
+
+def test_a_file_that_cannot_be_read_has_a_placeholder(tmp_path, monkeypatch):
+    def read(path: str) -> bytes:
+        raise ReadError(f"{path}: permission denied")
+
+    monkeypatch.setattr(gallery, "read", read)
+    write_features(tmp_path / "t", write_images(tmp_path, ["a.png"]))
+    assert write_gallery(tmp_path / "t", tmp_path / "g.html") == 1
+    (image,) = data_of(tmp_path / "g.html")["images"]
+    assert image["problem"] == "the file cannot be read"
 
 
 def test_a_page_is_as_large_as_its_thumbnails(tmp_path):

@@ -116,6 +116,7 @@ def test_a_query_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert paths_of(similar("t", ["a.jpg"], 5)[0]) == [f"file:{tmp_path}/sub/a.jpg"]
     assert paths_of(similar("t", ["sub/a.jpg"], 5)[0]) == [f"file:{tmp_path}/a.jpg"]
+    assert paths_of(similar("t", ["sub/../a.jpg"], 5)[0]) == [f"file:{tmp_path}/sub/a.jpg"]
 
 
 def test_uris_of_a_store(tmp_path):
@@ -183,6 +184,9 @@ def test_a_query_without_a_vector_needs_the_model(tmp_path, query):
     folder = write_made_of(tmp_path, ROWS, spec.metadata)
     with pytest.raises(OptionError, match="made with 'some', a file or folder: give it as --model"):
         similar(folder, [query], 1)
+    function = dataclasses.replace(spec, model="factory:some", precision="float32")
+    with pytest.raises(OptionError, match="only its own images can be queries"):
+        similar(write_made_of(tmp_path, ROWS, function.metadata), [query], 1)
     exported = dataclasses.replace(spec, model="pt2:some", precision="float32")
     with pytest.raises(
         OptionError, match="made with 'pt2:some', a file or folder: give it as --model"
