@@ -31,7 +31,7 @@ def main(folder: str, model: str = "squeezenet1_1", weights: str = "random") -> 
         .getOrCreate()
     )
     spark.sparkContext.setLogLevel("ERROR")
-    files_in = sum(path.is_file() for path in Path(folder).rglob("*"))
+    files_in = sum(is_read(path, folder) for path in Path(folder).rglob("*"))
     files = spark.read.format("binaryFile").option("recursiveFileLookup", True).load(folder)
     features = features_udf("content", model=model, weights=weights, output="struct")
     spark.sparkContext.setJobGroup("check", "check_folder")
@@ -52,6 +52,12 @@ def main(folder: str, model: str = "squeezenet1_1", weights: str = "random") -> 
     print(f"worker deaths           {deaths}")
     print(f"same in another order   {first == second}")
     return int(not (len(first) == files_in and deaths == 0 and first == second))
+
+
+def is_read(path: Path, folder: str) -> bool:
+    """Returns whether Spark reads a path: a file without a hidden part."""
+    parts = path.relative_to(folder).parts
+    return path.is_file() and not any(part.startswith((".", "_")) for part in parts)
 
 
 def failed_tasks(spark: SparkSession) -> int:

@@ -48,10 +48,9 @@ def pyspark_required() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in ("pyspark", "py4j"):
+        if (error.name or "").partition(".")[0] not in ("pyspark", "py4j"):
             raise
-        raise MissingExtraError(package, "spark") from error
+        raise MissingExtraError("pyspark", "spark") from error
 
 
 class WeightsError(ImageVecError):

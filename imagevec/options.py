@@ -26,7 +26,7 @@ ENGINES = ("openvino", "torch")
 DECODES = ("exact", "scaled")
 
 RANDOM = "random"
-WEIGHTS_SUFFIXES = (".pth", ".pt", ".safetensors")
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
 class Options(TypedDict, total=False):
@@ -39,8 +39,8 @@ class Options(TypedDict, total=False):
     Default ``"resnet50"``."""
     weights: str | Path
     """The name of pretrained weights (a torchvision name or an open_clip tag), the path of a
-    ``.pth``, ``.pt`` or ``.safetensors`` file, or ``"random"`` (seeded: identical on every worker).
-    Default ``"DEFAULT"``."""
+    ``.pth``, ``.pt``, ``.bin`` or ``.safetensors`` file, or ``"random"`` (seeded: identical on
+    every worker). Default ``"DEFAULT"``."""
     layer: str | Sequence[str]
     """``"pooled"`` (the input of the classifier's last linear layer), ``"logits"``, or a node name
     from ``torchvision.models.feature_extraction.get_graph_node_names``. Several layers are computed
@@ -253,7 +253,7 @@ OPTIONS = (
         "DEFAULT",
         "path",
         _weights,
-        "a weights name, a .pth, .pt or .safetensors file, or random",
+        "a weights name, a .pth, .pt, .bin or .safetensors file, or random",
     ),
     Option(
         "layer",

@@ -59,6 +59,7 @@ def get_engine(
             _engines[key] = load(plan.spec, plan.source, files, device, threads)
             if len(_engines) > _MAX_ENGINES:
                 _engines.popitem(last=False)
+                gc.unfreeze()  # its module may refer to itself: only a collection frees it
             when_built()
         _engines.move_to_end(key)
         return _engines[key]

@@ -7,7 +7,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from imagevec import ImageVectorizer, OptionError, plan
+from imagevec import ImageVectorizer, OptionError, WeightsError, plan
 from imagevec.plan import make_plan
 from tests.helpers.factories import Tiny, logging_tiny, tiny
 from tests.helpers.pipeline import saved
@@ -120,3 +120,11 @@ def test_a_model_that_cannot_be_converted_runs_with_pytorch(monkeypatch, caplog,
     assert "no such operation" in caplog.text
     with pytest.raises(OptionError, match="openvino cannot convert.*no such operation"):
         make_plan(model=model, engine="openvino")
+
+
+def test_a_saved_model_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "spec.json").write_text("{}")
+    with pytest.raises(WeightsError, match=rf"{tmp_path}/saved is not a saved model: KeyError"):
+        make_plan(model="~/saved")

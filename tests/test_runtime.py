@@ -96,6 +96,19 @@ def test_only_a_few_engines_are_kept():
     assert kept == [plan.key for plan in plans[-len(kept) :]]
 
 
+def test_an_engine_that_was_frozen_is_freed_when_it_is_dropped():
+    """It refers to itself, as the modules of ``torch.fx`` do."""
+    plans: list[Any] = [FakePlan(f"frozen {number}") for number in range(12)]
+    try:
+        for plan in plans:
+            engine = get_engine(plan, Path, "cpu", 1, when_built=runtime.freeze_heap)
+            engine.itself = engine  # type: ignore[attr-defined]
+        del engine
+        assert sum(plan.engines[0]() is not None for plan in plans) <= 6
+    finally:
+        gc.unfreeze()
+
+
 def test_the_engine_in_use_is_not_dropped():
     used = FakePlan("in use")
     for number in range(12):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from imagevec.errors import ImageVecError
+from imagevec.errors import ImageVecError, pyspark_required
 from imagevec.spark.conf import ARROW_BYTES, ARROW_RECORDS, recommended_conf
 
 _PACKAGES = (
@@ -67,9 +67,10 @@ def examine(master: str | None) -> dict[str, Any]:
         advice += more
     except ImageVecError as error:
         facts["spark"] = None
-        advice.append(
-            f"{error}; PySpark 4 needs Java 17 or newer: set JAVA_HOME, or put java on PATH"
-        )
+        sentence = str(error)
+        if sentence.startswith("Spark did not start"):
+            sentence += "; PySpark 4 needs Java 17 or newer: set JAVA_HOME, or put java on PATH"
+        advice.append(sentence)
     return {**facts, "advice": advice}
 
 
@@ -91,7 +92,8 @@ def show(result: dict[str, Any]) -> str:
 
 def _examine_spark(master: str | None) -> tuple[dict[str, Any], list[str]]:
     """Examines the user's settings and Spark's defaults, not what the other commands set."""
-    from imagevec.cli.session import spark_session
+    with pyspark_required():
+        from imagevec.cli.session import spark_session
 
     with spark_session(master, recommended=False) as spark:
         rate, start_seconds = _timing(spark)
@@ -191,13 +193,18 @@ def _java() -> str | None:
 
 
 def _versions() -> dict[str, str]:
+    import importlib
     import importlib.metadata
     import importlib.util
 
     found = {}
     for package in _PACKAGES:
         if importlib.util.find_spec("PIL" if package == "pillow" else package):
-            found[package] = importlib.metadata.version(package)
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:  # a platform's own PySpark
+                module = importlib.import_module(package)
+                found[package] = str(getattr(module, "__version__", "of unknown version"))
     return found
 
 

@@ -46,12 +46,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from imagevec.cli.session import spark_session
     from imagevec.search.joins import near_duplicates
     from imagevec.spark.hadoop import Folder
+    from imagevec.table.listing import escaped
 
     with spark_session(options.master) as spark:
         if Folder(spark, options.out).names():
             raise OptionError(f"{options.out} exists and is not empty: choose another --out")
         with _bar(spark, quiet=options.quiet or options.json):
-            features = spark.read.parquet(options.features)
+            features = spark.read.parquet(escaped(options.features))
             groups = near_duplicates(features, options.min_cosine, method=options.method)
             if "length" in features.columns:
                 groups = groups.join(features.select("path", "length"), "path")
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             groups = groups.withColumn("group", F.col("group").alias("group", metadata=made_by))
             groups.orderBy("group", "path").write.mode("append").parquet(options.out)
             extra = F.col("path") != F.col("group")
-            counts = spark.read.parquet(options.out).agg(
+            counts = spark.read.parquet(escaped(options.out)).agg(
                 F.count("*").alias("images"),
                 F.count_distinct("group").alias("groups"),
                 F.count_if(extra).alias("extra"),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from imagevec.errors import ImageVecError
+from imagevec.errors import ImageVecError, MissingExtraError
 from imagevec.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             _bar(quiet=options.quiet or options.json) as progress,
         ):
             report = extract(options.src, options.dest, spark=spark, progress=progress, **given)
+    except MissingExtraError:
+        raise  # names no option
     except ImageVecError as error:
         raise type(error)(_in_flags(str(error))) from error
     seconds = round(time.perf_counter() - start, 1)  # including the startup of Spark

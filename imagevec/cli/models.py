@@ -42,6 +42,8 @@ def _found(search: str) -> dict[str, list[str]]:
     from imagevec.models.registry import SOURCES
 
     prefixes = {source.PREFIX for source in SOURCES if source.PREFIX and search}
+    if f"{search}/" in prefixes:
+        search += "/"
     asked = {prefix for prefix in prefixes if search.startswith(prefix)} or {"", *prefixes}
     found: dict[str, list[str]] = {prefix: [] for prefix in sorted(asked)}
     for source in SOURCES:
@@ -94,12 +96,13 @@ def _described(name: str) -> dict[str, Any] | None:
 
 def _built(source: ModelSource, input_size: int) -> nn.Module:
     """Builds the model, without memory for its weights if possible."""
+    from imagevec.errors import OptionError
     from imagevec.models.state_dict import no_memory
 
     if source.infers_shapes:
         try:
             with no_memory():
                 return source.build(input_size)
-        except RuntimeError:  # some models compute with their weights while they are built
+        except (RuntimeError, OptionError):  # some models compute with weights while being built
             pass
     return source.build(input_size)

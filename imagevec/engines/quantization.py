@@ -84,7 +84,7 @@ def quantize(
         MissingExtraError: The extra ``quantize`` is not installed.
     """
     nncf = _nncf()
-    folder = Path(output)
+    folder = Path(output).expanduser()
     if folder.exists():
         raise OptionError(f"output={str(output)!r} is not valid: it already exists")
     _check_cosine(min_median_cosine)

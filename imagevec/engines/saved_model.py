@@ -36,7 +36,7 @@ class SavedModel(NamedTuple):
 
 def is_saved_model(model: object) -> bool:
     """Returns whether a ``model`` option is the path of a saved model."""
-    return isinstance(model, str | Path) and (Path(model) / SPEC_FILE).is_file()
+    return isinstance(model, str | Path) and (Path(model).expanduser() / SPEC_FILE).is_file()
 
 
 def write(folder: Path, spec: FeatureSpec, backend: str, files: Sequence[Path]) -> None:

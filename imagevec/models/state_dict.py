@@ -23,7 +23,7 @@ from imagevec.models.entry import ModelSource
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES
 
 OFFLINE = (
-    "Without a network, use weights='<path>' with a .pth, .pt or .safetensors file, "
+    "Without a network, use weights='<path>' with a .pth, .pt, .bin or .safetensors file, "
     "or weights='random' for tests"
 )
 
@@ -104,8 +104,8 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """Loads the tensors of a weights file on the CPU.
 
     Args:
-        path: A ``.pth``, ``.pt`` or ``.safetensors`` file. It may be a checkpoint with the weights
-            under ``state_dict`` or ``model``.
+        path: A ``.pth``, ``.pt``, ``.bin`` or ``.safetensors`` file. It may be a checkpoint with
+            the weights under ``state_dict`` or ``model``.
 
     Raises:
         WeightsError: The file contains anything but tensors.

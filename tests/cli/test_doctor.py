@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from typing import Any
 
+import pyspark
 import pytest
 
 from imagevec import recommended_conf
-from imagevec.cli.doctor import _GPU_OF_TASK, _SPARK_DEFAULTS, _advice
+from imagevec.cli.doctor import _GPU_OF_TASK, _SPARK_DEFAULTS, _advice, _versions
 from imagevec.spark.conf import ARROW_BYTES, ARROW_RECORDS
 
 SPARK: dict[str, Any] = {  # 4.3, where nothing is set
@@ -87,3 +89,17 @@ def test_before_spark_4_rows_are_counted():
 def test_what_to_change(name, value, part):
     (sentence,) = _advice({**configured(), name: value})
     assert part in sentence
+
+
+def test_a_package_without_metadata_is_listed(monkeypatch):
+    """As PySpark is where a platform puts it on PYTHONPATH."""
+
+    def version(package: str) -> str:
+        if package == "pyspark":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = _versions()
+    assert found["pyspark"] == pyspark.__version__
+    assert found["torch"] == "1.0"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from imagevec import MissingExtraError
 from imagevec.cli import extract as verb
 from imagevec.cli import main, parser
 
@@ -124,3 +126,13 @@ def test_a_quiet_bar_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with verb._bar(quiet=True) as advance:
         advance(1, 0, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def extract(*_: Any, **__: Any) -> None:
+        raise MissingExtraError("timm", "timm")
+
+    monkeypatch.setattr("imagevec.cli.session.spark_session", lambda master: nullcontext())
+    monkeypatch.setattr("imagevec.table.extract.extract", extract)
+    assert main(["extract", "photos", "features", "--model", "timm/resnet18", "--quiet"]) == 1
+    assert "timm is not installed: pip install 'imagevec[timm]'" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from imagevec.cli import main
-from imagevec.cli.models import models
+from imagevec.cli.models import _found, models
 from imagevec.models import factory
 from imagevec.models.entry import REGISTERED
 from imagevec.models.factory import FactorySource
@@ -72,3 +72,10 @@ def test_the_names_of_a_source_are_found_in_any_case(source, monkeypatch):
     assert source.names("RESNET18") == source.names("ResNet18") == found
     assert all("resnet18" in name.casefold() for name in found)
     assert source is not factory or found == ["My_ResNet18"]
+
+
+@pytest.mark.parametrize("library", ["timm", "open_clip"])
+def test_the_name_of_a_library_finds_its_models(library):
+    pytest.importorskip(library)
+    (found,) = _found(library).items()
+    assert found[0] == f"{library}/" and len(found[1]) > 100

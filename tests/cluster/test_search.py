@@ -79,8 +79,8 @@ def test_duplicates(capsys: pytest.CaptureFixture[str], tmp_path: Path, method: 
 
 
 def test_duplicates_in_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    write_table(tmp_path / "features", with_copies(), with_length=False)
-    table, out = str(tmp_path / "features"), str(tmp_path / "groups")
+    write_table(tmp_path / "features [1]", with_copies(), with_length=False)
+    table, out = str(tmp_path / "features [1]"), str(tmp_path / "groups {1}")
     assert main(["duplicates", table, "--out", out, "--master", "local[2]"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said == [

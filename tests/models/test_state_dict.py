@@ -53,7 +53,7 @@ def refused(path: Path, model: Any = "squeezenet1_1") -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
 def test_the_format_of_the_file_does_not_matter(suffix, state_dict, vector, tmp_path):
     path = tmp_path / f"weights{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(state_dict, path)
