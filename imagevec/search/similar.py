@@ -160,13 +160,13 @@ def _vectors_computed(
         options["decode"] = made_of.preprocessing.decode
     if model is None:
         name = made_of.model
-        if name.startswith("factory:"):
-            raise OptionError(
-                f"the table was made with a function, {name!r}: only its own images can be queries"
-            )
         if made_of.precision == "int8" or name.startswith("pt2:"):
             raise OptionError(
                 f"the table was made with {name!r}, a file or folder: give it as --model"
+            )
+        if name.startswith("factory:"):
+            raise OptionError(
+                f"the table was made with a function, {name!r}: only its own images can be queries"
             )
         options |= {"model": name, "weights": weights or _weights_at_hand(made_of)}
     else:
