@@ -108,7 +108,8 @@ def _bar(spark: SparkSession, quiet: bool) -> Iterator[None]:
     tracker = spark.sparkContext.statusTracker()
     is_done = threading.Event()
     start = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+    console = Console(stderr=True, quiet=quiet)
+    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
         row = bar.add_task("near-duplicates", total=1, tasks="", elapsed="0:00:00")
 
         def look() -> None:
