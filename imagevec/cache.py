@@ -126,27 +126,25 @@ def entries() -> list[Entry]:
 def models() -> dict[str, str]:
     """Returns the model of each file and record named in a cached plan, by the entry's name."""
     found: dict[str, str] = {}
-    for path in folder("plans").iterdir():
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            stat = path.stat()
-            record = json.loads(path.read_text())
-            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # listing is not using
-            found |= dict.fromkeys([path.name, *record["files"]], str(record["spec"]["model"]))
+    for path, record in _records():
+        found |= dict.fromkeys([path.name, *record["files"]], str(record["spec"]["model"]))
     return found
 
 
 def weights_option(model: str, weights: str) -> str | None:
-    """Returns the option that led to weights in an earlier plan, a tag for example, or ``None``.
+    """Returns the ``weights`` option, such as a tag, of the last new plan with these weights.
 
     Args:
-        model: The name of the model.
-        weights: The name of the weights in its spec, with their digest.
+        model: The name of the model, as in ``FeatureSpec``.
+        weights: The name of the weights there, such as ``"sha256:..."``.
+
+    Returns:
+        The option, or ``None`` if no such plan is in the cache.
     """
-    for path in folder("plans").iterdir():
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            record = json.loads(path.read_text())
-            if (record["spec"]["model"], record["spec"]["weights"]) == (model, weights):
-                return str(record["weights"])
+    for _, record in _records():
+        spec = record["spec"]
+        if (spec["model"], spec.get("weights")) == (model, weights) and "weights" in record:
+            return str(record["weights"])
     return None
 
 
@@ -188,6 +186,20 @@ def clear() -> None:
 def root() -> Path:
     """Returns the folder of the cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imagevec"
+
+
+def _records() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yields the readable records, newest first, without counting as their use."""
+    found = []
+    for path in folder("plans").iterdir():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            stat = path.stat()
+            record = json.loads(path.read_text())
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            _ = record["files"], record["spec"]["model"]
+            found.append((stat.st_mtime_ns, path, record))
+    for _, path, record in sorted(found, key=lambda entry: entry[:2], reverse=True):
+        yield path, record
 
 
 def _record(key: str) -> Path:

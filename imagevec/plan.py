@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,6 @@ from imagevec.engines import backend, saved_model
 from imagevec.errors import ImageVecError, OptionError, WeightsError
 from imagevec.files import digest_of, verified
 from imagevec.models.entry import REGISTERED, ModelSource
-from imagevec.models.open_clip import BESIDE_WEIGHTS
 from imagevec.models.registry import find_source, find_text_source
 from imagevec.options import DEFAULTS, ENGINES, WEIGHTS_SUFFIXES, Options, checked
 from imagevec.spec import ExecutionOptions, FeatureSpec, with_decode
@@ -306,8 +306,10 @@ def _process_key(given: dict[str, Any], gpus: bool | None, texts: bool) -> Any:
     model = given.get("model", DEFAULTS["model"])
     weights = given.get("weights")
     files = [_version_of_file(path) for path in (model, weights)]
-    if weights is not None and weights.endswith(WEIGHTS_SUFFIXES):
-        files += [_version_of_file(Path(weights).with_name(name)) for name in BESIDE_WEIGHTS]
+    if isinstance(model, str) and weights is not None and weights.endswith(WEIGHTS_SUFFIXES):
+        with suppress(OptionError):  # of a model that does not exist, or has weights: raised later
+            beside = find_source(model).beside_weights
+            files += [_version_of_file(Path(weights).with_name(name)) for name in beside]
     spec_file = _version_of_file(Path(model) / saved_model.SPEC_FILE) if _is_path(model) else None
     known = REGISTERED.get(model) if isinstance(model, str) else None
     available = tuple(name for name in ENGINES if backend(name).is_available())

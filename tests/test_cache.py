@@ -210,3 +210,17 @@ def test_a_class_of_main_is_known_in_the_next_process(folder: Path) -> None:
     assert other[1:] != first[1:]
     changed = run_python(MAIN.replace("SCALE", "2").replace("* self.scale", "+ self.scale"))
     assert changed.split()[0] == "1"
+
+
+def test_the_newest_option_of_weights_is_found(folder: Path) -> None:
+    spec = {"model": "m", "weights": "sha256:1"}
+    for number, weights in enumerate(("first", "last")):
+        cache.remember(weights, {"files": [], "spec": spec, "weights": weights})
+        os.utime(cache.folder("plans") / f"{weights}.json", (0, number))
+    cache.remember("other", {"files": [], "spec": {**spec, "model": "n"}, "weights": "other"})
+    cache.remember("old", {"files": [], "spec": spec})
+    (cache.folder("plans") / "bad.json").write_text("[]")
+    assert cache.weights_option("m", "sha256:1") == "last"
+    assert cache.weights_option("m", "sha256:2") is None
+    used = {entry.path.name: entry.used for entry in cache.entries()}
+    assert used["first.json"] == 0  # looking is not using

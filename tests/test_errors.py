@@ -87,6 +87,7 @@ def test_without_pyspark_the_extra_is_named():
         assert "resnet50" in imagevec.list_models()
         assert main(["models", "--search", "resnet18"]) == 0
         assert main(["extract", "photos", "features"]) == 1
+        assert main(["doctor"]) == 0
         try:
             from imagevec import features_udf
         except imagevec.MissingExtraError as error:

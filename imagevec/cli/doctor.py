@@ -193,7 +193,6 @@ def _java() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    import importlib
     import importlib.metadata
     import importlib.util
 

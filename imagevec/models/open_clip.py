@@ -26,7 +26,6 @@ PREFIX = "open_clip/"
 # local weights file, they define its preprocessing and tokenization.
 _CONFIG = "open_clip_config.json"
 _TOKENIZER = "tokenizer.json"
-BESIDE_WEIGHTS = (_CONFIG, _TOKENIZER, "tokenizer_config.json")
 
 _DEFAULTS = {  # from open_clip.transform.PreprocessCfg
     "mean": (0.48145466, 0.4578275, 0.40821073),
@@ -64,7 +63,7 @@ class OpenClipSource:
     identity: ClassVar[Literal["name"]] = "name"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "timm", "open_clip_torch")
     infers_shapes: ClassVar[bool] = True
-    beside_weights: ClassVar[tuple[str, ...]] = BESIDE_WEIGHTS
+    beside_weights: ClassVar[tuple[str, ...]] = (_CONFIG, _TOKENIZER, "tokenizer_config.json")
 
     @property
     def name(self) -> str:

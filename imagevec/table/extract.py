@@ -166,8 +166,9 @@ def extract(
         options["output"] = "struct"
         vectorizer = ImageVectorizer(**options)
         weights = options.get("weights")
-        if weights is not None and Path(weights).expanduser().is_file():
-            cache.store(Path(weights).expanduser())  # `imagevec similar` finds it by its digest
+        file = None if weights is None else Path(weights).expanduser()
+        if file is not None and file.is_file():
+            cache.store(file)  # `imagevec similar` finds it by its digest
         lock = table.lock(uuid.uuid4().hex)
         with lock.held():
             table.recover(lock.previous_run)
