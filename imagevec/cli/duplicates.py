@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from imagevec.cli.session import spark_session
     from imagevec.search.joins import near_duplicates
     from imagevec.spark.hadoop import Folder
-    from imagevec.table.listing import escaped
+    from imagevec.storage.listing import escaped
 
     with spark_session(options.master) as spark:
         if Folder(spark, options.out).names():

@@ -7,39 +7,26 @@ return a null.
 
 from __future__ import annotations
 
-import errno
 import functools
-import itertools
-import json
 import os
-import random
-import threading
-import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
 
-from imagevec.errors import ImageError, ReadError
+from imagevec.errors import ImageError
 from imagevec.images.parallel import map_ahead
-from imagevec.images.stores import (
+from imagevec.images.values import Value
+from imagevec.options import DEFAULTS
+from imagevec.storage.retry import retried
+from imagevec.storage.stores import (
     UnsupportedURIError,
     existing_path,
     local_path,
     scheme_of,
     store_of,
 )
-from imagevec.images.values import Value
-from imagevec.options import DEFAULTS
 
 _READ_THREADS = 8
 _MAX_READ_AHEAD = 16  # files kept in memory before they are decoded
-
-_FIRST_PAUSE_SECONDS = 0.2
-_LONGEST_PAUSE_SECONDS = 10.0
-
-_OF_THE_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
-
-T = TypeVar("T")
 
 
 def read_ahead(
@@ -97,72 +84,6 @@ def read(
         return retried(path, lambda: store_of(path).read(path), timeout_seconds)
     except (UnsupportedURIError, OSError, ValueError) as error:
         raise ImageError("unreadable_path", f"{path}: {error}") from error
-
-
-def retried(path: str, action: Callable[[], T], timeout_seconds: float) -> T:
-    """Calls an action on a path until it succeeds, and returns its result.
-
-    Raises:
-        ReadError: The action failed until the timeout, or permission is denied.
-        UnsupportedURIError, OSError, ValueError: The action cannot succeed for this path.
-    """
-    deadline = time.monotonic() + timeout_seconds
-    answer: Exception | None = None  # the last error that is more specific than a timeout
-    for tries in itertools.count(1):
-        try:
-            if scheme_of(path) == "file":
-                return action()
-            return _within(deadline - time.monotonic(), action)
-        except Exception as error:  # each store's library has its own exceptions
-            if _is_of_the_path(error):
-                raise
-            if answer is None or not isinstance(error, _NoAnswerError):
-                answer = error
-            again = min(_FIRST_PAUSE_SECONDS * 2 ** (tries - 1), _LONGEST_PAUSE_SECONDS)
-            pause = again * random.uniform(0.5, 1.5)  # so that workers do not retry in step
-            if isinstance(error, PermissionError | ImportError) or (
-                time.monotonic() + pause >= deadline
-            ):
-                said = str(answer) or type(answer).__name__
-                raise ReadError(f"{path} cannot be read: {said} (tries: {tries})") from answer
-        time.sleep(pause)
-    raise AssertionError("unreachable: the loop ends by returning or raising")
-
-
-def _is_of_the_path(error: Exception) -> bool:
-    """Returns whether a retry, on any machine and at any time, would also fail."""
-    if isinstance(error, OSError) and error.errno in _OF_THE_PATH:
-        return True
-    if isinstance(error, ValueError):  # a null byte, a lone surrogate, a malformed URI
-        # Truncated responses and expired certificates also raise ValueErrors.
-        return not isinstance(error, json.JSONDecodeError | UnicodeDecodeError | OSError)
-    not_there = FileNotFoundError | IsADirectoryError | NotADirectoryError
-    return isinstance(error, not_there | UnsupportedURIError)
-
-
-class _NoAnswerError(TimeoutError):
-    """An action exceeded its time limit."""
-
-
-def _within(seconds: float, action: Callable[[], T]) -> T:
-    """Runs an action in a thread and returns its result. The thread is abandoned on a timeout."""
-    done: list[T] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            done.append(action())
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(max(seconds, 0.0))
-    if failed:
-        raise failed[0]
-    if not done:
-        raise _NoAnswerError(f"no answer after {seconds:.0f} seconds")
-    return done[0]
 
 
 def _is_allowed(path: str, allowed_roots: Sequence[str]) -> bool:

@@ -20,10 +20,10 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from imagevec.errors import FingerprintError, OptionError
-from imagevec.images.stores import local_path, scheme_of
 from imagevec.spark.hadoop import Folder
 from imagevec.spec import FeatureSpec
-from imagevec.table.listing import escaped, glob_parts, matcher
+from imagevec.storage.listing import escaped, glob_parts, matcher
+from imagevec.storage.stores import local_path, scheme_of
 from imagevec.table.lock import Lock
 from imagevec.table.provenance import Provenance, check_same, provenance
 

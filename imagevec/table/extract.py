@@ -27,8 +27,8 @@ from imagevec.spark.hadoop import check_has_jvm
 from imagevec.spark.metrics import Metrics
 from imagevec.spark.sessions import active_session, failures_in_words, quoted
 from imagevec.spark.vectorizer import ImageVectorizer
+from imagevec.storage.listing import escaped
 from imagevec.table.dest import KIND, Dest, check_outside
-from imagevec.table.listing import escaped
 from imagevec.table.lock import Lock
 from imagevec.table.sources import (
     IMAGE,

@@ -25,7 +25,7 @@ from pyspark.sql.types import BinaryType, StringType, StructType
 from imagevec.errors import OptionError
 from imagevec.spark.hadoop import upload
 from imagevec.spark.sessions import check_input_column, existing_column, find_column, quoted
-from imagevec.table.listing import check_exists, escaped, list_files
+from imagevec.storage.listing import check_exists, escaped, list_files
 from imagevec.table.webdataset import IMAGE_EXTENSIONS, read_shards, shards
 
 # The work that a task commits: seconds with a small model, minutes with a large one.

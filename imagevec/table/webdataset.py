@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from imagevec.errors import OptionError, ReadError
-from imagevec.images.reading import retried
-from imagevec.images.stores import store_of
 from imagevec.options import DEFAULTS
-from imagevec.table.listing import Listed, check_exists, list_files
+from imagevec.storage.listing import Listed, check_exists, list_files
+from imagevec.storage.retry import retried
+from imagevec.storage.stores import store_of
 
 try:
     from pyspark.sql.datasource import DataSource, DataSourceReader, InputPartition

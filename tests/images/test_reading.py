@@ -23,9 +23,11 @@ from PIL import Image
 from imagevec import ImageError, ImageVectorizer, MissingExtraError, OptionError, ReadError
 from imagevec.images import reading
 from imagevec.images.prepare import load
-from imagevec.images.reading import read, read_ahead, retried
-from imagevec.images.stores import UnsupportedURIError
+from imagevec.images.reading import read, read_ahead
 from imagevec.images.values import Value
+from imagevec.storage import retry
+from imagevec.storage.retry import retried
+from imagevec.storage.stores import UnsupportedURIError
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import execution_options, run_python, small_row
 
@@ -224,7 +226,7 @@ class FakeStore:
 def store(monkeypatch: pytest.MonkeyPatch) -> FakeStore:
     fake = FakeStore()
     monkeypatch.setattr(reading, "store_of", lambda path: fake)
-    monkeypatch.setattr(reading, "time", fake)
+    monkeypatch.setattr(retry, "time", fake)
     return fake
 
 

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from imagevec.errors import OptionError, ReadError
-from imagevec.images.reading import retried
-from imagevec.images.stores import (
+from imagevec.options import DEFAULTS
+from imagevec.storage.retry import retried
+from imagevec.storage.stores import (
     Entry,
     UnsupportedURIError,
     local_path,
     scheme_of,
     store_of,
 )
-from imagevec.options import DEFAULTS
 
 _GLOB = re.compile(r"[*?\[{]")
 

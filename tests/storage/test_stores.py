@@ -16,7 +16,7 @@ import pytest
 from pyarrow import fs
 
 from imagevec.images import stores
-from imagevec.images.stores import UnsupportedURIError, local_path, scheme_of, store_of
+from imagevec.storage.stores import UnsupportedURIError, local_path, scheme_of, store_of
 
 NAMES = ["a.png", "a b.png", "a@b.png", "a:b.png", "ä.png", "a#b.png", "a?b.png", "100%.png"]
 NAMES += ["100%25.png", "a+b.png", "a&b=c.png", "a[1].png", "a\\b.png"]

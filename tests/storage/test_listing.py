@@ -17,8 +17,8 @@ from pyspark.sql import SparkSession
 
 from imagevec.errors import OptionError, ReadError
 from imagevec.images import stores
+from imagevec.storage.listing import Listed, check_exists, glob_parts, list_files, matcher
 from imagevec.table import listing
-from imagevec.table.listing import Listed, check_exists, glob_parts, list_files, matcher
 
 PIECES = st.one_of(
     st.sampled_from(["*", "?", "**", "[ab]", "[^a]", "[!a]", "[a-c]", "[^a-b.]", "[.]"]),
