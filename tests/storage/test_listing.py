@@ -16,9 +16,8 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from imagevec.errors import OptionError, ReadError
-from imagevec.images import stores
+from imagevec.storage import listing, stores
 from imagevec.storage.listing import Listed, check_exists, glob_parts, list_files, matcher
-from imagevec.table import listing
 
 PIECES = st.one_of(
     st.sampled_from(["*", "?", "**", "[ab]", "[^a]", "[!a]", "[a-c]", "[^a-b.]", "[.]"]),

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 from pyarrow import fs
 
-from imagevec.images import stores
+from imagevec.storage import stores
 from imagevec.storage.stores import UnsupportedURIError, local_path, scheme_of, store_of
 
 NAMES = ["a.png", "a b.png", "a@b.png", "a:b.png", "ä.png", "a#b.png", "a?b.png", "100%.png"]
