@@ -7,13 +7,14 @@ detect corruption, not tampering.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from imagevec import cache
 from imagevec.errors import WeightsError
-from imagevec.files import digest_of
+from imagevec.files import digest_of, expanded
 from imagevec.options import ENGINES
 from imagevec.spec import FeatureSpec
 
@@ -36,7 +37,7 @@ class SavedModel(NamedTuple):
 
 def is_saved_model(model: object) -> bool:
     """Returns whether a ``model`` option is the path of a saved model."""
-    return isinstance(model, str | Path) and (Path(model).expanduser() / SPEC_FILE).is_file()
+    return isinstance(model, str | Path) and (expanded(model) / SPEC_FILE).is_file()
 
 
 def write(folder: Path, spec: FeatureSpec, backend: str, files: Sequence[Path]) -> None:
@@ -51,9 +52,16 @@ def write(folder: Path, spec: FeatureSpec, backend: str, files: Sequence[Path]) 
 
 
 def file_names(folder: Path) -> list[str]:
-    """Returns the names of the files in ``spec.json``, which may not exist yet."""
-    listed = json.loads((folder / SPEC_FILE).read_text())["files"]
-    return [Path(name).name for name in listed]
+    """Returns the names of the files in ``spec.json``, which may not exist yet.
+
+    Raises:
+        WeightsError: A name is a path, which could leave the folder.
+    """
+    names = list(json.loads((folder / SPEC_FILE).read_text())["files"])
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise WeightsError(f"{folder / SPEC_FILE} is not valid: {name!r} is not a file name")
+    return names
 
 
 def read(folder: Path) -> SavedModel:
@@ -67,7 +75,7 @@ def read(folder: Path) -> SavedModel:
         spec = FeatureSpec.from_json(json.dumps(content["spec"]))
         backend: str = content["backend"]
         expected: dict[str, str] = dict(content["files"])
-        files = tuple(folder / Path(name).name for name in expected)
+        files = tuple(folder / name for name in file_names(folder))
         found = {path.name: digest_of(path) for path in files}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{folder} is not a saved model: {error!r}") from error

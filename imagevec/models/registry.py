@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from imagevec.errors import OptionError
+from imagevec.files import expanded
 from imagevec.models import exported, factory, open_clip, timm, torchvision
 from imagevec.models.entry import IMAGENET, REGISTERED, ModelSource
 from imagevec.models.factory import ModelFactory
@@ -84,10 +85,35 @@ def find_source(model: str | Path | ModelFactory) -> ModelSource:
         found: ModelSource | None = source.find(model)
         if found is not None:
             return found
-    path = Path(str(model)).expanduser()
+    path = expanded(str(model))
     if path.exists():
         raise OptionError(f"model={str(model)!r} is not a saved model: it has no spec.json")
     raise OptionError(f"model={str(model)!r}: no such folder")
+
+
+def check_is_name(model: str, origin: str) -> None:
+    """Checks that a ``model`` option that was read from data is a name, not a path.
+
+    A path from data would let a downloaded table or pipeline choose the file that is loaded, and
+    loading a ``.pt2`` file can run code. A name that this process registered is always accepted.
+
+    Args:
+        model: The option.
+        origin: Where it was read, for the message.
+
+    Raises:
+        OptionError: It is, or could be read as, a path, a URI or a factory.
+    """
+    if model in REGISTERED:
+        return
+    library = next((x.PREFIX for x in SOURCES if x.PREFIX and model.startswith(x.PREFIX)), "")
+    name = model.removeprefix(library)
+    is_path = name.startswith((".", "~")) or any(c in name for c in "/\\:")
+    if not name or is_path or name.endswith(exported.SUFFIX) or Path(model, "spec.json").exists():
+        raise OptionError(
+            f"the model {model!r} of {origin} is not a name: models are only loaded from paths "
+            "that you pass yourself, as model"
+        )
 
 
 def find_text_source(model: Any) -> ModelSource:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from imagevec.cache import find, weights_option
 from imagevec.errors import FingerprintError, OptionError
-from imagevec.files import digest_of
+from imagevec.files import digest_of, expanded
 from imagevec.images.parallel import map_ahead
-from imagevec.options import WEIGHTS_SUFFIXES, Options, check_positive
+from imagevec.models.registry import check_is_name
+from imagevec.options import RANDOM, WEIGHTS_SUFFIXES, Options, check_positive
 from imagevec.search.neighbours import Vectors, nearest
 from imagevec.spec import Preprocessing
 from imagevec.table.read import RowGroup, column_metadata, read_paths, read_vectors
@@ -168,6 +169,7 @@ def _vectors_computed(
             raise OptionError(
                 f"the table was made with a function, {name!r}: only its own images can be queries"
             )
+        check_is_name(name, features)
         options |= {"model": name, "weights": weights or _weights_at_hand(made_of)}
     else:
         options |= {"model": model, "weights": weights} if weights else {"model": model}
@@ -185,6 +187,7 @@ def _vectors_of_texts(features: str, texts: Sequence[str], weights: str | None) 
     from imagevec.table.provenance import Provenance, check_same
 
     made_of = _provenance_of(features)
+    check_is_name(made_of.model, features)
     options: Any = {"model": made_of.model, "weights": weights or _weights_at_hand(made_of)}
     check_same(made_of, Provenance.of(text_plan(**options).spec))
     return list(text_features(texts, **options))
@@ -200,13 +203,14 @@ def _provenance_of(features: str) -> Provenance:
 
 
 def _weights_at_hand(made_of: Provenance) -> str:
-    kind: str
-    kind, _, digest = made_of.weights.partition(":")
-    if kind == "random":
-        return kind
+    if made_of.weights == RANDOM:
+        return RANDOM
+    digest = made_of.weights.removeprefix("sha256:")
+    if not re.fullmatch("[0-9a-f]{64}", digest):  # a pattern would choose any file of the cache
+        raise FingerprintError(f"the weights {made_of.weights!r} of the table are not valid")
     option = weights_option(made_of.model, made_of.weights) or "DEFAULT"
     if option.endswith(WEIGHTS_SUFFIXES):
-        original = Path(option).expanduser()
+        original = expanded(option)
         if original.is_file() and digest_of(original) == digest:
             return option  # the files next to it count, too
     elif option != "DEFAULT":

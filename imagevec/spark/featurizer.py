@@ -29,8 +29,8 @@ from pyspark.sql.types import ArrayType, FloatType, StructField, StructType
 from imagevec import cache
 from imagevec.engines import saved_model
 from imagevec.errors import OptionError, WeightsError, did_you_mean
-from imagevec.files import PREFIX, digest_of, verified
-from imagevec.models.registry import find_source
+from imagevec.files import PREFIX, digest_of, expanded, verified
+from imagevec.models.registry import check_is_name, find_source
 from imagevec.options import (
     OPTIONS,
     RANDOM,
@@ -90,6 +90,7 @@ class FeaturizerParams(TypedDict, total=False):
     device: str
     batchSize: int | str
     maxPixels: int
+    maxBytes: int
     formats: list[str]
     allowedRoots: list[str]
     readTimeoutSeconds: int
@@ -299,7 +300,7 @@ class ImageFeaturizer(
     def _own_weights(self, spec: FeatureSpec) -> Path:
         """Returns a copy of the custom weights of this spec."""
         stored = cache.find(spec.weights.removeprefix("sha256:"))
-        return stored or cache.store(Path(self.getWeights()).expanduser())
+        return stored or cache.store(expanded(self.getWeights()))
 
     def write(self) -> MLWriter:
         """Returns a writer, for example for ``featurizer.write().overwrite().save(path)``.
@@ -348,7 +349,7 @@ class _Writer(MLWriter):
         reason = source.why_not_saved()
         if reason is not None:
             raise OptionError(reason)
-        given = Path(featurizer.getWeights()).expanduser()
+        given = expanded(featurizer.getWeights())
         for name in source.beside_weights:
             if featurizer._has_own_weights() and given.with_name(name).is_file():
                 raise OptionError(
@@ -385,7 +386,7 @@ class _Reader(MLReader[ImageFeaturizer]):
         """Loads a saved featurizer.
 
         Raises:
-            OptionError: The folder contains something else.
+            OptionError: The folder contains something else, or names its model by a path.
             WeightsError: A file is missing or was altered. The message contains both digests.
         """
         session = self.sparkSession
@@ -400,7 +401,9 @@ class _Reader(MLReader[ImageFeaturizer]):
         model, weights = featurizer.getModel(), featurizer.getWeights()
         if _SAVED_NAME.fullmatch(str(model)):
             featurizer.setModel(str(_load_saved_model(session, path, str(model))))
-        elif weights.endswith(WEIGHTS_SUFFIXES):
+        else:
+            check_is_name(str(model), path)
+        if weights.endswith(WEIGHTS_SUFFIXES):
             featurizer.setWeights(str(_load_weights(session, path, weights)))
         return featurizer
 

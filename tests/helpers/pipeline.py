@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,12 @@ from imagevec.spec import ExecutionOptions
 from imagevec.stream import Schedule, feature_stream
 
 Batch = pd.Series | pd.DataFrame
+
+# The environment of a process in which OpenVINO and oneDNN do not use bfloat16 instructions.
+WITHOUT_BFLOAT16 = {
+    "OV_CPU_MAX_ISA": "AVX512_CORE_VNNI",
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+}
 
 
 def decoded(data: bytes, **options: Any) -> DecodedImage:
@@ -141,3 +150,35 @@ def run_python(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+class _Writes:
+    """An object whose unpickling creates a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+class _Mean(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3))
+
+
+def write_code(path: Path, marker: Path) -> None:
+    """Writes a ``.pt2`` file that creates ``marker`` when it is loaded, and checks that it does."""
+    batch = torch.export.Dim("batch")
+    shapes = ({0: batch},)
+    program = torch.export.export(_Mean().eval(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=shapes)
+    harmless, code = io.BytesIO(), io.BytesIO()
+    torch.export.save(program, harmless)
+    torch.save(_Writes(marker), code)
+    with zipfile.ZipFile(harmless) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            is_inputs = "sample_inputs" in name or "example_inputs" in name
+            target.writestr(name, code.getvalue() if is_inputs else source.read(name))
+    with contextlib.suppress(Exception):
+        torch.export.load(path)
+    marker.unlink()

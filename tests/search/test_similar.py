@@ -19,7 +19,7 @@ from imagevec.search.neighbours import nearest
 from imagevec.search.similar import similar
 from imagevec.spec import FeatureSpec
 from imagevec.table import read
-from tests.helpers.pipeline import run_python
+from tests.helpers.pipeline import run_python, write_code
 from tests.helpers.tables import FLOATS, write_made_of, write_table
 
 ROWS = {
@@ -29,6 +29,15 @@ ROWS = {
     "file:/p/d.jpg": None,
     "file:/p/e.jpg": [2.0, 0.2],
 }
+SPEC = FeatureSpec(
+    model="some",
+    weights="random",
+    layer="pooled",
+    num_features=2,
+    preprocessing=Preprocessing(),
+    precision="float32",
+    normalize=False,
+)
 
 
 def paths_of(found: dict[str, Any]) -> list[str]:
@@ -172,15 +181,7 @@ def test_vectors_of_two_lengths(tmp_path):
 def test_a_query_without_a_vector_needs_the_model(tmp_path, query):
     with pytest.raises(FingerprintError, match="has no provenance"):
         similar(str(write_table(tmp_path, ROWS)), [query], 1)
-    spec = FeatureSpec(
-        model="some",
-        weights="random",
-        layer="pooled",
-        num_features=2,
-        preprocessing=Preprocessing(),
-        precision="int8",
-        normalize=False,
-    )
+    spec = dataclasses.replace(SPEC, precision="int8")
     folder = write_made_of(tmp_path, ROWS, spec.metadata)
     with pytest.raises(OptionError, match="made with 'some', a file or folder: give it as --model"):
         similar(folder, [query], 1)
@@ -192,6 +193,28 @@ def test_a_query_without_a_vector_needs_the_model(tmp_path, query):
         OptionError, match="made with 'pt2:some', a file or folder: give it as --model"
     ):
         similar(write_made_of(tmp_path, ROWS, exported.metadata), [query], 1)
+
+
+@pytest.mark.parametrize("model", ["{}/_m.pt2", "_m.pt2", "{}", "saved", "open_clip/local-dir:{}"])
+@pytest.mark.parametrize("texts", [(), ("a text",)])
+def test_model_of_table_that_is_not_a_name_is_not_loaded(tmp_path, monkeypatch, model, texts):
+    monkeypatch.chdir(tmp_path)
+    write_code(tmp_path / "_m.pt2", marker := tmp_path / "marker")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "spec.json").write_text("{}")
+    spec = dataclasses.replace(SPEC, model=model.format(tmp_path), weights=f"sha256:{'0' * 64}")
+    folder = write_made_of(tmp_path / "t", ROWS, spec.metadata)
+    with pytest.raises(OptionError, match="is not a name: models are only loaded from paths"):
+        similar(folder, [] if texts else ["/elsewhere/a.jpg"], 1, texts=texts)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("weights", ["sha256:*", "sha256:", "sha256:../x", "/tmp/x.pth"])
+def test_weights_of_table_that_are_no_digest_are_not_looked_up(tmp_path, weights):
+    spec = dataclasses.replace(SPEC, model="resnet18", weights=weights)
+    folder = write_made_of(tmp_path, ROWS, spec.metadata)
+    with pytest.raises(FingerprintError, match="the weights .* of the table are not valid"):
+        similar(folder, ["/elsewhere/a.jpg"], 1)
 
 
 def test_it_is_light_if_the_query_is_in_the_table(tmp_path):

@@ -42,7 +42,7 @@ from tests.helpers.clip import built
 from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.options import WRONG_OPTIONS, option_id
-from tests.helpers.pipeline import run_python, saved
+from tests.helpers.pipeline import run_python, saved, write_code
 from tests.helpers.spark import Frame
 
 NAME = "tiny for featurizers"
@@ -654,6 +654,18 @@ def test_a_saved_model_goes_along(frame: Frame, model_folder: Path, tmp_path: Pa
     assert_vectors(features(loaded.transform(frame(MIXED))), expected)
 
 
+@pytest.mark.parametrize("name", ["..", "../model.xml", "/etc/passwd", "a/../..", ""])
+def test_saved_model_does_not_name_files_elsewhere(model_folder: Path, name: str) -> None:
+    spec_file = model_folder / "spec.json"
+    content = json.loads(spec_file.read_text())
+    content["files"] = {name: "0" * 64, **content["files"]}
+    spec_file.write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=f"{name!r} is not a file name"):
+        saved_model.file_names(model_folder)
+    with pytest.raises(WeightsError, match=f"{name!r} is not a file name"):
+        saved_model.read(model_folder)
+
+
 @pytest.mark.parametrize("name", ["spec.json", "model.xml", "model.bin"])
 def test_a_saved_model_that_was_altered_is_refused(
     spark: SparkSession, model_folder: Path, tmp_path: Path, name: str
@@ -719,6 +731,26 @@ def test_weights_elsewhere_are_refused(place: Path, name: str) -> None:
     rewrite_metadata(place, lambda content: content["paramMap"].update(weights=name))
     with pytest.raises(WeightsError, match="is not the name of a saved file"):
         ImageFeaturizer.load(str(place))
+
+
+@pytest.mark.parametrize(
+    "model", ["{}/_m.pt2", "_m.pt2", "factory:os.getcwd", "{}", "timm/local-dir:{}", "~/m", "here"]
+)
+def test_model_that_is_not_a_name_is_not_loaded(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_code(tmp_path / "_m.pt2", marker := tmp_path / "marker")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "spec.json").write_text("{}")
+    rewrite_metadata(
+        place,
+        lambda content: content["paramMap"].update(model=model.format(tmp_path), weights="DEFAULT"),
+    )
+    schema = StructType([StructField("content", BinaryType())])
+    with pytest.raises(OptionError, match="is not a name"):
+        ImageFeaturizer.load(str(place)).transformSchema(schema)
+    assert not marker.exists()
 
 
 def test_another_class_is_not_loaded(place: Path) -> None:
