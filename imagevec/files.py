@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from pathlib import Path
 
 from imagevec.errors import WeightsError
 
 PREFIX = "imagevec-"
+
+
+def expanded(path: str | Path) -> Path:
+    """Replaces ``~``, as ``Path.expanduser`` does; it remains if the user has no home directory."""
+    return Path(os.path.expanduser(path))
 
 
 def digest_of(path: Path) -> str:

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from imagevec import cache
 from imagevec._version import __version__
 from imagevec.engines import backend, saved_model
 from imagevec.errors import ImageVecError, OptionError, WeightsError
-from imagevec.files import digest_of, verified
+from imagevec.files import digest_of, expanded, verified
 from imagevec.models.entry import REGISTERED, ModelSource
 from imagevec.models.registry import find_source, find_text_source
 from imagevec.options import DEFAULTS, ENGINES, WEIGHTS_SUFFIXES, Options, checked
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 _MAX_PLANS = 32  # cached in this process
 
 _plans: dict[Any, Plan] = {}
+# One thread builds at a time: seeds, warning filters and the tracer belong to the whole process.
+_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,21 @@ def make_plan(*, gpus: bool | None = None, texts: bool = False, **options: Unpac
     """
     given = checked(options)
     key = _process_key(given, gpus, texts)
-    if key in _plans and _has_files(_plans[key]):
-        return _plans[key]
+    known = _known_plan(key)
+    if known is not None:
+        return known
+    with _lock:
+        return _known_plan(key) or _new_plan(key, given, gpus, texts)
+
+
+def _known_plan(key: Any) -> Plan | None:
+    plan = _plans.get(key)
+    return plan if plan is not None and _has_files(plan) else None
+
+
+def _new_plan(key: Any, given: dict[str, Any], gpus: bool | None, texts: bool) -> Plan:
     if saved_model.is_saved_model(given.get("model")) and not texts:
-        plan = _of_saved_model(Path(given["model"]).expanduser(), given, gpus)
+        plan = _of_saved_model(expanded(given["model"]), given, gpus)
     else:
         chosen = {**checked(DEFAULTS), **given}
         source = (find_text_source if texts else find_source)(chosen["model"])
@@ -294,7 +308,7 @@ def _weights_key(source: ModelSource, weights: str) -> list[str]:
     """Returns a weights name unchanged, or the digests of a file and its companion files."""
     if not weights.endswith(WEIGHTS_SUFFIXES):
         return [weights]
-    path = Path(weights).expanduser()
+    path = expanded(weights)
     if not path.is_file():
         return [weights]
     files = [path, *map(path.with_name, source.beside_weights)]
@@ -327,7 +341,7 @@ def _is_path(value: Any) -> bool:
 
 def _version_of_file(path: Any) -> tuple[int, int] | None:
     try:
-        stat = Path(path).expanduser().stat()
+        stat = expanded(path).stat()
     except (OSError, TypeError, ValueError):
         return None
     return stat.st_size, stat.st_mtime_ns
@@ -336,7 +350,8 @@ def _version_of_file(path: Any) -> tuple[int, int] | None:
 def _has_files(plan: Plan) -> bool:
     try:
         for name in plan.files:
-            cache.use(verified(cache.stored(name)))
+            cache.use(cache.stored(name))
+            verified(cache.stored(name))
     except WeightsError:
         return False
     return True

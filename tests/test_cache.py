@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 
-from imagevec import OptionError, cache, plan
+from imagevec import ImageVecError, OptionError, cache, plan
 from imagevec.files import digest_of
 from imagevec.plan import make_plan
 from imagevec.spec import with_decode
@@ -23,8 +32,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a process that remembers nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(plan, "_plans", {})
-    monkeypatch.setattr(cache, "_in_use", set())
+    use_nothing()
     return tmp_path / "cache" / "imagevec"
+
+
+def use_nothing() -> None:
+    """Makes this process forget what it uses, as if another process had used it."""
+    cache._in_use.clear()
+    if cache._notes is not None:
+        os.close(cache._notes[0])
+        cache._notes = None
 
 
 def file_of(tmp_path: Path, content: bytes) -> Path:
@@ -57,7 +74,7 @@ def test_of_too_much_the_least_recently_used_is_deleted(
     for age, path in enumerate((second, first)):
         os.utime(path, (1000 - age, 1000))
     os.utime(second, (2000, 1000))
-    monkeypatch.setattr(cache, "_in_use", set())  # as if another process had made them
+    use_nothing()
     third = cache.store(file_of(tmp_path, bytes(902)))
     assert not first.exists()
     assert second.exists()
@@ -224,3 +241,197 @@ def test_the_newest_option_of_weights_is_found(folder: Path) -> None:
     assert cache.weights_option("m", "sha256:2") is None
     used = {entry.path.name: entry.used for entry in cache.entries()}
     assert used["first.json"] == 0  # looking is not using
+
+
+NO_HOME = {"HOME": "/dev/null/home", "XDG_CACHE_HOME": ""}
+PLANNED = f"""
+import logging
+logging.basicConfig(format="%(message)s", stream=__import__("sys").stdout)
+from imagevec import cache
+from imagevec.plan import make_plan
+make_plan(**{ {**MODEL, "engine": "auto"} })
+make_plan(**{MODEL})
+print(cache.root())
+"""
+
+
+def nameless(command: list[str]) -> list[str]:
+    """Runs a command as a user without a name, as root, who may still read this checkout."""
+    read = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    return ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups", *read, *command]
+
+
+def test_without_a_home_the_cache_is_private(tmp_path: Path) -> None:
+    warning, root = run_python(PLANNED, TMPDIR=str(tmp_path), **NO_HOME).splitlines()
+    private = tmp_path / f"imagevec-{os.getuid()}"
+    assert root == str(private)
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    assert str(private) in warning and "XDG_CACHE_HOME" in warning
+
+
+@pytest.mark.skipif(not shutil.which("setpriv") or os.getuid() != 0, reason="needs root")
+@pytest.mark.parametrize("home", [["-u", "HOME"], ["HOME=/nonexistent"]], ids=["unset", "missing"])
+def test_a_user_without_a_name_can_plan(tmp_path: Path, home: list[str]) -> None:
+    tmp_path.chmod(0o777)
+    environment = ["env", *home, f"TMPDIR={tmp_path}", "XDG_CACHE_HOME="]
+    command = nameless([*environment, sys.executable, "-c", PLANNED])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "imagevec-12345")
+
+
+def in_a_link(private: Path) -> None:
+    (private.parent / "elsewhere").mkdir(mode=0o700)
+    private.symlink_to("elsewhere")
+
+
+def open_to_all(private: Path) -> None:
+    private.mkdir()
+    private.chmod(0o777)
+
+
+def owned_by_another(private: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("needs root")
+    private.mkdir(mode=0o700)
+    os.chown(private, 12345, 12345)
+
+
+@pytest.mark.parametrize("prepared", [in_a_link, open_to_all, owned_by_another])
+def test_a_folder_that_another_user_may_have_made_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Any
+) -> None:
+    for name, value in NO_HOME.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
+    prepared(tmp_path / f"imagevec-{os.getuid()}")
+    with pytest.raises(ImageVecError, match="not a private folder.*XDG_CACHE_HOME"):
+        cache.folder("files")
+
+
+def test_a_chosen_cache_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    with pytest.raises(ImageVecError, match="XDG_CACHE_HOME='/dev/null/cache'"):
+        cache.folder("files")
+
+
+def test_a_download_that_cannot_be_stored_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", "/dev/null/torch")
+    with pytest.raises(ImageVecError, match="Not a directory.*XDG_CACHE_HOME"):
+        make_plan(model="squeezenet1_1", engine="torch")
+
+
+def test_a_tilde_of_nobody_is_a_missing_file() -> None:
+    with pytest.raises(ImageVecError, match="no such file"):
+        make_plan(**{**MODEL, "weights": "~nobody-by-this-name/w.pth"})
+
+
+@contextmanager
+def user_of(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that uses an entry, and waits."""
+    code = f"""
+from pathlib import Path
+from imagevec import cache
+cache.use(Path({str(path)!r}))
+print("used", flush=True)
+input()
+"""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "used\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_trim_keeps_what_another_process_uses(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cache.store(file_of(tmp_path, bytes(900)))
+    use_nothing()
+    monkeypatch.setenv(cache.LIMIT_VARIABLE, "0")
+    with user_of(path) as process:
+        cache.trim()
+        assert path.exists()
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        cache.trim()
+        assert not path.exists()
+    assert len(list((folder / "uses").iterdir())) == 0
+
+
+def test_uses_are_noted_again_after_another_process_clears_the_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.store(file_of(tmp_path, bytes(900)))
+    run_python("from imagevec import cache; cache.clear()")
+    path = cache.store(file_of(tmp_path, bytes(900)))
+    run_python("from imagevec import cache; cache.trim()", **{cache.LIMIT_VARIABLE: "0"})
+    assert path.exists()
+
+
+def test_threads_that_plan_the_same_build_it_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    of_source = plan._of_source
+
+    def counted(*arguments: Any) -> Any:
+        built.append(1)
+        return of_source(*arguments)
+
+    monkeypatch.setattr(plan, "_of_source", counted)
+    barrier = Barrier(4)
+
+    def planned(_: int) -> Any:
+        barrier.wait()
+        return make_plan(**MODEL)
+
+    with ThreadPoolExecutor(4) as pool:
+        plans = list(pool.map(planned, range(4)))
+    assert len(built) == 1
+    assert all(made is plans[0] for made in plans)
+
+
+FULL = """
+mount -t tmpfs -o size=1m tmpfs "$1" && XDG_CACHE_HOME="$1" "$2" -c '
+from pathlib import Path
+from imagevec import ImageVecError, cache
+from imagevec.models.state_dict import save_state_dict
+from imagevec.plan import make_plan
+from torch import nn
+for write in (
+    lambda: cache.store(Path("w.pth")),
+    lambda: save_state_dict(nn.Linear(1000, 1000)),
+    lambda: make_plan(model="squeezenet1_1", weights="random"),
+):
+    try:
+        write()
+    except ImageVecError as error:
+        print(error)
+print(list(cache.folder("tmp").iterdir()), cache.entries())
+'
+"""
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs Linux")
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    (tmp_path / "w.pth").write_bytes(bytes(3_000_000))
+    (tmp_path / "full").mkdir()
+    command = ["unshare", "-rm", "sh", "-c", FULL, "sh", str(tmp_path / "full"), sys.executable]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    if "unshare: " in done.stderr or "mount: " in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    *errors, left = done.stdout.splitlines()
+    for error, needed in zip(errors, ("3.0", "4.0", "2.9"), strict=True):
+        start = f"{tmp_path}/full/imagevec is full ({needed} MB are needed, 1.0 MB are free): "
+        assert error.startswith(start)
+        assert "XDG_CACHE_HOME" in error
+    assert left == "[] []"

@@ -71,7 +71,8 @@ def has_bfloat16(device: str) -> bool:
 def prepare(model: FeatureModel) -> tuple[Path, ...]:
     """Returns the files of the graph and its weights."""
     converted = convert(model)
-    with cache.temporary_folder() as folder:
+    needed_bytes = sum(tensor.nbytes for tensor in model.module.state_dict().values())
+    with cache.temporary_folder(needed_bytes) as folder:
         return tuple(cache.store(path, move=True) for path in save(converted, folder))
 
 

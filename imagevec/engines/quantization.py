@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from imagevec.engines import openvino, saved_model
 from imagevec.errors import ImageVecError, MissingExtraError, OptionError
+from imagevec.files import expanded
 from imagevec.images.decode import Pixels
 from imagevec.images.prepare import prepare
 from imagevec.images.reading import read_ahead
@@ -84,7 +85,7 @@ def quantize(
         MissingExtraError: The extra ``quantize`` is not installed.
     """
     nncf = _nncf()
-    folder = Path(output).expanduser()
+    folder = expanded(output)
     if folder.exists():
         raise OptionError(f"output={str(output)!r} is not valid: it already exists")
     _check_cosine(min_median_cosine)

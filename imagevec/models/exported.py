@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imagevec.errors import OptionError, WeightsError
+from imagevec.files import expanded
 from imagevec.models.entry import IMAGENET
 from imagevec.options import RANDOM
 from imagevec.spec import Preprocessing
@@ -43,7 +44,7 @@ def find(model: Any) -> ExportedSource | None:
     """
     if not isinstance(model, str | Path) or not str(model).endswith(SUFFIX):
         return None
-    path = Path(model).expanduser().absolute()
+    path = expanded(model).absolute()
     if not path.is_file():
         raise OptionError(f"model={str(model)!r}: no such file")
     return ExportedSource(path)

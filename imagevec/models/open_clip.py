@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imagevec import cache
 from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
+from imagevec.files import expanded
 from imagevec.options import ENGINES, RANDOM, WEIGHTS_SUFFIXES
 from imagevec.spec import Preprocessing, Tokenization
 
@@ -250,7 +251,7 @@ class OpenClipTextSource(OpenClipSource):
 
 def _beside(weights: str, name: str) -> Path | None:
     """Returns the file with this name next to a weights file, or ``None``."""
-    path = Path(weights).expanduser().with_name(name)
+    path = expanded(weights).with_name(name)
     return path if weights.endswith(WEIGHTS_SUFFIXES) and path.is_file() else None
 
 
@@ -261,8 +262,9 @@ def _downloaded(name: str, tag: Mapping[str, Any]) -> Path:
     except (OSError, RuntimeError) as error:  # raised by open_clip without a network
         repository = tag["hf_hub"].rpartition("/")[0] or tag["url"]
         raise WeightsError(
-            f"cannot download the weights of {name} ({error}). Without a network, download "
-            f"{repository} on another machine, with its {_CONFIG} and {_TOKENIZER} if present, "
+            f"cannot download the weights of {name} ({error}). Downloads are stored in ~/.cache, "
+            f"or in XDG_CACHE_HOME. Without a network, download {repository} on another "
+            f"machine, with its {_CONFIG} and {_TOKENIZER} if present, "
             "and use weights='<folder>/<file>', or weights='random' for tests"
         ) from error
 

@@ -19,12 +19,13 @@ from torch.overrides import TorchFunctionMode
 
 from imagevec import cache
 from imagevec.errors import OptionError, WeightsError
+from imagevec.files import expanded
 from imagevec.models.entry import ModelSource
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES
 
 OFFLINE = (
-    "Without a network, use weights='<path>' with a .pth, .pt, .bin or .safetensors file, "
-    "or weights='random' for tests"
+    "Downloads are stored in ~/.cache, or in XDG_CACHE_HOME. Without a network, use "
+    "weights='<path>' with a .pth, .pt, .bin or .safetensors file, or weights='random' for tests"
 )
 
 
@@ -42,7 +43,7 @@ def local_file(model_name: str, option: str) -> Path | None:
             f"weights={option!r} is not known for {model_name!r}: "
             f"use 'DEFAULT', 'random', or a path that ends in {', '.join(WEIGHTS_SUFFIXES)}"
         )
-    path = Path(option).expanduser()
+    path = expanded(option)
     if not path.is_file():
         raise WeightsError(f"weights={option!r}: no such file")
     return path
@@ -94,7 +95,8 @@ def save_state_dict(model: nn.Module) -> Path:
     tensors = {
         name: value.detach().clone().contiguous() for name, value in model.state_dict().items()
     }
-    with cache.temporary_folder() as folder:
+    needed_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    with cache.temporary_folder(needed_bytes) as folder:
         path = folder / "weights.safetensors"
         save_file(tensors, path)
         return cache.store(path, move=True)

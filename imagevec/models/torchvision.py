@@ -78,7 +78,7 @@ class TorchvisionSource:
         return self._downloaded(members[option])
 
     def has_weights(self) -> bool:
-        return _hub_path(self.weights_enum.DEFAULT).exists()
+        return os.path.exists(_hub_path(self.weights_enum.DEFAULT))
 
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         """Converts the preset of the weights entry (``torchvision/transforms/_presets.py``).
@@ -125,10 +125,10 @@ class TorchvisionSource:
         from imagevec.models.state_dict import OFFLINE
 
         path = _hub_path(entry)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.path.exists(path):  # also where the folder may not be read
             hash_prefix = path.stem.rpartition("-")[2]
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(entry.url, str(path), hash_prefix, progress=False)
             except (urllib.error.URLError, OSError, RuntimeError) as error:
                 raise WeightsError(

@@ -420,6 +420,7 @@ def _load_weights(session: SparkSession, folder: str, name: str) -> Path:
 def _load_saved_model(session: SparkSession, folder: str, name: str) -> Path:
     """Copies the saved model of a saved featurizer to the cache. Its name is its spec's digest."""
     cached = cache.folder("saved_models") / name
+    cache.use(cached)
     source = f"{folder}/{_FILES}/{name}"
     with cache.temporary_folder() as temporary:
         copy = temporary / name
@@ -439,5 +440,4 @@ def _load_saved_model(session: SparkSession, folder: str, name: str) -> Path:
             shutil.rmtree(cached, ignore_errors=True)
             with contextlib.suppress(OSError):  # another process was first
                 copy.rename(cached)
-    cache.use(cached)
     return cached

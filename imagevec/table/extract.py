@@ -22,6 +22,7 @@ from pyspark.sql import functions as F
 
 from imagevec import cache
 from imagevec.errors import OptionError
+from imagevec.files import expanded
 from imagevec.options import DEFAULTS, checked
 from imagevec.spark.hadoop import check_has_jvm
 from imagevec.spark.metrics import Metrics
@@ -166,7 +167,7 @@ def extract(
         options["output"] = "struct"
         vectorizer = ImageVectorizer(**options)
         weights = options.get("weights")
-        file = None if weights is None else Path(weights).expanduser()
+        file = None if weights is None else expanded(weights)
         if file is not None and file.is_file():
             cache.store(file)  # `imagevec similar` finds it by its digest
         lock = table.lock(uuid.uuid4().hex)
