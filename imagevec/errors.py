@@ -90,7 +90,7 @@ class ImageError(ImageVecError):
 IMAGE_ERROR_CODES: Mapping[str, str] = {
     "empty": "the file is empty",
     "unsupported_format": "not an image, or an unsupported format or pixel layout",
-    "too_large": "the header declares more pixels than max_pixels",
+    "too_large": "more pixels than max_pixels, by the header, or more bytes than max_bytes",
     "truncated": "the file ends before the image does",
     "corrupt": "the file has an accepted format but cannot be decoded",
     "crashed": "the decoder killed its process (with isolate=True)",

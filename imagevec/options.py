@@ -6,6 +6,7 @@ the table.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 ENGINES = ("openvino", "torch")
 
 DECODES = ("exact", "scaled")
+
+MAX_BYTES = 500_000_000
+"""The largest accepted file."""
 
 RANDOM = "random"
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -64,6 +68,9 @@ class Options(TypedDict, total=False):
     max_pixels: int
     """The largest accepted image, in pixels, checked in the header. Larger images become error
     rows. Default 89,478,485, the same as Pillow's."""
+    max_bytes: int
+    """The largest accepted file, in bytes. Larger files become error rows, and are not read.
+    Default 500,000,000."""
     formats: str | Sequence[str]
     """The accepted image formats. Images in other formats become error rows. Default
     ``FORMATS``."""
@@ -139,10 +146,15 @@ def check_choice(option: str, value: object, choices: Sequence[str]) -> None:
         raise OptionError(f"{option}={value!r} is not known: {did_you_mean(value, choices)}")
 
 
-def check_positive(option: str, value: object) -> None:
-    """Raises ``OptionError`` unless ``value`` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def check_positive(option: str, value: object) -> int:
+    """Returns an integer of any kind, such as NumPy's, as an ``int``.
+
+    Raises:
+        OptionError: The value is not an integer of at least 1.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise OptionError(f"{option}={value!r} is not valid: use an integer of at least 1")
+    return int(value)
 
 
 def check_bool(option: str, value: object) -> None:
@@ -204,8 +216,7 @@ def _device(option: Option, value: Any) -> str:
 
 
 def _count(option: Option, value: Any) -> int:
-    check_positive(option.name, value)
-    return cast(int, value)
+    return check_positive(option.name, value)
 
 
 def _auto_or_count(option: Option, value: Any) -> int | str:
@@ -281,6 +292,7 @@ OPTIONS = (
         _count,
         "treat larger images as bad images, judged by their headers",
     ),
+    Option("max_bytes", MAX_BYTES, "count", _count, "treat larger files as bad images"),
     Option("formats", FORMATS, "names", _formats, "formats to accept"),
     Option(
         "allowed_roots",

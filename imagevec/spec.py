@@ -67,8 +67,8 @@ class Preprocessing:
     def __post_init__(self) -> None:
         check_choice("decode", self.decode, DECODES)
         check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
-        check_positive("crop_size", self.crop_size)
-        check_positive("resize_size", self.resize_size)
+        for option in ("crop_size", "resize_size"):
+            object.__setattr__(self, option, check_positive(option, getattr(self, option)))
         if self.resize_size < self.crop_size:
             raise OptionError(
                 f"resize_size={self.resize_size} is not valid: "
@@ -199,6 +199,7 @@ class ExecutionOptions:
     device: str
     batch_size: int | Literal["auto"]
     max_pixels: int
+    max_bytes: int
     formats: tuple[str, ...]
     allowed_roots: tuple[str, ...]
     read_timeout_seconds: int

@@ -84,7 +84,13 @@ def feature_stream(
     """
     counts = defaultdict(float) if counts is None else counts
     in_column = (value for batch in batches for value in values_of(batch))
-    read = read_ahead(in_column, execution.allowed_roots, execution.read_timeout_seconds)
+    read = read_ahead(
+        in_column,
+        execution.allowed_roots,
+        execution.read_timeout_seconds,
+        execution.formats,
+        execution.max_bytes,
+    )
     values = _timed(read, counts)
     rows = _rows(values, _prepare_function(spec, execution), schedule)
     if execution.on_error == "raise":

@@ -1,7 +1,8 @@
 """Decodes images to uint8 RGB pixels.
 
 All input is untrusted. Before decoding pixels, the header is checked: the format must be on the
-allow-list and the size within ``max_pixels``. Every decoder exception becomes an ``ImageError``.
+allow-list and the size within ``max_pixels``. Every decoder exception becomes an ``ImageError``,
+except those that say something about the worker: see ``_bad_image``.
 
 Pixels are converted as follows:
 
@@ -17,27 +18,25 @@ Pixels are converted as follows:
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
 from imagevec.errors import ImageError
+from imagevec.images.formats import unidentified
 
-_SIGNATURES = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"II*\x00": "TIFF",
-    b"MM\x00*": "TIFF",
-    b"II+\x00": "TIFF",
-    b"MM\x00+": "TIFF",
-}
+# A task has one core. A worker that cannot start a thread could decode no AVIF otherwise.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+
+# No decoder takes more memory: at most, WebP has two canvases of 4 bytes per pixel, and Pillow's
+# image and its conversion to RGB 3 or 4 each.
+_BYTES_PER_PIXEL = 16
 
 _ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
 
@@ -74,33 +73,81 @@ def decode(
 
     Raises:
         ImageError: The image is empty, too large, truncated, corrupt or in another format.
+        MemoryError: The worker has too little memory, which says nothing about the image.
     """
     if not data:
         raise ImageError("empty", "0 bytes")
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
+    image = _opened(data, max_pixels, formats)
+    width, height = image.size
     try:
-        return _decode(data, max_pixels, formats, min_side)
+        return _decoded(data, image, min_side)
+    except Exception as error:  # decoders raise more than OSError on malicious bytes
+        raise _bad_image(error, width * height) from error
+
+
+def _opened(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
+    """Opens an image whose header is within ``max_pixels``."""
+    webp_size = _webp_size(data)
+    if webp_size is not None and "WEBP" in formats:  # its decoder allocates two canvases to open it
+        check_size(*webp_size, max_pixels)
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+        check_size(*image.size, max_pixels)
+        _check_tiles(image, max_pixels)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise _unidentified(data, formats) from error
+        raise unidentified(data, formats) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow checks its own limit before the size can be read, and reports that limit.
         size = re.search(r"\d+ pixels", str(error))
         detail = f"{size[0] if size else error}, max_pixels={max_pixels}"
         raise ImageError("too_large", detail) from error
-    except Exception as error:  # decoders raise more than OSError on malicious bytes
-        code = "truncated" if "truncated" in str(error).lower() else "corrupt"
-        raise ImageError(code, f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise _bad_image(error, math.prod(webp_size or ())) from error
+    return image
 
 
-def _decode(
-    data: bytes, max_pixels: int, formats: tuple[str, ...], min_side: int | None
-) -> DecodedImage:
-    image = Image.open(io.BytesIO(data), formats=formats)
+def _bad_image(error: Exception, num_pixels: int) -> ImageError:
+    """Returns the error of an image that a decoder rejected, unless the worker is to blame.
+
+    What an image needs is bounded by its size, which has been checked. So a ``MemoryError`` is the
+    worker's. WebP, AVIF and JPEG decoders report other errors if they get no memory; these count
+    only if the memory that such an image may need is available.
+
+    Raises:
+        MemoryError: The worker has too little memory for an image of this size.
+        OSError: The operating system refused something, such as an open file.
+    """
+    if isinstance(error, MemoryError) or not has_memory(num_pixels * _BYTES_PER_PIXEL):
+        raise MemoryError(
+            f"the worker has too little memory for an image of {num_pixels:,} pixels: "
+            "increase its memory, or lower max_pixels"
+        ) from error
+    if _is_of_worker(error):
+        raise error
+    code = "truncated" if "truncated" in str(error).lower() else "corrupt"
+    return ImageError(code, f"{type(error).__name__}: {error}")
+
+
+def _is_of_worker(error: Exception) -> bool:
+    """Errors of the operating system have a number. Those about the bytes have none."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+
+
+def has_memory(num_bytes: int) -> bool:
+    """Returns whether the worker can allocate this much. The memory is not touched."""
+    try:
+        np.empty(num_bytes, np.uint8)
+    except MemoryError:
+        return False
+    return True
+
+
+def _decoded(data: bytes, image: Image.Image, min_side: int | None) -> DecodedImage:
     width, height = image.size
-    check_size(width, height, max_pixels)
     if min_side is not None:
         image.draft(None, (min_side, min_side))  # only affects JPEGs
     is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")  # not CMYK
@@ -122,7 +169,9 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
     width, height = image.size  # after ``draft``, of the scaled image
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
-    except ValueError:
+    except ValueError as error:
+        if "Insufficient memory" in str(error):  # libjpeg's words
+            raise MemoryError(str(error)) from error
         return None
     return pixels
 
@@ -133,6 +182,30 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError("corrupt", f"{width}x{height} pixels")
     if width * height > max_pixels:
         raise ImageError("too_large", f"{width}x{height} pixels, max_pixels={max_pixels}")
+
+
+def _check_tiles(image: Image.Image, max_pixels: int) -> None:
+    """Checks the tiles of a TIFF: libtiff allocates a whole one, which may exceed the image."""
+    tags = getattr(image, "tag_v2", {})
+    sides = [tags[tag] for tag in (TILEWIDTH, TILELENGTH) if tag in tags]
+    if not all(isinstance(side, int) for side in sides):
+        raise ImageError("corrupt", f"tiles of {sides} pixels")
+    if len(sides) == 2:
+        check_size(sides[0], sides[1], max_pixels)
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Returns the size in the header of a WebP file, or ``None`` if there is none."""
+    start = int.from_bytes(data[20:32], "little")
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return None
+    if data[12:16] == b"VP8X":
+        return (start >> 32 & 0xFFFFFF) + 1, (start >> 56 & 0xFFFFFF) + 1
+    if data[12:16] == b"VP8L" and data[20:21] == b"\x2f":
+        return (start >> 8 & 0x3FFF) + 1, (start >> 22 & 0x3FFF) + 1
+    if data[12:16] == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        return start >> 48 & 0x3FFF, start >> 64 & 0x3FFF
+    return None
 
 
 def _rgb(image: Image.Image) -> Pixels:
@@ -147,7 +220,9 @@ def _orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation, 1 to 8; 1 if it is missing or the EXIF block is unreadable."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # broken metadata says nothing about the pixels
+    except Exception as error:  # broken metadata says nothing about the pixels
+        if _is_of_worker(error):
+            raise
         return 1
     return value if value in range(1, 9) else 1
 
@@ -159,14 +234,3 @@ def _apply_orientation(pixels: Pixels, orientation: int) -> Pixels:
         orientation = {5: 1, 6: 2, 7: 3, 8: 4}[orientation]
     flipped = {1: (), 2: (1,), 3: (0, 1), 4: (0,)}[orientation]
     return np.ascontiguousarray(np.flip(pixels, flipped))
-
-
-def _unidentified(data: bytes, formats: Sequence[str]) -> ImageError:
-    found = next((name for magic, name in _SIGNATURES.items() if data.startswith(magic)), None)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        found = "WEBP"
-    elif data[4:12] in (b"ftypavif", b"ftypavis"):
-        found = "AVIF"
-    if found in formats:
-        return ImageError("corrupt", f"{found} with a broken header")
-    return ImageError("unsupported_format", found or f"starts with {data[:8]!r}")

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from imagevec.errors import ImageError, OptionError
 from imagevec.images.decode import DecodedImage, check_size, decode
+from imagevec.images.formats import check_bytes
 from imagevec.images.preprocess import resize_and_crop
 from imagevec.images.values import ACCEPTED, ImageStruct, Value
 from imagevec.spec import ExecutionOptions, Preprocessing
@@ -82,6 +83,7 @@ def load(value: Value, options: ExecutionOptions, min_side: int | None = None) -
         return _from_struct(data, options.max_pixels)
     if not isinstance(data, bytes | bytearray):
         raise OptionError(f"the input column contains {type(data).__name__} values: {ACCEPTED}")
+    check_bytes(len(data), options.max_bytes)
     return decode(
         bytes(data), max_pixels=options.max_pixels, formats=options.formats, min_side=min_side
     )

@@ -2,46 +2,52 @@
 
 A file that does not exist is a bad image. If a file cannot be read for any other reason, the read
 is retried and finally fails the task. A null therefore always means that reading again would also
-return a null.
+return a null. The first bytes of a file decide whether the rest is read.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 
 from imagevec.errors import ImageError
+from imagevec.images.formats import check_bytes, check_head
 from imagevec.images.parallel import map_ahead
 from imagevec.images.values import Value
 from imagevec.options import DEFAULTS
-from imagevec.storage.retry import retried
-from imagevec.storage.stores import (
+from imagevec.storage.location import (
+    ForbiddenError,
+    Location,
     UnsupportedURIError,
-    existing_path,
-    local_path,
-    scheme_of,
-    store_of,
+    check_allowed,
+    resolve_roots,
 )
+from imagevec.storage.retry import retried
+from imagevec.storage.stores import Stream, store_of
 
 _READ_THREADS = 8
 _MAX_READ_AHEAD = 16  # files kept in memory before they are decoded
+_HEAD_BYTES = 32
+_PART_BYTES = 8 << 20  # of a file whose length the store does not report
 
 
 def read_ahead(
     values: Iterable[Value],
     allowed_roots: Sequence[str] = (),
     timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
+    formats: Sequence[str] = DEFAULTS["formats"],
+    max_bytes: int = DEFAULTS["max_bytes"],
 ) -> Iterator[Value]:
     """Yields the values in order, with each path replaced by the file's bytes or by an error.
 
     Several files are read concurrently in threads, so that slow storage overlaps decoding and the
     forward pass. The other arguments and the exceptions are those of ``read``.
     """
-    read_value = functools.partial(
-        _read_or_error, allowed_roots=allowed_roots, timeout_seconds=timeout_seconds
+    roots = resolve_roots(allowed_roots)
+    read_path = functools.partial(
+        _read, roots=roots, timeout_seconds=timeout_seconds, formats=formats, max_bytes=max_bytes
     )
+    read_value = functools.partial(_read_or_error, read_path=read_path)
     return map_ahead(read_value, values, _READ_THREADS, _MAX_READ_AHEAD, is_slow=_is_path)
 
 
@@ -49,11 +55,11 @@ def _is_path(value: Value) -> bool:
     return isinstance(value.data, str)
 
 
-def _read_or_error(value: Value, allowed_roots: Sequence[str], timeout_seconds: float) -> Value:
+def _read_or_error(value: Value, read_path: functools.partial[bytes]) -> Value:
     if not isinstance(value.data, str):
         return value
     try:
-        return value._replace(data=read(value.data, allowed_roots, timeout_seconds))
+        return value._replace(data=read_path(value.data))
     except ImageError as error:
         return value._replace(data=error)
 
@@ -62,52 +68,70 @@ def read(
     path: str,
     allowed_roots: Sequence[str] = (),
     timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
+    formats: Sequence[str] = DEFAULTS["formats"],
+    max_bytes: int = DEFAULTS["max_bytes"],
 ) -> bytes:
-    """Reads a file.
+    """Reads an image file.
 
     Args:
         path: A local path, or a URI with a scheme that ``stores`` supports. Relative paths start
             from the worker's folder.
         allowed_roots: Folders and URI prefixes (``"s3://bucket/photos"``, ``"s3://"``) under which
-            the file must be; if empty, any file may be read. Symbolic links and ``..`` are resolved
-            before this check.
+            the file must be; if empty, any file may be read. Symbolic links, ``..`` and redirects
+            are resolved before this check, and a link that is swapped afterwards is not followed.
         timeout_seconds: The time after which a failed read is no longer retried. The pause between
             attempts roughly doubles each time.
+        formats: The accepted formats, by which the first bytes are judged.
+        max_bytes: The maximum length of the file.
 
     Raises:
         ImageError: ``forbidden_path``, or ``unreadable_path``, which a retry would not change.
+            ``empty``, ``unsupported_format`` or ``too_large``, before the file is read.
         ReadError: The read failed for another reason.
     """
-    if allowed_roots and not _is_allowed(path, allowed_roots):
-        raise ImageError("forbidden_path", f"{path} is not under any of allowed_roots")
+    return _read(path, resolve_roots(allowed_roots), timeout_seconds, formats, max_bytes)
+
+
+def _read(
+    path: str,
+    roots: tuple[Location, ...],
+    timeout_seconds: float,
+    formats: Sequence[str],
+    max_bytes: int,
+) -> bytes:
+    location = Location.parse(path)
+
+    def read_once() -> bytes | ImageError:  # returned, so that it is not retried
+        with store_of(location).stream(location, roots) as stream:
+            try:
+                return _image_bytes(stream, formats, max_bytes)
+            except ImageError as error:
+                return error
+
     try:
-        return retried(path, lambda: store_of(path).read(path), timeout_seconds)
+        if not location.is_local:  # the store checks local paths, after resolving links
+            check_allowed(location, roots)
+        data = retried(location, read_once, timeout_seconds)
+    except ForbiddenError as error:
+        raise ImageError("forbidden_path", f"{path} is not under any of allowed_roots") from error
     except (UnsupportedURIError, OSError, ValueError) as error:
         raise ImageError("unreadable_path", f"{path}: {error}") from error
+    if isinstance(data, ImageError):
+        raise data
+    return data
 
 
-def _is_allowed(path: str, allowed_roots: Sequence[str]) -> bool:
-    scheme = scheme_of(path)
-    if scheme != "file":
-        place, _, query = _quoted(path).partition("?")
-        settings = "" if scheme in ("http", "https") else query  # for example an endpoint
-        roots = [_quoted(root).partition("?") for root in allowed_roots]
-        same = [root for root, _, theirs in roots if theirs == settings or root.endswith("://")]
-        return _is_under(place, same) and ".." not in urllib.parse.unquote(place).split("/")
-    try:
-        real = os.path.realpath(existing_path(path))
-    except ValueError:
-        return False
-    local_roots = [
-        os.path.realpath(local_path(root)) if root.startswith(("file:", "/")) else root
-        for root in allowed_roots
-    ]
-    return _is_under(real, local_roots)
-
-
-def _quoted(uri: str) -> str:
-    return urllib.parse.quote(uri, safe="/:%@?=&+,;~")
-
-
-def _is_under(path: str, roots: Sequence[str]) -> bool:
-    return any(path == root or path.startswith(root.rstrip("/") + "/") for root in roots)
+def _image_bytes(stream: Stream, formats: Sequence[str], max_bytes: int) -> bytes:
+    """Reads a file if its head is that of an accepted format."""
+    head = b""
+    while len(head) < _HEAD_BYTES and (part := stream.read(_HEAD_BYTES - len(head))):
+        head += part
+    check_head(head, formats)
+    if stream.length is not None:
+        check_bytes(stream.length, max_bytes)
+    parts, size = [head], len(head)
+    while part := stream.read(_PART_BYTES if stream.length is None else stream.length + 1):
+        parts.append(part)
+        size += len(part)
+        check_bytes(size, max_bytes)
+    return b"".join(parts)

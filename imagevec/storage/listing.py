@@ -10,14 +10,9 @@ from typing import NamedTuple
 
 from imagevec.errors import OptionError, ReadError
 from imagevec.options import DEFAULTS
+from imagevec.storage.location import Location, UnsupportedURIError
 from imagevec.storage.retry import retried
-from imagevec.storage.stores import (
-    Entry,
-    UnsupportedURIError,
-    local_path,
-    scheme_of,
-    store_of,
-)
+from imagevec.storage.stores import Entry, store_of
 
 _GLOB = re.compile(r"[*?\[{]")
 
@@ -47,7 +42,7 @@ def check_exists(src: str, timeout_seconds: float = DEFAULTS["read_timeout_secon
     """
     base, *patterns = glob_parts(src)
     try:
-        retried(base, lambda: store_of(base).entry(base), timeout_seconds)
+        _described(base, timeout_seconds)
     except (UnsupportedURIError, OSError, ValueError) as error:
         what = (
             "does not exist" if isinstance(error, FileNotFoundError) else f"is not valid: {error}"
@@ -55,6 +50,11 @@ def check_exists(src: str, timeout_seconds: float = DEFAULTS["read_timeout_secon
         raise OptionError(f"{src} {what}") from error
     if patterns and not any(True for _ in _roots(src, timeout_seconds)):
         raise OptionError(f"{src} matches nothing")
+
+
+def _described(path: str, timeout_seconds: float) -> Entry:
+    location = Location.of(path)
+    return retried(location, lambda: store_of(location).entry(location), timeout_seconds)
 
 
 def list_files(
@@ -91,32 +91,44 @@ def _files_in(
     waiting: list[tuple[str, tuple[str, ...]]] = [(folder, ())]
     while waiting:
         path, above = waiting.pop()
-        if scheme_of(path) == "file":
-            real = os.path.realpath(local_path(path))
-            if real in above:
-                continue  # a circular link
-            above = (*above, real)
-        for entry in _entries(path, timeout_seconds):
-            is_link = entry.path.rstrip("/") == path.rstrip("/")  # of a web page to itself
-            if entry.kind == "folder" and not is_link and _is_hidden(entry.name):
-                yield Listed(_printable(entry.path), skipped="hidden")
-            elif entry.kind == "folder" and not is_link and not recursive:
-                yield Listed(_printable(entry.path), skipped="subfolder")
-            elif entry.kind == "folder" and not is_link:
-                waiting.append((entry.path, above))
-            elif entry.kind != "folder":
-                yield from _file(entry, is_wanted)
-
-
-def _entries(folder: str, timeout_seconds: float) -> Iterator[Entry]:
-    # Local folders are streamed. The answer of a store may be a whole folder.
-    if scheme_of(folder) == "file":
+        real = str(Location.parse(path).resolved())
+        if real in above:
+            continue  # a circular link
         try:
+            for entry in _entries(path, timeout_seconds):
+                if entry.kind != "folder":
+                    yield from _file(entry, is_wanted)
+                elif _is_hidden(entry.name):
+                    yield Listed(_printable(entry.path), skipped="hidden")
+                elif not recursive:
+                    yield Listed(_printable(entry.path), skipped="subfolder")
+                else:
+                    waiting.append((entry.path, (*above, real)))
+        except _UnlistableError:
+            if path == folder:
+                raise
+            yield Listed(_printable(path), skipped="unreadable subfolder")
+
+
+class _UnlistableError(ReadError):
+    """A folder cannot be listed, for a reason of its own rather than the whole store's."""
+
+
+def _entries(path: str, timeout_seconds: float) -> Iterator[Entry]:
+    folder = Location.of(path)
+    # Local folders are streamed. The answer of a store may be a whole folder.
+    try:
+        if folder.is_local:
             yield from store_of(folder).entries(folder)
-        except OSError as error:
-            raise ReadError(f"{folder} cannot be listed: {error}") from error
-    else:
-        yield from retried(folder, lambda: list(store_of(folder).entries(folder)), timeout_seconds)
+        else:
+            store = store_of(folder)
+            yield from retried(folder, lambda: list(store.entries(folder)), timeout_seconds)
+    except OSError as error:
+        raise _UnlistableError(f"{path} cannot be listed: {error}") from error
+    except ReadError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise _UnlistableError(str(error)) from error
+        raise
 
 
 def _file(entry: Entry, is_wanted: Callable[[str], bool]) -> Iterator[Listed]:
@@ -145,19 +157,17 @@ def _printable(path: str) -> str:
 
 def glob_parts(src: str) -> list[str]:
     """Splits a source into the part before its first glob, and the names after it."""
-    if scheme_of(src) == "file":
-        plain = local_path(src)
-        if os.path.exists(plain) or not _GLOB.search(plain):
-            return [src]  # names may contain glob characters
-        src = plain
-    elif scheme_of(src) in ("http", "https") or not _GLOB.search(src.partition("?")[0]):
-        return [src]  # here, a question mark begins a query
-    place, mark, query = (src, "", "") if scheme_of(src) == "file" else src.partition("?")
-    names = place.split("/")
+    place = Location.parse(src)
+    if place.is_web:  # here, a question mark begins a query
+        return [src]
+    if place.is_local and os.path.exists(Location.of(src).path):
+        return [src]  # names may contain glob characters
+    names = place.path.split("/")
     for number, name in enumerate(names):
         if _GLOB.search(name):
-            head = "/".join(names[:number]) or ("/" if src.startswith("/") else ".")
-            return [head + mark + query, *filter(None, names[number:])]
+            head = "/".join(names[:number]) or ("/" if names[0] == "" else ".")
+            head = "" if head == "/" and not place.is_local else head
+            return [str(place.sibling(head)), *filter(None, names[number:])]
     return [src]
 
 
@@ -165,7 +175,7 @@ def _roots(src: str, timeout_seconds: float) -> Iterator[Entry]:
     """Yields the files and folders that a source names."""
     base, *patterns = glob_parts(src)
     try:
-        found = [retried(base, lambda: store_of(base).entry(base), timeout_seconds)]
+        found = [_described(base, timeout_seconds)]
     except FileNotFoundError as error:
         raise OptionError(f"{src} does not exist") from error
     for pattern in patterns:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from imagevec.errors import ReadError
-from imagevec.storage.stores import UnsupportedURIError, scheme_of
+from imagevec.storage.location import ForbiddenError, Location, UnsupportedURIError
+from imagevec.storage.stores import SettingsError
 
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 10.0
@@ -22,37 +23,41 @@ _OF_THE_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 T = TypeVar("T")
 
 
-def retried(path: str, action: Callable[[], T], timeout_seconds: float) -> T:
-    """Calls an action on a path until it succeeds, and returns its result.
+def retried(location: Location, action: Callable[[], T], timeout_seconds: float) -> T:
+    """Calls an action on a location until it succeeds, and returns its result.
 
     Raises:
-        ReadError: The action failed until the timeout, or permission is denied.
-        UnsupportedURIError, OSError, ValueError: The action cannot succeed for this path.
+        ReadError: The action failed until the timeout, or only a person can help: permission is
+            denied, or the store's settings are wrong.
+        ForbiddenError, UnsupportedURIError, OSError, ValueError: The action cannot succeed for this
+            location.
     """
     deadline = time.monotonic() + timeout_seconds
     answer: Exception | None = None  # the last error that is more specific than a timeout
     for tries in itertools.count(1):
         try:
-            if scheme_of(path) == "file":
+            if location.is_local:
                 return action()
             return _within(deadline - time.monotonic(), action)
+        except MemoryError:  # of this worker
+            raise
         except Exception as error:  # each store's library has its own exceptions
-            if _is_of_the_path(error):
+            if _is_final(error):
                 raise
             if answer is None or not isinstance(error, _NoAnswerError):
                 answer = error
             again = min(_FIRST_PAUSE_SECONDS * 2 ** (tries - 1), _LONGEST_PAUSE_SECONDS)
             pause = again * random.uniform(0.5, 1.5)  # so that workers do not retry in step
-            if isinstance(error, PermissionError | ImportError) or (
+            if isinstance(error, PermissionError | ImportError | SettingsError) or (
                 time.monotonic() + pause >= deadline
             ):
                 said = str(answer) or type(answer).__name__
-                raise ReadError(f"{path} cannot be read: {said} (tries: {tries})") from answer
+                raise ReadError(f"{location} cannot be read: {said} (tries: {tries})") from answer
         time.sleep(pause)
     raise AssertionError("unreachable: the loop ends by returning or raising")
 
 
-def _is_of_the_path(error: Exception) -> bool:
+def _is_final(error: Exception) -> bool:
     """Returns whether a retry, on any machine and at any time, would also fail."""
     if isinstance(error, OSError) and error.errno in _OF_THE_PATH:
         return True
@@ -60,7 +65,7 @@ def _is_of_the_path(error: Exception) -> bool:
         # Truncated responses and expired certificates also raise ValueErrors.
         return not isinstance(error, json.JSONDecodeError | UnicodeDecodeError | OSError)
     not_there = FileNotFoundError | IsADirectoryError | NotADirectoryError
-    return isinstance(error, not_there | UnsupportedURIError)
+    return isinstance(error, not_there | UnsupportedURIError | ForbiddenError)
 
 
 class _NoAnswerError(TimeoutError):

@@ -12,7 +12,6 @@ them when it starts. A move can be repeated, because it keeps the file's name, w
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from urllib.parse import unquote
 
@@ -23,7 +22,7 @@ from imagevec.errors import FingerprintError, OptionError
 from imagevec.spark.hadoop import Folder
 from imagevec.spec import FeatureSpec
 from imagevec.storage.listing import escaped, glob_parts, matcher
-from imagevec.storage.stores import local_path, scheme_of
+from imagevec.storage.location import Location
 from imagevec.table.lock import Lock
 from imagevec.table.provenance import Provenance, check_same, provenance
 
@@ -199,7 +198,5 @@ def check_outside(dest: str, src: str) -> None:
 
 
 def _comparable(path: str) -> str:
-    if scheme_of(path) == "file":
-        return os.path.realpath(local_path(path)).rstrip("/")
-    scheme, _, rest = path.partition("?")[0].partition("://")
-    return f"{'s3' if scheme.startswith('s3') else scheme}://{rest.rstrip('/')}"
+    location = Location.of(path).resolved()
+    return f"{location.store_scheme}://{location.host}{location.path.rstrip('/')}"

@@ -23,6 +23,7 @@ import pyarrow as pa
 from imagevec.errors import OptionError, ReadError
 from imagevec.options import DEFAULTS
 from imagevec.storage.listing import Listed, check_exists, list_files
+from imagevec.storage.location import Location
 from imagevec.storage.retry import retried
 from imagevec.storage.stores import store_of
 
@@ -182,7 +183,8 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     count = 0
     try:
-        file = retried(shard, lambda: store_of(shard).open(shard), timeout_seconds)
+        location = Location.parse(shard)
+        file = retried(location, lambda: store_of(location).open(location), timeout_seconds)
         with closing(file):
             for row in _samples(_members_of(file, members, images), members):
                 count += 1

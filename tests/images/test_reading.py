@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -26,9 +28,10 @@ from imagevec.images.prepare import load
 from imagevec.images.reading import read, read_ahead
 from imagevec.images.values import Value
 from imagevec.storage import retry
+from imagevec.storage.location import Location, UnsupportedURIError
 from imagevec.storage.retry import retried
-from imagevec.storage.stores import UnsupportedURIError
-from tests.helpers.images import encode, photo
+from imagevec.storage.stores import SettingsError, Stream
+from tests.helpers.images import MODES_OF_FORMAT, encode, photo
 from tests.helpers.pipeline import execution_options, run_python, small_row
 
 PNG = encode(photo())
@@ -147,6 +150,51 @@ def test_a_file_that_is_no_image_is_told_from_one_that_cannot_be_read(tmp_path: 
     assert small_row(str(tmp_path / "a.txt"))["error"].startswith("unsupported_format: ")
 
 
+def test_only_the_head_of_a_large_video_is_read(tmp_path: Path) -> None:
+    video = tmp_path / "video.mp4"
+    with video.open("wb") as file:
+        file.write(b"\x00\x00\x00\x20ftypisom")
+        file.truncate(6 << 30)  # a hole, which would be read as zeros
+    with pytest.raises(ImageError, match="unsupported_format"):
+        read(str(video))
+    with pytest.raises(ImageError, match=r"too_large: \d+ bytes, max_bytes=500000000"):
+        video.write_bytes(PNG)
+        os.truncate(video, 6 << 30)
+        read(str(video))
+
+
+def test_max_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    path = str(tmp_path / "a.png")
+    assert read(path, max_bytes=len(PNG)) == PNG
+    with pytest.raises(ImageError, match="too_large"):
+        read(path, max_bytes=len(PNG) - 1)
+    for value in (path, PNG):
+        assert small_row(value, max_bytes=len(PNG))["error"] is None
+        assert (
+            small_row(value, max_bytes=100)["error"]
+            == f"too_large: {len(PNG)} bytes, max_bytes=100"
+        )
+
+
+def test_length_that_a_store_does_not_report_is_limited(store: FakeStore) -> None:
+    store.has_length = False
+    assert read("s3://b/a.png", max_bytes=len(PNG)) == PNG
+    with pytest.raises(ImageError, match="too_large"):
+        read("s3://b/a.png", max_bytes=len(PNG) - 1)
+    assert len(store.reads) == 2
+
+
+@pytest.mark.parametrize("name", [*MODES_OF_FORMAT])
+def test_head_of_every_format_is_accepted(tmp_path: Path, name: str) -> None:
+    data = encode(photo(), name)
+    (tmp_path / "image").write_bytes(data)
+    assert read(str(tmp_path / "image"), formats=[name]) == data
+    others = [other for other in MODES_OF_FORMAT if other != name]
+    with pytest.raises(ImageError, match=f"unsupported_format: {name}"):
+        read(str(tmp_path / "image"), formats=others)
+
+
 @given(st.text(max_size=60).filter(lambda text: "://" not in text))
 def test_any_text_is_a_path_or_an_image_error(text: str) -> None:
     code, _, _ = small_row(text)["error"].partition(":")
@@ -206,13 +254,15 @@ class FakeStore:
         self.reads: list[str] = []
         self.pauses: list[float] = []
         self.now = 1000.0
+        self.has_length = True
 
-    def read(self, path: str) -> bytes:
-        self.reads.append(path)
+    @contextlib.contextmanager
+    def stream(self, location: Location, roots: tuple[Location, ...]) -> Iterator[Stream]:
+        self.reads.append(str(location))
         outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else (self.outcomes or [PNG])[0]
         if isinstance(outcome, Exception):
             raise outcome
-        return outcome
+        yield Stream(io.BytesIO(outcome).read, len(outcome) if self.has_length else None)
 
     def monotonic(self) -> float:
         return self.now
@@ -259,7 +309,8 @@ OF_THE_PATH = [
 
 AT_ONCE = [
     PermissionError(errno.EACCES, "Permission denied"),
-    ImportError("there is no adlfs"),
+    ImportError("there is no boto3"),
+    SettingsError("no bucket"),
     MissingExtraError("fsspec", "fsspec"),
 ]
 
@@ -345,12 +396,13 @@ def test_what_does_not_answer_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     answer = threading.Event()
     ended = threading.Event()
 
-    def hang(path: str) -> bytes:
+    @contextlib.contextmanager
+    def hang(location: Location, roots: tuple[Location, ...]) -> Iterator[Stream]:
         answer.wait(60)
         ended.set()
-        return PNG
+        yield Stream(io.BytesIO(PNG).read, len(PNG))
 
-    monkeypatch.setattr(reading, "store_of", lambda path: SimpleNamespace(read=hang))
+    monkeypatch.setattr(reading, "store_of", lambda location: SimpleNamespace(stream=hang))
     with pytest.raises(ReadError, match=r"s3://bucket/a\.png cannot be read: no answer") as failed:
         read("s3://bucket/a.png", timeout_seconds=0.2)
     assert isinstance(failed.value.__cause__, TimeoutError)
@@ -474,7 +526,7 @@ def test_a_uri_that_is_malformed_is_an_image_error(uri: str) -> None:
 
 
 UNREACHABLE = {
-    "abfss://c@account.dfs.core.windows.net/x.png": "adlfs",
+    "abfss://c@account.dfs.core.windows.net/x.png": "",
     "hf://datasets/x/y.png": "",
     "gs://bucket/x.png": "",
     "s3://bucket/x.png": "",
@@ -502,7 +554,9 @@ print(len(read({str(tmp_path / "a.png")!r})))
         "AWS_ACCESS_KEY_ID": "none",
         "AWS_SECRET_ACCESS_KEY": "none",
         "GCE_METADATA_HOST": f"127.0.0.1:{closed_port()}",
-        "HTTPS_PROXY": f"http://127.0.0.1:{closed_port()}",  # never the network
+        # Never the network.
+        "HTTP_PROXY": f"http://127.0.0.1:{closed_port()}",
+        "HTTPS_PROXY": f"http://127.0.0.1:{closed_port()}",
     }
     message, length = run_python(code, **environment).strip().rsplit("\n", 1)
     assert message.startswith(f"{path} cannot be read: ")
@@ -521,6 +575,6 @@ def test_what_a_store_last_said_is_reported() -> None:
         raise OSError("SLOW_DOWN")
 
     with pytest.raises(ReadError, match="x.png cannot be read: SLOW_DOWN") as raised:
-        retried("s3://bucket/x.png", busy_then_silent, timeout_seconds=0.8)
+        retried(Location.parse("s3://bucket/x.png"), busy_then_silent, timeout_seconds=0.8)
     assert isinstance(raised.value.__cause__, OSError)
     assert len(asked) > 1

@@ -16,8 +16,9 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from imagevec.errors import OptionError, ReadError
-from imagevec.storage import listing, stores
+from imagevec.storage import listing
 from imagevec.storage.listing import Listed, check_exists, glob_parts, list_files, matcher
+from imagevec.storage.location import Location
 
 PIECES = st.one_of(
     st.sampled_from(["*", "?", "**", "[ab]", "[^a]", "[!a]", "[a-c]", "[^a-b.]", "[.]"]),
@@ -201,16 +202,31 @@ def test_a_folder_that_cannot_be_listed(files: Path, monkeypatch: pytest.MonkeyP
     def refuse(folder: str) -> Callable[..., Any]:
         raise PermissionError(13, "Permission denied", folder)
 
-    monkeypatch.setattr(stores.os, "scandir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ReadError, match="cannot be listed: .*Permission denied"):
         found(files)
+
+
+def test_unreadable_subfolder_is_skipped(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(folder: str) -> Any:
+        if folder.endswith("deep"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert found(files, recursive=True) == sorted(
+        f"file:{files}/{name}" for name in ("a.png", "b.jpg", "sub/c.png", "folder*/g.png")
+    )
+    assert ("deep", "unreadable subfolder") in skipped(files, recursive=True)
 
 
 def test_how_long_a_store_may_take_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.filesystem("memory").pipe("/listed/sub/a.png", b"x")
     given = []
 
-    def spy(path: str, action: Callable[[], Any], seconds: float) -> Any:
+    def spy(location: Location, action: Callable[[], Any], seconds: float) -> Any:
         given.append(seconds)
         return action()
 
