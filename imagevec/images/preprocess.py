@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from imagevec.images.decode import Pixels
+from imagevec.images.decode import Pixels, has_memory
 from imagevec.spec import Preprocessing
 
 try:  # the Rust crate fast_image_resize takes a quarter of Pillow's time
@@ -100,6 +100,9 @@ def _resized(
     interpolation: str,
 ) -> bytes:
     """Resizes a box (left, top, width, height) of an image to another (width, height)."""
+    # The library copies the image; where it gets no memory, it aborts the process.
+    if not has_memory(2 * len(image) + 6 * math.prod(new_size)):
+        raise MemoryError("the worker has too little memory to resize an image")
     rust: Any = rust_lib
     source = rust.Image(*size, _U8X3, image)
     target = rust.Image(*new_size, _U8X3, None)

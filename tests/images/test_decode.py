@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from errno import EMFILE, ENFILE, ENOMEM, ENOSPC
 from typing import Any
 
 import numpy as np
@@ -321,7 +322,6 @@ def test_a_side_of_no_pixels_is_an_image_error(size):
         struct.error,
         OSError,
         OverflowError,
-        MemoryError,
         RecursionError,
         Image.DecompressionBombError,
     ],
@@ -334,6 +334,19 @@ def test_whatever_a_decoder_raises_is_an_image_error(error, monkeypatch):
     image_error = refused(encode(photo()))
     assert isinstance(image_error.__cause__, error)
     assert "from a decoder" in image_error.detail
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), *(OSError(code, "") for code in (ENOMEM, EMFILE, ENFILE, ENOSPC))]
+)
+@pytest.mark.parametrize("method", ["load", "getexif"])
+def test_lack_of_resources_is_not_an_image_error(error, method, monkeypatch):
+    def fail(image: Image.Image) -> None:
+        raise error
+
+    monkeypatch.setattr(ImageFile.ImageFile, method, fail)
+    with pytest.raises(type(error)):
+        decoded(encode(photo()))
 
 
 def test_the_reason_is_kept_for_a_person():
