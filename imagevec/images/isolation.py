@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -32,22 +33,24 @@ def isolated(prepare: Prepare, timeout_seconds: float = TIMEOUT_SECONDS) -> Prep
     """Wraps ``prepare`` to run in a child process. Each calling thread uses its own child.
 
     If a child dies, the image is retried once in a new child, because the first may have died for
-    another reason, such as its memory use.
+    another reason. If the system kills both, it lacks memory, which says nothing about the image.
 
     Args:
         prepare: A picklable function.
         timeout_seconds: The time limit per value, after which the child is killed.
 
     Raises:
-        ImageVecError: A child repeatedly fails to start.
+        ImageVecError: A child repeatedly fails to start, or is killed by the system.
     """
 
     def prepare_isolated(value: Value) -> Row:
         for fresh in (False, True):
             child = _started() if fresh else _waiting() or _started()
+            (process,) = child._processes.values()
             try:
                 row = child.submit(prepare, value).result(timeout_seconds)
             except BrokenProcessPool:
+                process.join()
                 _end(child)
                 continue
             except FutureTimeoutError:
@@ -59,6 +62,11 @@ def isolated(prepare: Prepare, timeout_seconds: float = TIMEOUT_SECONDS) -> Prep
                 raise
             _waiting_children.put(child)
             return row
+        if process.exitcode == -signal.SIGKILL:  # decoders die by other signals
+            raise ImageVecError(
+                "a decoding process was killed twice by the system, which probably lacks memory: "
+                "give the worker more, or lower max_pixels"
+            )
         return Row(error=ImageError("crashed", "the decoder killed its process"))
 
     return prepare_isolated

@@ -23,6 +23,10 @@ def fragile(value: Value) -> Row:
         return Row()
     if value.data == b"kill":
         _die()
+    if value.data == b"no memory for the process":  # as the kernel does
+        os.kill(os.getpid(), signal.SIGKILL)
+    if value.data == b"no memory":
+        raise MemoryError("from the decoder")
     if value.data == b"hang":
         time.sleep(600)
     if value.data == b"bad":

@@ -60,6 +60,15 @@ def test_an_image_error_comes_back_as_it_is() -> None:
     assert (raised.value.code, raised.value.detail) == ("corrupt", "as it says")
 
 
+def test_lack_of_memory_in_a_child_fails_the_task() -> None:
+    with pytest.raises(MemoryError, match="from the decoder"):
+        isolated(fragile)(Value(b"no memory"))
+    with pytest.raises(ImageVecError, match="killed twice by the system") as raised:
+        isolated(fragile)(Value(b"no memory for the process"))
+    assert not isinstance(raised.value, ImageError)
+    assert isolated(fragile)(Value(b"abc")).error is None
+
+
 def test_an_error_does_not_end_the_child() -> None:
     (before,) = {isolated(decoders.process)(Value(None)) for _ in range(3)}
     with pytest.raises(ImageError):
