@@ -148,6 +148,8 @@ def _has_gpu_driver() -> bool:
 
 def _of_source(source: ModelSource, chosen: dict[str, Any], gpus: bool | None) -> Plan:
     execution = ExecutionOptions.of(chosen)
+    if chosen["precision"] == "auto":  # whatever this machine has: each worker looks for itself
+        chosen = {**chosen, "precision": "bfloat16"}
     if chosen["precision"] == "int8":
         raise OptionError(
             "precision='int8' needs a saved model: create one with imagevec.quantize(images, "
@@ -162,12 +164,9 @@ def _of_source(source: ModelSource, chosen: dict[str, Any], gpus: bool | None) -
                 raise OptionError(str(error)) from error.__cause__
             logger.warning("%s; using another engine", error)
             continue
-        precision = chosen["precision"]
-        if precision == "auto":
-            precision = "bfloat16" if backend(name).has_bfloat16(device) else "float32"
         return dataclasses.replace(
             prepared,
-            spec=_with(prepared.spec, precision, chosen["decode"]),
+            spec=_with(prepared.spec, chosen["precision"], chosen["decode"]),
             execution=dataclasses.replace(execution, device=device),
         )
     raise OptionError(f"no engine can run {source.name!r}: see the warnings above")
@@ -182,7 +181,6 @@ def _candidates(
         OptionError: There are none. The message is the last backend's reason.
     """
     engine = chosen["engine"]
-    precision = "float32" if chosen["precision"] == "auto" else chosen["precision"]
     if engine != "auto" and engine not in source.backends:
         raise OptionError(
             f"{engine} cannot run {chosen['model']}: "
@@ -192,7 +190,7 @@ def _candidates(
     found = False
     for device in devices(chosen["device"], gpus):
         for name in source.backends if engine == "auto" else (engine,):
-            reason = backend(name).why_not(precision, device)
+            reason = backend(name).why_not(chosen["precision"], device)
             if reason is not None:
                 reasons.append(reason)
             elif engine == "auto" and not backend(name).is_available():

@@ -7,20 +7,25 @@ plan. Spark ends a worker that is idle for a minute, together with its engines.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
+import logging
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from imagevec.engines import Engine, backend
+from imagevec.engines import Engine, backend, devices
 from imagevec.errors import OptionError
 from imagevec.files import verified
 from imagevec.plan import Plan
 from imagevec.spec import Preprocessing, Tokenization
 from imagevec.stream import Schedule
 from imagevec.texts.tokenize import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _MAX_ENGINES = 3
 _engines: OrderedDict[tuple[str, str, int], Engine] = OrderedDict()
@@ -55,14 +60,43 @@ def get_engine(
     with _lock:
         if key not in _engines:
             files = [verified(locate(name)) for name in plan.engine_files]
+            spec = dataclasses.replace(plan.spec, precision=precision_here(plan, device))
             load = backend(plan.backend).load
-            _engines[key] = load(plan.spec, plan.source, files, device, threads)
+            _engines[key] = load(spec, plan.source, files, device, threads)
             if len(_engines) > _MAX_ENGINES:
                 _engines.popitem(last=False)
                 gc.unfreeze()  # its module may refer to itself: only a collection frees it
             when_built()
         _engines.move_to_end(key)
         return _engines[key]
+
+
+def precision_here(plan: Plan, device: str) -> str:
+    """Returns the precision in which this machine computes a plan, with a warning if it is another.
+
+    The plan's precision is the lowest that the user accepts. bfloat16 that a processor must emulate
+    takes three times as long as float32.
+
+    Args:
+        plan: The plan.
+        device: The device of the forward pass, ``"cpu"`` or ``"cuda:N"``.
+    """
+    precision = plan.spec.precision
+    if precision == "bfloat16" and not _has_bfloat16(plan.backend, device):
+        return "float32"
+    return precision
+
+
+@functools.cache
+def _has_bfloat16(backend_name: str, device: str) -> bool:
+    native = backend(backend_name).has_bfloat16(device)
+    if not native:  # once in a process
+        logger.warning(
+            "this machine's %s has no bfloat16 instructions, so bfloat16 would be slower than "
+            "float32: computing in float32",
+            "CPU" if device == "cpu" else device,
+        )
+    return native
 
 
 def freeze_heap() -> None:
@@ -103,8 +137,7 @@ def device_here(device: str, gpu_addresses: Sequence[str] = ()) -> str:
 def threads_here() -> int:
     """Returns the number of threads of a forward pass outside Spark: this process's cores."""
     limit = os.environ.get("OMP_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return int(limit) if limit.isdigit() and int(limit) else cores or 1
+    return int(limit) if limit.isdigit() and int(limit) else devices.cores()
 
 
 def _auto_batch_size(

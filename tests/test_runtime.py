@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import weakref
@@ -9,31 +10,34 @@ from typing import Any
 import pytest
 import torch
 
-from imagevec import ImageVectorizer, OptionError, runtime
+from imagevec import FeatureSpec, ImageVectorizer, OptionError, Preprocessing, runtime
 from imagevec.plan import devices, has_cuda, make_plan
-from imagevec.runtime import device_here, get_engine, schedule
+from imagevec.runtime import device_here, get_engine, schedule, threads_here
 from tests.helpers.factories import logging_tiny
 from tests.helpers.images import encode, photo
-from tests.helpers.pipeline import run_python
+from tests.helpers.pipeline import run_python, spec_of
 
 
 class FakeEngine:
-    pass
+    precision = ""
 
 
 class FakePlan:
     """Counts how often its engine is built, by a backend that is itself."""
 
-    spec = source = None
+    source = None
     engine_files = ()
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, precision: str = "float32", native: bool = True) -> None:
         self.key = key
         self.backend = self
+        self.spec = dataclasses.replace(spec_of(Preprocessing()), precision=precision)
+        self.has_bfloat16 = {"cpu": native, "cuda:0": not native}.__getitem__
         self.engines: list[weakref.ref] = []
 
-    def load(self, *args: object) -> FakeEngine:
+    def load(self, spec: FeatureSpec, *args: object) -> FakeEngine:
         engine = FakeEngine()
+        engine.precision = spec.precision
         self.engines.append(weakref.ref(engine))
         return engine
 
@@ -58,6 +62,22 @@ def test_each_device_has_its_own_engine():
     plan = FakePlan("devices")
     assert engine_of(plan, "cpu") is not engine_of(plan, "cuda:0")
     assert engine_of(plan, "cuda:1") is not engine_of(plan, "cuda:0")
+
+
+def test_bfloat16_without_instructions_for_it_is_float32(caplog):
+    plan: Any = FakePlan("emulated", "bfloat16", native=False)
+    assert runtime.precision_here(plan, "cpu") == engine_of(plan).precision == "float32"
+    assert [record.message for record in caplog.records] == [
+        "this machine's CPU has no bfloat16 instructions, so bfloat16 would be slower than "
+        "float32: computing in float32"
+    ]
+    assert runtime.precision_here(plan, "cuda:0") == "bfloat16"
+    assert plan.spec.precision == "bfloat16"
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_other_precisions_stay_as_they_are(precision):
+    assert engine_of(FakePlan(precision, precision, native=False)).precision == precision
 
 
 def test_each_number_of_threads_has_its_own_engine():
@@ -205,6 +225,14 @@ def test_a_gpu_that_is_not_there_is_never_replaced(device):
 def test_a_gpu_beyond_the_last_is_refused():
     with pytest.raises(OptionError, match="device='cuda:2' is not available: PyTorch finds 2 CUDA"):
         device_here("cuda:2")
+
+
+def test_threads_follow_the_quota_unless_the_user_sets_them(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("imagevec.engines.devices.cpu_quota", lambda root: 0.5)
+    assert threads_here() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads_here() == 3
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])

@@ -60,7 +60,10 @@ class Backend(Protocol):
         """
 
     def has_bfloat16(self, device: str) -> bool:
-        """Returns whether the device supports bfloat16 natively."""
+        """Returns whether the device, on this machine, computes bfloat16 faster than float32.
+
+        Libraries also compute bfloat16 without such instructions, at a third of the speed.
+        """
 
     def prepare(self, model: FeatureModel) -> tuple[Path, ...]:
         """Returns the files in the user's cache from which ``load`` creates an engine.
@@ -82,7 +85,7 @@ class Backend(Protocol):
         """Loads the engine on a worker.
 
         Args:
-            spec: The features to compute.
+            spec: The features to compute, in the precision to use on this machine.
             source: The model source, if ``BUILDS_MODULE`` is true.
             files: The files from ``prepare``, in order.
             device: ``"cpu"`` or ``"cuda:N"``.

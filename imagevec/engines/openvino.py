@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import threading
 import warnings
@@ -21,15 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from imagevec import cache
-from imagevec.engines import Inputs
+from imagevec.engines import Inputs, devices
 from imagevec.errors import MissingExtraError
 from imagevec.spec import FeatureSpec, Tokenization
 
 if TYPE_CHECKING:
     from imagevec.models.entry import ModelSource
     from imagevec.models.features import FeatureModel
-
-logger = logging.getLogger(__name__)
 
 # int8 models compute in float32 outside their quantized layers.
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
@@ -103,7 +100,12 @@ def convert(model: FeatureModel) -> Any:
         example = torch.zeros(2, how.crop_size, how.crop_size, 3, dtype=torch.uint8)
         shape = [-1, *example.shape[1:]]
         module = PixelModel(module, how).eval()
-    with without_telemetry(), warnings.catch_warnings(), torch.no_grad():
+    with (
+        devices.within_quota(),
+        without_telemetry(),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore")  # tracing warns about each shape it treats as constant
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -133,8 +135,6 @@ class OpenVINOEngine:
     """
 
     def __init__(self, model: Any, precision: str, threads: int) -> None:
-        if precision == "bfloat16" and not has_bfloat16("cpu"):
-            logger.warning("this CPU has no bfloat16 instructions: OpenVINO computes in float32")
         compiled = _openvino().compile_model(
             model,
             "CPU",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from imagevec.engines import openvino, saved_model
+from imagevec.engines import devices, openvino, saved_model
 from imagevec.errors import ImageVecError, MissingExtraError, OptionError
 from imagevec.files import expanded
 from imagevec.images.decode import Pixels
@@ -80,12 +80,13 @@ def quantize(
         min_median_cosine: The median cosine from -1 to 1 below which the model is not saved.
 
     Raises:
-        ImageVecError: The median cosine to float32 on the held-out images is too low.
+        ImageVecError: The median cosine to float32 on the held-out images is too low, or a vector
+            is zero or not finite.
         OptionError: An option is not valid, or fewer than 10 images can be decoded.
         MissingExtraError: The extra ``quantize`` is not installed.
     """
     nncf = _nncf()
-    folder = expanded(output)
+    folder = expanded(Path(output))
     if folder.exists():
         raise OptionError(f"output={str(output)!r} is not valid: it already exists")
     _check_cosine(min_median_cosine)
@@ -100,15 +101,15 @@ def quantize(
     held_out = pixels[::_HELD_OUT_EVERY]
     calibration = [image for i, image in enumerate(pixels) if i % _HELD_OUT_EVERY]
     spec = exact.spec
-    converted = openvino.convert(exact)
-    vectors = _vectors(converted, "float32", held_out)
-    with openvino.without_telemetry():
+    with devices.within_quota() as threads, openvino.without_telemetry():
+        converted = openvino.convert(exact)
+        vectors = _vectors(converted, "float32", held_out, threads)
         quantized = nncf.quantize(
             converted,
             nncf.Dataset([image[None] for image in calibration]),  # (1, S, S, 3)
             subset_size=len(calibration),
         )
-    cosines = _cosines(vectors, _vectors(quantized, "int8", held_out))
+        cosines = _cosines(vectors, _vectors(quantized, "int8", held_out, threads))
     report = QuantizationReport(
         median_cosine=float(np.median(cosines)),
         lowest_cosine=float(cosines.min()),
@@ -169,10 +170,24 @@ def _pixels(values: list[Value], preprocessing: Preprocessing) -> tuple[list[Pix
     return pixels, len(rows) - len(pixels)
 
 
-def _vectors(model: Any, precision: str, pixels: list[Pixels]) -> npt.NDArray[np.float32]:
-    """Computes float32 ``(N, D)``."""
-    engine = openvino.OpenVINOEngine(model, precision, threads=os.cpu_count() or 1)
-    return np.concatenate([engine(image[None]) for image in pixels])
+def _vectors(
+    model: Any, precision: str, pixels: list[Pixels], threads: int
+) -> npt.NDArray[np.float32]:
+    """Computes float32 ``(N, D)``.
+
+    Raises:
+        ImageVecError: The cosine to a vector is not defined.
+    """
+    engine = openvino.OpenVINOEngine(model, precision, threads)
+    vectors = np.concatenate([engine(image[None]) for image in pixels])
+    norms = np.linalg.norm(vectors, axis=1)
+    defined = int((np.isfinite(norms) & (norms > 0)).sum())
+    if defined < len(pixels):
+        raise ImageVecError(
+            f"int8 model not saved: {len(pixels) - defined} of {len(pixels)} {precision} vectors "
+            "of held-out images are zero or not finite; check the weights, and omit such images"
+        )
+    return vectors
 
 
 @contextmanager

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagevec import cache
+from imagevec.engines import devices
 from imagevec.spec import FeatureSpec
 
 if TYPE_CHECKING:
     from imagevec.engines import Engine
     from imagevec.models.entry import ModelSource
     from imagevec.models.features import FeatureModel
-
-logger = logging.getLogger(__name__)
 
 BUILDS_MODULE = True
 WORKER_MEMORY_MB = 1_536
@@ -46,8 +44,10 @@ def has_bfloat16(device: str) -> bool:
     import torch
 
     if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # oneDNN alone also says yes if it emulates bfloat16, as on every CPU with AVX-512.
+    return devices.has_bfloat16() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def prepare(model: FeatureModel) -> tuple[Path, ...]:
@@ -68,8 +68,6 @@ def load(
     from imagevec.models.features import feature_module
 
     assert source is not None  # BUILDS_MODULE
-    if spec.precision == "bfloat16" and not has_bfloat16(device):
-        logger.warning("%s has no bfloat16 instructions: bfloat16 will be slow", device)
     torch.set_num_threads(threads if device == "cpu" else 1)
     model = feature_module(source, spec, files[0] if files else None)
     return TorchEngine(model, spec.preprocessing, device, spec.precision)

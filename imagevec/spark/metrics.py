@@ -36,6 +36,7 @@ class Metrics:
           For texts: ``texts`` + ``nulls``.
         - ``batches``: forward passes.
         - ``tasks``: tasks that reported.
+        - ``tasks.float32_instead_of_bfloat16``: those whose processor has no bfloat16 instructions.
         - ``seconds.start`` (until the engine is loaded, once per worker), ``seconds.read`` (waiting
           for Spark's rows and for files), ``seconds.decode``, ``seconds.preprocess``,
           ``seconds.forward``: summed over all workers.

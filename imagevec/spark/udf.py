@@ -31,7 +31,14 @@ from pyspark.sql.types import (
 )
 
 from imagevec.plan import Plan, make_plan
-from imagevec.runtime import device_here, freeze_heap, get_engine, get_tokenizer, schedule
+from imagevec.runtime import (
+    device_here,
+    freeze_heap,
+    get_engine,
+    get_tokenizer,
+    precision_here,
+    schedule,
+)
 from imagevec.spark.metrics import Metrics
 from imagevec.spark.sessions import active_session, gpus_of_tasks, is_local
 from imagevec.spark.ship import ship, shipped
@@ -127,7 +134,8 @@ def feature_column(
 def udf_of(session: SparkSession, plan: Plan, metrics: Metrics | None = None) -> Any:
     """Returns the pandas UDF of a plan, and ships the plan's files."""
     if is_local(session):
-        device_here(plan.execution.device)  # the workers run on this machine: check here
+        # The workers run on this machine: check, and warn, here.
+        precision_here(plan, device_here(plan.execution.device))
     ship(session, plan)
 
     return_type = _return_type(plan.spec, plan.execution.output)
@@ -167,6 +175,8 @@ def extract_in_worker(
     how = schedule(plan, device, context.cpus() if context else 1)
     engine = get_engine(plan, shipped, device, how.forward_threads, when_built=freeze_heap)
     counts: Counts = defaultdict(float, {"tasks": 1, "seconds.start": time.perf_counter() - start})
+    if precision_here(plan, device) != plan.spec.precision:
+        counts["tasks.float32_instead_of_bfloat16"] = 1
     if isinstance(plan.spec.preprocessing, Tokenization):
         yield from text_stream(batches, engine, get_tokenizer(plan, shipped), how, counts)
     else:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from imagevec import ImageVecError, ImageVectorizer, OptionError, WeightsError, quantize
 from imagevec.plan import make_plan
-from tests.helpers.factories import tiny
+from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import cosine, encode, photo
 from tests.helpers.pipeline import vector_of
 
@@ -64,6 +65,36 @@ def test_nothing_is_saved_below_the_floor(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+class Dead(Tiny):
+    """Returns zeros for every image."""
+
+    bias = -1e6
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.nn.init.constant_(cast(torch.Tensor, self.conv.bias), self.bias)
+
+
+class Overflowing(Dead):
+    bias = torch.inf
+
+
+@pytest.mark.parametrize("model", [Dead, Overflowing])
+@pytest.mark.parametrize("min_median_cosine", [0.98, -1])
+def test_zero_and_infinite_vectors_are_refused(
+    model: Any, min_median_cosine: float, tmp_path: Path
+) -> None:
+    with pytest.raises(ImageVecError, match="not saved: 3 of 3 float32 .* zero or not finite"):
+        quantize(
+            IMAGES,
+            output=tmp_path / "new",
+            model=model,
+            weights="random",
+            min_median_cosine=min_median_cosine,
+        )
+    assert not (tmp_path / "new").exists()
+
+
 def test_wrong_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="2 of 3 images can be decoded"):
         quantize([*IMAGES[:2], b""], output=tmp_path / "new", model=tiny, weights="random")
@@ -96,7 +127,7 @@ def test_a_data_frame_has_one_column(tmp_path: Path) -> None:
         quantize(Frame(), output=tmp_path / "new", model=tiny, weights="random")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("floor", [1.01, -2, "high", None])
+@pytest.mark.parametrize("floor", [1.01, -2, float("nan"), "high", None])
 def test_a_floor_that_makes_no_sense_is_refused_before_the_work(floor: Any, tmp_path: Path) -> None:
     def never() -> Any:
         raise AssertionError("the model was built")

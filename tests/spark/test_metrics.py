@@ -7,12 +7,15 @@ from pyspark.ml.classification import LogisticRegression
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql.functions import col
 
-from imagevec import ImageVectorizer, Metrics, features_udf, make_features_udf
+from imagevec import ImageVectorizer, Metrics, features_udf, make_features_udf, runtime
+from imagevec.engines import backend
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
+from tests.helpers.pipeline import WITHOUT_BFLOAT16, run_python
 
 IMAGES = [encode(photo(seed=seed)) for seed in range(5)] + [None, b"no image", b"", b"none either"]
 OPTIONS: dict[str, Any] = {"model": tiny, "weights": "random", "engine": "torch"}
+HAS_BFLOAT16 = "from imagevec.engines import openvino; print(openvino.has_bfloat16('cpu'))"
 EXPECTED = {
     "rows": 9,
     "images": 5,
@@ -89,3 +92,37 @@ def test_estimators_fit_on_stored_features_without_computing_them_again(frame):
     )
     LogisticRegression(labelCol="even", maxIter=2).fit(vectors.persist())
     assert counted(metrics) == EXPECTED
+
+
+def test_tasks_with_bfloat16_instructions_are_not_counted(frame):
+    metrics = Metrics()
+    column = features_udf("content", metrics=metrics, precision="bfloat16", **OPTIONS)
+    frame(IMAGES).select(column).collect()
+    native = backend("torch").has_bfloat16("cpu")
+    assert metrics.value.get("tasks.float32_instead_of_bfloat16", 0) == (0 if native else 2)
+
+
+def test_tasks_without_bfloat16_instructions_are_counted(spark, frame, monkeypatch):
+    """The environment makes Spark start other workers, whose OpenVINO cannot use them."""
+    pytest.importorskip("openvino")
+    if "True" in run_python(HAS_BFLOAT16, **WITHOUT_BFLOAT16):
+        pytest.skip("this OpenVINO cannot hide the instructions")
+    for name, value in WITHOUT_BFLOAT16.items():
+        monkeypatch.setitem(spark.sparkContext.environment, name, value)
+    vectors = []
+    options = {**OPTIONS, "engine": "openvino"}
+    for precision in ("float32", "bfloat16"):
+        metrics = Metrics()
+        column = features_udf("content", metrics=metrics, precision=precision, **options)
+        vectors.append([row.features for row in frame(IMAGES).select(column).collect()])
+    assert vectors[0] == vectors[1]
+    assert metrics.value["tasks"] == metrics.value["tasks.float32_instead_of_bfloat16"] == 2
+
+
+def test_driver_of_local_workers_warns_of_float32(spark, monkeypatch, caplog):
+    monkeypatch.setattr(runtime, "_has_bfloat16", runtime._has_bfloat16.__wrapped__)
+    monkeypatch.setattr("imagevec.engines.devices.instructions", lambda: {"avx512_vnni"})
+    features_udf("content", precision="float32", **OPTIONS)
+    assert caplog.text == ""
+    features_udf("content", precision="bfloat16", **OPTIONS)
+    assert "no bfloat16 instructions" in caplog.text
