@@ -16,16 +16,16 @@ import imagevec.images.decode
 
 POISON = b"poison"
 
-_decode = imagevec.images.decode._decode
+_opened = imagevec.images.decode._opened
 
 
 def _deadly(data: bytes, *arguments: Any) -> Any:
     if data == POISON:
         os.kill(os.getpid(), signal.SIGSEGV)
-    return _decode(data, *arguments)
+    return _opened(data, *arguments)
 
 
-setattr(imagevec.images.decode, "_decode", _deadly)  # noqa: B010
+setattr(imagevec.images.decode, "_opened", _deadly)  # noqa: B010
 
 if __name__ == "__main__":
     manager()
