@@ -37,7 +37,6 @@ from benchmarks.memory import PeakMemory
 from benchmarks.spark import session
 from imagevec import near_duplicates, nearest
 from imagevec.search import joins, neighbours
-from imagevec.search.vectors import folder as served_folder
 
 RESULTS = Path("benchmarks/results")
 WORKERS = 2
@@ -287,13 +286,13 @@ class Compared:
     def __enter__(self) -> Compared:
         self._original = joins.cells_for_pairs
 
-        def counted(session: Any, vectors: Any, min_cosine: float) -> Any:
-            cells = self._original(session, vectors, min_cosine)
-            with np.load(served_folder() / cells.name) as arrays:
-                members = np.diff(arrays["begins"]).astype(float)
-                visitors = np.diff(arrays["visits_begin"]).astype(float)
-                self.pairs = float((members * (members / 2 + visitors)).sum())
-                self.pairs += vectors.rows * len(members)
+        def counted(space: Any, vectors: Any, min_cosine: float) -> Any:
+            cells = self._original(space, vectors, min_cosine)
+            arrays = cells.arrays()
+            members = np.diff(arrays["begins"]).astype(float)
+            visitors = np.diff(arrays["visits_begin"]).astype(float)
+            self.pairs = float((members * (members / 2 + visitors)).sum())
+            self.pairs += vectors.rows * len(members)
             return cells
 
         joins.cells_for_pairs = counted

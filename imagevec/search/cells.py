@@ -6,19 +6,20 @@ No vector is moved: cells are lists of row numbers of a ``VectorFile``.
 from __future__ import annotations
 
 import functools
-import io
 import logging
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from imagevec.errors import MissingExtraError
+from imagevec.errors import FingerprintError, MissingExtraError
 from imagevec.search.neighbours import (
     Indices,
     Vectors,
@@ -27,9 +28,10 @@ from imagevec.search.neighbours import (
     rank_in_row,
     unit_vectors,
 )
-from imagevec.search.vectors import VectorFile, folder, write_bytes
+from imagevec.search.vectors import VectorFile, brought
+from imagevec.search.workspace import Workspace
 from imagevec.spark.sessions import failures_in_words
-from imagevec.spark.ship import ship_file, shipped
+from imagevec.spark.ship import shipped
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ _MAX_PROBES = 256
 _ASSIGNED_ROWS = 1 << 14
 _TASK_VECTORS = 1 << 15  # per task that compares the vectors of some cells
 _MEMBER_ROWS = 1 << 14  # of a cell at a time
+_LISTED_VALUES = 1 << 20  # of a table of cells at a time
+_RECEIVED_BYTES = 1 << 26  # per partition that the driver receives
 
 
 @dataclass(frozen=True)
@@ -49,29 +53,30 @@ class Cells:
     """The cells, as a worker needs them.
 
     Attributes:
-        name: The name of the shipped file with the arrays.
+        files: The names of the shipped files of ``arrays``.
         probes: The number of cells that a query is compared with.
         tasks: Ranges of cells with about the same amount of work.
     """
 
-    name: str
+    files: dict[str, str]
     probes: int
     tasks: list[tuple[int, int]]
 
     def arrays(self) -> dict[str, Any]:
-        """Returns ``centroids``, float32 ``(C, D)``; ``rows`` of the ``VectorFile``, cell by cell,
-        and where each cell ``begins`` in them; the same for ``visitors`` from nearby cells."""
-        return _arrays(self.name)
+        """Returns the arrays, mapped from their files.
+
+        They are ``centroids``, float32 ``(C, D)``; ``rows`` of the ``VectorFile``, cell by cell,
+        and where each cell ``begins`` in them; the same for ``visitors`` from nearby cells.
+        """
+        return {array: _mapped(shipped(name)) for array, name in self.files.items()}
 
 
-@functools.lru_cache(maxsize=1)
-def _arrays(name: str) -> dict[str, Any]:
-    with np.load(shipped(name)) as arrays:
-        return dict(arrays)
+def _mapped(path: Path) -> Any:
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def cells_for_queries(
-    session: SparkSession,
+    space: Workspace,
     queries: tuple[DataFrame, int] | None,
     vectors: VectorFile,
     k: int,
@@ -80,13 +85,20 @@ def cells_for_queries(
     """Returns cells, and the share of true neighbours found for a sample of the queries.
 
     The queries are a data frame of ``keyed`` with its number of rows, or ``None`` for the vectors.
+
+    Raises:
+        FingerprintError: A query of the sample and the vectors differ in length.
     """
-    centroids = _centroids(vectors)
-    home = _nearest_cells(session, vectors, centroids, 1)
-    units = _sample(vectors, _SAMPLE) if queries is None else _sample_of(*queries)
+    if queries is None:
+        units = _sample(vectors, _SAMPLE, space)
+    else:
+        units = _sample_of(*queries, vectors.features)
+    centroids = _centroids(vectors, space)
+    name = _ship_array("centroids", centroids, space)
+    home = _nearest_cells(vectors, name, 1, space)
     if not len(units):  # no query has a vector
-        return _shipped(session, vectors, centroids, home, 1), 1.0
-    true, _ = nearest_units(units, vectors.units(folder()), k)  # (S, k)
+        return _shipped(name, home, len(centroids), 1, space), 1.0
+    true, _ = nearest_units(units, vectors.units(space), k)  # (S, k)
     # The position of each true neighbour's cell among the query's cells.
     most = min(_MAX_PROBES, len(centroids))
     order, _ = nearest_units(units, centroids, most)  # (S, P)
@@ -94,33 +106,37 @@ def cells_for_queries(
     place = np.where(is_home.any(2), is_home.argmax(2), most)
     probes, reached = _probes(place, most, recall)
     logger.info("%d cells, %d compared per query: recall %.3f", len(centroids), probes, reached)
-    return _shipped(session, vectors, centroids, home, probes), reached
+    return _shipped(name, home, len(centroids), probes, space), reached
 
 
-def _sample(vectors: VectorFile, count: int) -> Vectors:
+def _sample(vectors: VectorFile, count: int, space: Workspace) -> Vectors:
     rows = np.random.default_rng(0).choice(
         vectors.rows, min(vectors.rows, count), replace=False, shuffle=False
     )
-    return np.array(vectors.units(folder())[np.sort(rows)])
+    return np.array(vectors.units(space)[np.sort(rows)])
 
 
-def _sample_of(queries: DataFrame, count: int) -> Vectors:
+def _sample_of(queries: DataFrame, count: int, features: int) -> Vectors:
     """Samples queries by their keys, so that the sample does not depend on partitioning."""
     every = max(1, count // _SAMPLE)
     chosen = queries.where(F.pmod(F.xxhash64("key"), F.lit(every)) == 0).select("vector")
     with failures_in_words():
         rows = [row["vector"] for row in chosen.collect() if row["vector"] is not None]
-    return unit_vectors(np.array(rows, np.float32).reshape(len(rows), -1 if rows else 1))
+    for length in {len(row) for row in rows} - {features}:
+        raise FingerprintError(
+            f"vectors of {length} and of {features} features are not comparable: use one model"
+        )
+    return unit_vectors(np.array(rows, np.float32).reshape(len(rows), features))
 
 
-def cells_for_pairs(session: SparkSession, vectors: VectorFile, min_cosine: float) -> Cells:
+def cells_for_pairs(space: Workspace, vectors: VectorFile, min_cosine: float) -> Cells:
     """Returns cells with visitors: vectors that are also compared with cells near their own."""
     if vectors.rows == 0:
-        return Cells("", 1, [])
-    centroids = _centroids(vectors)
+        return Cells({}, 1, [])
+    centroids = _centroids(vectors, space)
     # Rotates vectors by the largest angle between near-duplicates, in random directions.
     chance = np.random.default_rng(0)
-    units = _sample(vectors, 8 * _SAMPLE)
+    units = _sample(vectors, 8 * _SAMPLE, space)
     noise = chance.standard_normal(units.shape, np.float32)
     noise -= units * np.einsum("nd,nd->n", units, noise)[:, None]
     turned = unit_vectors(
@@ -133,8 +149,9 @@ def cells_for_pairs(session: SparkSession, vectors: VectorFile, min_cosine: floa
     place = np.where(is_home.any(1), is_home.argmax(1), most)
     probes, reached = _probes(place, most, _PAIR_RECALL)
     logger.info("%d cells, %d compared per vector: recall %.3f", len(centroids), probes, reached)
-    home = _nearest_cells(session, vectors, centroids, probes)
-    return _shipped(session, vectors, centroids, home, probes)
+    name = _ship_array("centroids", centroids, space)
+    home = _nearest_cells(vectors, name, probes, space)
+    return _shipped(name, home, len(centroids), probes, space)
 
 
 def _probes(place: Any, most: int, recall: float) -> tuple[int, float]:
@@ -144,14 +161,14 @@ def _probes(place: Any, most: int, recall: float) -> tuple[int, float]:
     return probes, float(reached[probes - 1])
 
 
-def _centroids(vectors: VectorFile) -> Vectors:
+def _centroids(vectors: VectorFile, space: Workspace) -> Vectors:
     """Returns centroids of length 1, float32 ``(C, D)``, computed on a sample."""
     try:
         import faiss
     except ImportError as error:
         raise MissingExtraError("faiss", "search") from error
     count = max(1, min(_MAX_CELLS, 2 * math.isqrt(vectors.rows)))
-    sample = _sample(vectors, count * _VECTORS_A_CENTROID)
+    sample = _sample(vectors, count * _VECTORS_A_CENTROID, space)
     count = min(count, len(np.unique(sample, axis=0)) if len(sample) < 10_000 else count)
     kmeans = faiss.Kmeans(
         vectors.features,
@@ -166,21 +183,19 @@ def _centroids(vectors: VectorFile) -> Vectors:
     return unit_vectors(np.asarray(kmeans.centroids))
 
 
-def _nearest_cells(
-    session: SparkSession, vectors: VectorFile, centroids: Vectors, count: int
-) -> Any:
+def _nearest_cells(vectors: VectorFile, name: str, count: int, space: Workspace) -> Any:
     """Returns the ``count`` nearest cells of each vector, int32 ``(N, count)``, by all workers."""
-    name = _write(centroids=centroids)
-    ship_file(session, folder() / name)
     tasks = math.ceil(vectors.rows / _ASSIGNED_ROWS)
-    assigned = session.range(0, tasks, 1, tasks).mapInArrow(
+    assigned = space.session.range(0, tasks, 1, tasks).mapInArrow(
         functools.partial(_assigned, vectors=vectors, name=name, count=count),
         "first long, cells binary",
     )
-    cells = np.empty((vectors.rows, count), np.int32)
+    cells = _new_array(space.folder / "cells.npy", np.int32, (vectors.rows, count))
+    # Spark computes all parts before the first one arrives; then they arrive one by one.
+    parts = assigned.repartition(max(1, cells.nbytes // _RECEIVED_BYTES))
     with failures_in_words():
-        for first, found in assigned.collect():
-            part = np.frombuffer(found, np.int32).reshape(-1, count)
+        for first, content in brought(parts):
+            part = np.frombuffer(content, np.int32).reshape(-1, count)
             cells[first : first + len(part)] = part
     return cells
 
@@ -188,7 +203,7 @@ def _nearest_cells(
 def _assigned(
     batches: Iterator[pa.RecordBatch], vectors: VectorFile, name: str, count: int
 ) -> Iterator[pa.RecordBatch]:
-    centroids = _arrays(name)["centroids"]
+    centroids = _mapped(shipped(name))
     for batch in batches:
         for task in batch.column(0).to_pylist():
             first = task * _ASSIGNED_ROWS
@@ -198,39 +213,77 @@ def _assigned(
             yield pa.RecordBatch.from_arrays(columns, ["first", "cells"])
 
 
-def _shipped(
-    session: SparkSession, vectors: VectorFile, centroids: Vectors, cells: Any, probes: int
-) -> Cells:
-    rows, begins = _listed(cells[:, 0], len(centroids))
-    # A vector visits its further cells, which are listed row by row.
-    visits = cells[:, 1:].ravel()
-    visitors, visits_begin = _listed(visits, len(centroids))
-    visitors //= max(1, cells.shape[1] - 1)
-    name = _write(
-        centroids=centroids,
-        rows=rows,
-        begins=begins,
-        visitors=visitors,
-        visits_begin=visits_begin,
-    )
-    ship_file(session, folder() / name)
+def _shipped(name: str, cells: Any, count: int, probes: int, space: Workspace) -> Cells:
+    """Ships the lists of ``count`` cells.
+
+    Args:
+        name: The name of the shipped file of centroids.
+        cells: The nearest cells of each vector, nearest first, int32 ``(N, P)``.
+        count: The number of cells.
+        probes: See ``Cells``.
+        space: The workspace of the search.
+    """
+    files, begins = {"centroids": name}, []
+    # A vector is a member of its nearest cell, and visits the others.
+    for array, offsets, part in (
+        ("rows", "begins", cells[:, :1]),
+        ("visitors", "visits_begin", cells[:, 1:]),
+    ):
+        path = space.folder / f"{array}.npy"
+        begins.append(_list_rows(part, count, _new_array(path, _row_type(part), (part.size,))))
+        files[array] = space.ship(path)
+        files[offsets] = _ship_array(offsets, begins[-1], space)
     # The work of a cell depends on the number of its members and visitors.
-    work = begins + visits_begin
+    work = begins[0] + begins[1]
     cuts = np.searchsorted(work, np.arange(0, work[-1], _TASK_VECTORS))
-    cuts = np.unique(np.append(cuts, len(centroids))).tolist()
-    return Cells(name, probes, list(zip(cuts[:-1], cuts[1:], strict=True)))
+    cuts = np.unique(np.append(cuts, count)).tolist()
+    return Cells(files, probes, list(zip(cuts[:-1], cuts[1:], strict=True)))
 
 
-def _listed(cell: Any, count: int) -> tuple[Any, Any]:
-    """Returns positions by cell, int32, and where each of ``count`` cells begins, with the end."""
-    order = np.argsort(cell, kind="stable").astype(np.int32)
-    return order, np.searchsorted(cell[order], np.arange(count + 1))
+def _row_type(cells: Any) -> Any:
+    return np.int32 if len(cells) <= np.iinfo(np.int32).max else np.int64
 
 
-def _write(**arrays: Any) -> str:
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    return write_bytes(file.getbuffer(), "npz")
+def _list_rows(cells: Any, count: int, out: Any) -> Any:
+    """Lists the rows of each cell in ``out``, cell by cell, each cell's rows ascending.
+
+    Args:
+        cells: Cells of each row, integers ``(N, P)``, possibly mapped from a file.
+        count: The number of cells.
+        out: An array of N * P row numbers to fill.
+
+    Returns:
+        Where each cell begins in ``out``, and the end, int64 ``(count + 1,)``.
+    """
+    step = max(1, _LISTED_VALUES // max(1, cells.shape[1]))
+    blocks = [slice(begin, begin + step) for begin in range(0, len(cells), step)]
+    begins = np.zeros(count + 1, np.int64)
+    for rows in blocks:
+        begins[1:] += np.bincount(cells[rows].ravel(), minlength=count)
+    np.cumsum(begins, out=begins)
+    following = begins[:-1].copy()
+    for rows in blocks:
+        cell = cells[rows].ravel()
+        order = np.argsort(cell, kind="stable")
+        cell = cell[order]
+        out[following[cell] + rank_in_row(cell)] = rows.start + order // max(1, cells.shape[1])
+        following += np.bincount(cell, minlength=count)
+    return begins
+
+
+def _new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """Returns a new array, mapped from a ``.npy`` file."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):  # else writing to it on a full disk would kill the process
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def _ship_array(name: str, array: Any, space: Workspace) -> str:
+    path = space.folder / f"{name}.npy"
+    np.save(path, array)
+    return space.ship(path)
 
 
 def nearest_in_cells(
@@ -243,9 +296,9 @@ def nearest_in_cells(
     """
     arrays = cells.arrays()
     asked, _ = nearest_units(queries, arrays["centroids"], cells.probes)  # (B, P)
-    visiting, begins = _listed(asked.ravel(), len(arrays["centroids"]))
-    visiting //= asked.shape[1]
-    parts: list[tuple[Any, Any, Any]] = []
+    visiting = np.empty(asked.size, np.int64)
+    begins = _list_rows(asked, len(arrays["centroids"]), visiting)
+    parts = [_found_among(queries, visiting[:0], units, None, k)]  # all cells may be empty
     for cell in range(len(begins) - 1):
         here = visiting[begins[cell] : begins[cell + 1]]
         members = arrays["rows"][arrays["begins"][cell] : arrays["begins"][cell + 1]]

@@ -34,12 +34,13 @@ from imagevec.search.neighbours import (
 )
 from imagevec.search.vectors import (
     VectorFile,
-    arrow_type,
     blocks,
     collect,
     count_keys,
     keyed,
+    small,
 )
+from imagevec.search.workspace import workspace
 from imagevec.spark.sessions import existing_column, is_connect
 from imagevec.table.provenance import Provenance, check_same
 
@@ -47,6 +48,7 @@ _ROWS = 8192  # per block of streamed vectors
 _QUERY_ROWS = 4096  # queries that are compared with all vectors at once
 _CELL_QUERY_ROWS = 1 << 14  # the same with cells: each cell is read once for this many
 _EMITTED_ROWS = 1 << 16
+_SHUFFLED_PER_VECTOR = 32  # shuffled rows that cost as much as a vector on the driver's disk
 _DUPLICATE_ROWS = 1 << 14  # per block of vectors; a task compares two blocks
 
 _Batches = Iterator[pa.RecordBatch]
@@ -95,7 +97,7 @@ def nearest(
         FingerprintError: The features come from different models, only one side has provenance, or
             vectors differ in length. If the workers detect this, the query fails with this error.
     """
-    check_positive("k", k)
+    k = check_positive("k", k)
     _check_method(method)
     if not 0 < recall <= 1:
         raise OptionError(f"recall={recall} is not valid: use a number above 0 and at most 1")
@@ -107,29 +109,35 @@ def nearest(
             f"and {kind.simpleString()}: use the same type for both"
         )
     _check_comparable(queries, features, column)
-    count = count_keys(there)
+    count, partitions = count_keys(there)
     if not count:
         raise OptionError("there are no vectors to search")
-    asked_count = count if queries is features else count_keys(asked)
-    if method == "exact" and asked_count < count:
-        return _nearest_of_few(collect(asked, asked_count), there, k, kind)
-    vectors, session = collect(there, count), features.sparkSession
-    cosine, cells = F.col("cosine"), None
+    asked_count = count if queries is features else count_keys(asked)[0]
+    with workspace(features.sparkSession) as space:
+        if method == "exact" and _shuffles_little(asked_count, count, partitions, k):
+            return _nearest_of_few(collect(asked, asked_count, space), there, k, kind)
+        vectors, cells, reached = collect(there, count, space), None, None
+        if method == "clustered" and vectors.rows:
+            others = None if queries is features else (asked, asked_count)
+            cells, reached = cells_for_queries(space, others, vectors, k, recall)
     compared: Any = _nearest_of_many
-    if method == "clustered" and vectors.rows:
-        others = None if queries is features else (asked, asked_count)
-        cells, reached = cells_for_queries(session, others, vectors, k, recall)
-        cosine = cosine.alias("cosine", metadata={"recall": reached})
     if queries is features:  # the vectors are collected: do not compute them again
-        shares = _shares(session, vectors.rows, _rows_at_once(cells))
-        rows = _each(session, len(shares))
+        shares = _shares(features.sparkSession, vectors.rows, _rows_at_once(cells))
+        asked = _each(features.sparkSession, len(shares))
         compared = functools.partial(_nearest_of_each, shares=shares)
-    else:
-        rows = asked
-    found = rows.mapInArrow(
-        functools.partial(compared, vectors=vectors, cells=cells, k=k), _result(kind)
-    )
-    return found.withColumn("cosine", cosine)
+    compared = functools.partial(compared, vectors=vectors, cells=cells, k=k)
+    metadata = {} if reached is None else {"recall": reached}
+    cosine = F.col("cosine").alias("cosine", metadata=metadata)
+    return asked.mapInArrow(compared, _result(kind)).withColumn("cosine", cosine)
+
+
+def _shuffles_little(queries: int, vectors: int, partitions: int, k: int) -> bool:
+    """Returns whether collecting the queries, not the vectors, is the cheaper way.
+
+    Each partition of the vectors then returns its k nearest to each query, which are shuffled.
+    """
+    shuffled = queries * min(k * partitions, vectors)
+    return queries < vectors and shuffled <= _SHUFFLED_PER_VECTOR * vectors
 
 
 def near_duplicates(
@@ -168,27 +176,29 @@ def near_duplicates(
             null or not unique.
         FingerprintError: Vectors differ in length.
     """
-    check_min_cosine(min_cosine)
+    min_cosine = check_min_cosine(min_cosine)
     _check_method(method)
     side = keyed(features, key, column)
     key = existing_column(features.columns, key)
+    if key.casefold() == "group":
+        raise OptionError(f"the key {key!r} is not valid: the result has its own column 'group'")
     kind = side.schema["key"].dataType
-    vectors = collect(side, count_keys(side))
-    session = features.sparkSession
-    if method == "clustered":
-        cells = cells_for_pairs(session, vectors, min_cosine)
-        link: Any = functools.partial(linked_in_cell, cells=cells)
-        tasks: list[Any] = cells.tasks
-    else:
-        link = _linked_in_blocks
-        tasks = _pairs_of_blocks(vectors.rows)
-    found = _each(session, len(tasks)).mapInArrow(
-        functools.partial(_edges, link=link, tasks=tasks, vectors=vectors, min_cosine=min_cosine),
-        "a long, b long",
-    )
-    result = StructType([StructField(key, kind, False), StructField("group", kind, False)])
-    named = functools.partial(_named, vectors=vectors)
-    return components(found).mapInArrow(named, result)
+    rows, _ = count_keys(side)
+    link: Any = _linked_in_blocks
+    with workspace(features.sparkSession) as space:
+        vectors = collect(side, rows, space)
+        tasks: list[Any] = _pairs_of_blocks(vectors.rows)
+        if method == "clustered":
+            cells = cells_for_pairs(space, vectors, min_cosine)
+            link, tasks = functools.partial(linked_in_cell, cells=cells), cells.tasks
+        edges = _each(features.sparkSession, len(tasks)).mapInArrow(
+            functools.partial(
+                _edges, link=link, tasks=tasks, vectors=vectors, min_cosine=min_cosine
+            ),
+            "a long, b long",
+        )
+        result = StructType([StructField(key, kind, False), StructField("group", kind, False)])
+        return components(edges).mapInArrow(functools.partial(_named, vectors=vectors), result)
 
 
 def _check_method(method: str) -> None:
@@ -283,8 +293,8 @@ def _emitted(
     for begin in range(0, len(row), _EMITTED_ROWS):
         part = slice(begin, begin + _EMITTED_ROWS)
         columns = [
-            queries.take(pa.array(row[part])),
-            keys.take(pa.array(index[part])),
+            small(queries.take(pa.array(row[part]))),
+            small(keys.take(pa.array(index[part]))),
             pa.array(rank[part].astype(np.int32)),
             pa.array(cosine[part]),
         ]
@@ -294,33 +304,27 @@ def _emitted(
 def _nearest_of_few(queries: VectorFile, there: DataFrame, k: int, kind: DataType) -> DataFrame:
     """Selects the nearest of each partition, and the nearest among these."""
     found = there.mapInArrow(
-        functools.partial(_nearest_of_partition, queries=queries, k=k, kind=kind), _result(kind)
+        functools.partial(_nearest_of_partition, queries=queries, k=k), _result(kind)
     )
     best = Window.partitionBy("query").orderBy(F.desc("cosine"), "neighbour")
     return found.withColumn("rank", F.row_number().over(best)).where(F.col("rank") <= k)
 
 
-def _nearest_of_partition(
-    batches: _Batches, queries: VectorFile, k: int, kind: DataType
-) -> _Batches:
+def _nearest_of_partition(batches: _Batches, queries: VectorFile, k: int) -> _Batches:
     """Compares streamed vectors with all queries, on a worker."""
     units = queries.units()
     if not queries.rows:
         return
-    best = pa.table(
-        {
-            "row": pa.array([], pa.int64()),
-            "cosine": pa.array([], pa.float32()),
-            "key": pa.array([], arrow_type(kind)),
-        }
-    )
+    best = pa.table({})
     for keys, block in blocks(batches, _ROWS, queries.features):
         indices, cosines = nearest_units(units, block, k)
         row = np.repeat(np.arange(len(units)), indices.shape[1])
         found = pa.table(
             {"row": row, "cosine": cosines.ravel(), "key": keys.take(pa.array(indices.ravel()))}
         )
-        best = _best_of(pa.concat_tables([best, found]), k)
+        best = _best_of(pa.concat_tables([best, found]) if best else found, k)
+    if not best:
+        return
     asked = queries.read_keys()
     row = best.column("row").to_numpy()
     keys, index = best.column("key").combine_chunks(), np.arange(len(row))
@@ -376,5 +380,5 @@ def _named(batches: _Batches, vectors: VectorFile) -> _Batches:
     """Replaces row numbers with keys."""
     keys = vectors.read_keys()
     for batch in batches:
-        columns = [keys.take(batch.column(0)), keys.take(batch.column(1))]
+        columns = [small(keys.take(batch.column(0))), small(keys.take(batch.column(1)))]
         yield pa.RecordBatch.from_arrays(columns, ["key", "group"])

@@ -9,6 +9,7 @@ multiples of 2**-20, about 1e-6, because a float32 product is not more accurate.
 from __future__ import annotations
 
 import math
+import numbers
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,7 @@ def nearest(queries: Vectors, vectors: Vectors, k: int) -> tuple[Indices, Vector
     """
     if len(vectors) == 0:
         raise OptionError("there are no vectors to search")
-    check_positive("k", k)
+    k = check_positive("k", k)
     if queries.shape[1] != vectors.shape[1]:
         raise OptionError(
             f"queries have {queries.shape[1]} features and vectors {vectors.shape[1]}: "
@@ -167,7 +168,7 @@ def near_duplicates(vectors: Vectors, min_cosine: float) -> list[list[int]]:
     Raises:
         OptionError: ``min_cosine`` is out of range.
     """
-    check_min_cosine(min_cosine)
+    min_cosine = check_min_cosine(min_cosine)
     units = unit_vectors(vectors)
     root = np.arange(len(units))  # (N,): the lowest index known to be linked to each
     link_near(root, units, slice(0, len(units)), slice(0, len(units)), min_cosine)
@@ -176,12 +177,13 @@ def near_duplicates(vectors: Vectors, min_cosine: float) -> list[list[int]]:
     return [group.tolist() for group in groups if len(group) > 1]
 
 
-def check_min_cosine(min_cosine: float) -> None:
-    """Raises ``OptionError`` if it is out of range."""
-    if not 0 < min_cosine <= 1:
+def check_min_cosine(min_cosine: float) -> float:
+    """Returns it as a float, or raises ``OptionError`` if it is out of range."""
+    if not isinstance(min_cosine, numbers.Real) or not 0 < min_cosine <= 1:
         raise OptionError(
             f"min_cosine={min_cosine} is not valid: use a number above 0 and at most 1"
         )
+    return float(min_cosine)
 
 
 def link_near(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +17,7 @@ from imagevec.models.registry import check_is_name
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES, Options, check_positive
 from imagevec.search.neighbours import Vectors, nearest
 from imagevec.spec import Preprocessing
+from imagevec.storage.location import Location
 from imagevec.table.read import RowGroup, column_metadata, read_paths, read_vectors
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def similar(
         FingerprintError: The model is not the table's, or the table has no provenance.
         ImageError: A query is not in the table, and cannot be read or is not an image.
     """
-    check_positive("k", k)
-    names = [_plain(query) for query in queries]
+    k = check_positive("k", k)
+    names = [str(Location.of(query)) for query in queries]
     own, row_groups = _rows_of(features, set(names)) if names else ({}, set())
     vectors = _vectors_there(features, own, row_groups)
     missing = {n: query for n, query in zip(names, queries, strict=True) if n not in vectors}
@@ -123,7 +123,7 @@ def _rows_of(features: str, names: set[str]) -> tuple[dict[str, list[str]], set[
     ends = {name.rpartition("/")[2] for name in names}
     for row_group, paths in read_paths(features):
         for path in paths:
-            if path.rpartition("/")[2] in ends and (name := _plain(path)) in own:
+            if path.rpartition("/")[2] in ends and (name := str(Location.of(path))) in own:
                 own[name].append(path)
                 row_groups.add(row_group)
     return own, row_groups
@@ -216,10 +216,3 @@ def _weights_at_hand(made_of: Provenance) -> str:
     elif option != "DEFAULT":
         return option
     return str(find(digest) or "DEFAULT")
-
-
-def _plain(path: str) -> str:
-    """Returns a local path or ``file:`` URI as an absolute path, other URIs unchanged."""
-    if path.startswith("file:"):
-        return "/" + path.removeprefix("file:").lstrip("/")
-    return path if "://" in path else os.path.abspath(path)

@@ -5,13 +5,9 @@ The rows are sorted by key. In a tie, the lower index is the smaller key.
 
 from __future__ import annotations
 
-import atexit
 import binascii
-import functools
 import hashlib
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +30,10 @@ from pyspark.sql.types import (
 )
 
 from imagevec.errors import FingerprintError, OptionError
-from imagevec.files import PREFIX
 from imagevec.search.neighbours import Indices, Vectors, unit_vectors
+from imagevec.search.workspace import Workspace
 from imagevec.spark.sessions import existing_column, failures_in_words, is_connect, quoted
-from imagevec.spark.ship import ship_file, shipped
+from imagevec.spark.ship import shipped
 
 _PACKED_BYTES = 2 << 20  # per transferred row
 _PIECE_ROWS = 4096  # transferred at a time: the JVM holds several copies of them
@@ -68,19 +64,23 @@ def keyed(df: DataFrame, key: str, column: str) -> DataFrame:
     return df.select(F.col(quoted(key)).alias("key"), vector.alias("vector"))
 
 
-def count_keys(side: DataFrame) -> int:
-    """Returns the number of rows.
+def count_keys(side: DataFrame) -> tuple[int, int]:
+    """Returns the number of rows, and the number of partitions as far as is known.
 
     Raises:
         OptionError: A key is null or not unique.
     """
-    keys = side.select("key").groupBy("key").count()
+    placed = side.select("key", F.spark_partition_id().alias("partition"))
+    keys = placed.groupBy("key").agg(
+        F.count("*").alias("count"), F.max("partition").alias("partition")
+    )
     with failures_in_words():
         found = keys.agg(
             F.coalesce(F.sum("count"), F.lit(0)).alias("rows"),
             F.sum(F.when(F.col("key").isNull(), F.col("count"))).alias("nulls"),
             F.max("count").alias("most"),
             F.max_by("key", "count").alias("most_frequent"),
+            F.coalesce(F.max("partition") + 1, F.lit(1)).alias("partitions"),
         ).first()
     assert found is not None, "an aggregate has a row"
     if found["nulls"]:
@@ -92,7 +92,7 @@ def count_keys(side: DataFrame) -> int:
             f"the key {found['most_frequent']!r} occurs {found['most']:,} times: "
             "choose a unique key"
         )
-    return int(found["rows"])
+    return int(found["rows"]), int(found["partitions"])
 
 
 def blocks(
@@ -152,12 +152,10 @@ class VectorFile:
     rows: int
     features: int
 
-    def units(self, folder: Path | None = None) -> Vectors:
-        """Returns the vectors, float32 ``(rows, features)``, of a shipped or a local file."""
-        path = shipped(self.name) if folder is None else folder / self.name
-        if self.rows == 0:
-            return np.empty((0, self.features), np.float32)
-        return np.memmap(path, np.float32, "r", shape=(self.rows, self.features))
+    def units(self, space: Workspace | None = None) -> Vectors:
+        """Returns the vectors, float32 ``(rows, features)``, on a worker or in a workspace."""
+        path = shipped(self.name) if space is None else space.path(self.name)
+        return _mapped(path, self.rows, self.features)
 
     def read_keys(self) -> Any:
         """Returns the keys, an Arrow array, on a worker."""
@@ -165,49 +163,54 @@ class VectorFile:
             return pa.ipc.open_file(file).read_all().column(0).combine_chunks()
 
 
-def collect(side: DataFrame, rows: int) -> VectorFile:
+def _mapped(path: Path, rows: int, features: int) -> Vectors:
+    if rows == 0:  # an empty file cannot be mapped
+        return np.empty((0, features), np.float32)
+    return np.memmap(path, np.float32, "r", shape=(rows, features))
+
+
+def collect(side: DataFrame, rows: int, space: Workspace) -> VectorFile:
     """Collects the vectors of ``keyed`` to the driver's disk, and ships them to the executors.
 
     All workers compute them, once. Neither the JVM nor this process holds them in memory.
 
     Args:
         side: The data frame of ``keyed``.
-        rows: The result of ``count_keys``.
+        rows: The number of rows, from ``count_keys``.
+        space: The workspace of the search.
 
     Raises:
         FingerprintError: Vectors differ in length.
     """
     kind = side.schema["key"].dataType
+    type = _large(arrow_type(kind))  # the offsets of all keys may exceed 32 bits
     packed = side.mapInArrow(_packed, f"keys array<{kind.simpleString()}>, vectors binary")
     # Spark computes all pieces before the first one arrives; then they arrive one by one.
     pieces = packed.repartition(max(1, math.ceil(rows / _PIECE_ROWS)), "keys")
-    part = folder() / "part"
     chunks: list[Any] = []
     lengths: set[int] = set()
+    part = space.folder / "part"
     with failures_in_words(), part.open("wb") as file:
-        for some, text in _brought(pieces.select("keys", F.base64("vectors"))):
+        for some, text in brought(pieces.select("keys", F.base64("vectors"))):
             vectors = binascii.a2b_base64(text)
-            chunks.append(pa.array(some, arrow_type(kind)))
+            chunks.append(pa.array(some, type))
             lengths.add(len(vectors) // 4 // max(1, len(some)))
+            space.needed_bytes = 2 * 4 * rows * max(lengths)  # here, and again in order
             file.write(vectors)
     if len(lengths) > 1:
         few, many = sorted(lengths)[:2]
         raise FingerprintError(
             f"vectors of {few} and of {many} features are not comparable: use one model"
         )
-    keys = pa.chunked_array(chunks, arrow_type(kind)).combine_chunks()
+    keys = pa.chunked_array(chunks, type).combine_chunks()
     features = lengths.pop() if lengths else 0
     order = pc.sort_indices(keys)
-    made = VectorFile(part.name, "", len(keys), features)
-    name = _write_in_order(made.units(folder()), order.to_numpy())
+    name = _ship_in_order(_mapped(part, len(keys), features), order.to_numpy(), space)
     part.unlink()
-    made = VectorFile(name, _write_keys(keys.take(order)), len(keys), features)
-    ship_file(side.sparkSession, folder() / made.name)
-    ship_file(side.sparkSession, folder() / made.keys)
-    return made
+    return VectorFile(name, _ship_keys(keys.take(order), space), len(keys), features)
 
 
-def _brought(pieces: DataFrame) -> Iterator[Row]:
+def brought(pieces: DataFrame) -> Iterator[Row]:
     """Yields the rows, a piece at a time.
 
     Spark pickles text twice as fast as bytes. A data frame's own iterator would leave all results
@@ -226,6 +229,16 @@ def arrow_type(kind: DataType) -> Any:
     return to_arrow_type(kind)
 
 
+def small(keys: Any) -> Any:
+    """Returns an Arrow array of keys with 32-bit offsets, as Spark expects them by default."""
+    kinds = {pa.large_string(): pa.string(), pa.large_binary(): pa.binary()}
+    return keys.cast(kinds.get(keys.type, keys.type))
+
+
+def _large(type: Any) -> Any:
+    return {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}.get(type, type)
+
+
 def _packed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Packs several rows into one, as bytes, which the driver unpacks without a Python loop."""
     for keys, units in blocks(batches, 1):
@@ -241,36 +254,20 @@ def _packed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             yield pa.RecordBatch.from_arrays(columns, ["keys", "vectors"])
 
 
-def _write_in_order(units: Vectors, order: Indices) -> str:
-    """Writes rows in the given order. Returns the file's name, which depends on its content."""
+def _ship_in_order(units: Vectors, order: Indices, space: Workspace) -> str:
     sha256 = hashlib.sha256()
-    path = folder() / "ordered"
+    path = space.folder / "vectors.f32"
     with path.open("wb") as file:
         for begin in range(0, len(order), _GATHERED_ROWS):
             rows = units[order[begin : begin + _GATHERED_ROWS]].tobytes()
             sha256.update(rows)
             file.write(rows)
-    return path.replace(folder() / f"{PREFIX}{sha256.hexdigest()}.f32").name
+    return space.ship(path, sha256.hexdigest())
 
 
-def _write_keys(keys: Any) -> str:
+def _ship_keys(keys: Any, space: Workspace) -> str:
     table = pa.table({"key": keys})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
+    path = space.folder / "keys.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-    return write_bytes(memoryview(sink.getvalue()), "arrow")
-
-
-def write_bytes(content: memoryview, suffix: str) -> str:
-    """Writes a file that is named by its content. Returns the name."""
-    name = f"{PREFIX}{hashlib.sha256(content).hexdigest()}.{suffix}"
-    (folder() / name).write_bytes(content)
-    return name
-
-
-@functools.cache
-def folder() -> Path:
-    """Returns this process's folder, from which Spark serves files as long as the process lives."""
-    path = Path(tempfile.mkdtemp(prefix="imagevec-search-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
+    return space.ship(path)

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyspark import SparkFiles
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from imagevec import (
     FingerprintError,
+    ImageVecError,
     ImageVectorizer,
     MissingExtraError,
     OptionError,
@@ -21,7 +26,8 @@ from imagevec import (
     nearest,
 )
 from imagevec.search import neighbours
-from imagevec.search.joins import _pairs_of_blocks
+from imagevec.search.joins import _pairs_of_blocks, _shuffles_little
+from imagevec.search.vectors import count_keys, keyed
 from tests.helpers.factories import tiny
 
 WIDTH = 8
@@ -226,6 +232,7 @@ def test_no_rows(spark: SparkSession) -> None:
     [
         ({"k": 0}, "k=0 is not valid"),
         ({"k": 1.5}, "k=1.5 is not valid"),
+        ({"k": True}, "k=True is not valid"),
         ({"key": "pth"}, "did you mean 'path'"),
         ({"column": "vectors"}, "there is no column 'vectors'"),
         ({"column": "path"}, "is of type string: use an array of floats"),
@@ -241,7 +248,26 @@ def test_wrong_options(spark: SparkSession, options: dict[str, Any], said: str) 
         nearest(features, features, **options)
 
 
-@pytest.mark.parametrize("min_cosine", [0, -0.1, 1.01, float("nan")])
+def test_numbers_of_numpy_are_accepted(spark: SparkSession) -> None:
+    vectors = vectors_of(8)
+    features = table(spark, vectors)
+    queries = table(spark, vectors[:2], prefix="q")
+    k = np.int64(3)
+    for asked, prefix, first in ((queries, "q", vectors[:2]), (features, "p", vectors)):
+        assert found(nearest(asked, features, k)) == expected(first, vectors, 3, prefix)  # type: ignore[arg-type]
+    groups = near_duplicates(features, np.float32(0.5))  # type: ignore[arg-type]
+    assert groups_of(groups) == expected_groups(vectors, 0.5)
+
+
+@pytest.mark.parametrize("key", ["group", "Group"])
+def test_key_of_the_name_group_is_refused(spark: SparkSession, key: str) -> None:
+    features = table(spark, vectors_of(3)).withColumnRenamed("path", key)
+    with pytest.raises(OptionError, match=f"the key '{key}' is not valid: the result has its own"):
+        near_duplicates(features, key="group")
+    assert nearest(features, features, 1, key="group").count() == 3
+
+
+@pytest.mark.parametrize("min_cosine", [0, -0.1, 1.01, float("nan"), "high"])
 def test_min_cosine_out_of_range(spark: SparkSession, min_cosine: float) -> None:
     with pytest.raises(OptionError, match=f"min_cosine={min_cosine} is not valid"):
         near_duplicates(table(spark, vectors_of(3)), min_cosine)
@@ -262,11 +288,14 @@ def test_keys_that_name_no_row(spark: SparkSession) -> None:
         nearest(other, good)
 
 
-def test_vectors_of_other_lengths(spark: SparkSession) -> None:
+@pytest.mark.parametrize("method", ["exact", "clustered"])
+def test_vectors_of_other_lengths(spark: SparkSession, method: Any) -> None:
+    if method == "clustered":
+        pytest.importorskip("faiss")
     few, many = table(spark, [[1, 2]]), table(spark, vectors_of(9))
     for queries, features in ((few, many), (many, few)):
         with pytest.raises(Exception, match="vectors of . and of . features are not comparable"):
-            nearest(queries, features).collect()
+            nearest(queries, features, method=method).collect()
     with pytest.raises(Exception, match="vectors of . and of . features are not comparable"):
         near_duplicates(few.withColumn("path", F.lit("z")).union(many))
 
@@ -338,6 +367,144 @@ def test_clustered_of_little(spark: SparkSession, vectors: Any) -> None:
     )
     groups = groups_of(near_duplicates(features, method="clustered"))
     assert len(groups) == (1 if vectors[0] == [1.0, 2.0] else 0)
+
+
+def test_clustered_mixed_queries_are_refused(spark: SparkSession) -> None:
+    pytest.importorskip("faiss")
+    queries = table(spark, [[1.0] * WIDTH, [1.0, 2.0]])
+    with pytest.raises(FingerprintError, match=f"of 2 and of {WIDTH} features are not comparable"):
+        nearest(queries, table(spark, vectors_of(9)), method="clustered")
+
+
+@pytest.mark.parametrize("method", ["exact", "clustered"])
+def test_concurrent_searches_do_not_share_files(spark: SparkSession, method: Any) -> None:
+    """Threads that search different tables, and two that search the same one."""
+    if method == "clustered":
+        pytest.importorskip("faiss")
+    tables = [vectors_of(40, seed) for seed in (0, 1, 2, 3, 0)]
+    frames = [table(spark, vectors) for vectors in tables]
+
+    def search(features: DataFrame) -> tuple[Any, Any]:
+        neighbours = nearest(features, features, 3, method=method, recall=1)
+        return found(neighbours), groups_of(near_duplicates(features, 0.6, method=method))
+
+    with ThreadPoolExecutor(len(frames)) as pool:
+        results = list(pool.map(search, frames))
+    for vectors, (pairs, groups) in zip(tables, results, strict=True):
+        assert pairs.keys() == {f"p{place:04d}" for place in range(40)}
+        if method == "exact":
+            assert pairs == expected(vectors, vectors, 3, prefix="p")
+            assert groups == expected_groups(vectors, 0.6)
+        for query, nearest_to_it in pairs.items():
+            cosines = neighbours.nearest(vectors[[int(query[1:])]], vectors, 3)[1][0]
+            assert nearest_to_it[0] == (query, 1) and nearest_to_it[1][1] <= cosines[1]
+
+
+def test_search_leaves_no_folder(spark: SparkSession) -> None:
+    """The result is computed after the call's own files are deleted."""
+    roots = [Path(SparkFiles.getRootDirectory()), Path(tempfile.gettempdir())]
+    before = {path for root in roots for path in root.glob("imagevec-search-*")}
+    vectors = vectors_of(30)
+    features = table(spark, vectors)
+    result = nearest(features, features, 3)
+    with pytest.raises(FingerprintError):
+        near_duplicates(features.union(table(spark, [[1, 2]], prefix="x")))
+    assert {path for root in roots for path in root.glob("imagevec-search-*")} == before
+    assert found(result) == expected(vectors, vectors, 3, prefix="p")
+
+
+def test_same_search_adds_no_file(spark: SparkSession) -> None:
+    features = table(spark, vectors_of(30, seed=5))
+    root = Path(SparkFiles.getRootDirectory())
+    nearest(features, features, 3)
+    before = sorted(root.iterdir())
+    nearest(features, features, 4)
+    assert sorted(root.iterdir()) == before
+
+
+@pytest.fixture
+def file_limit() -> Iterator[Callable[[int], None]]:
+    """Limits the size of files of this process, as a full disk would."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_is_explained(spark: SparkSession, file_limit: Callable[[int], None]) -> None:
+    features = spark.range(1000).select(
+        F.col("id").alias("path"), F.array_repeat(F.rand(0), 1024).alias("features")
+    )
+    root = SparkFiles.getRootDirectory()
+    before = sorted(Path(root).iterdir())
+    file_limit(2 << 20)
+    with pytest.raises(ImageVecError) as raised:
+        nearest(features, features)
+    assert f"the disk of {root} is full: the search needs 8,192,000 bytes in" in str(raised.value)
+    assert "set spark.local.dir to a folder on a larger disk" in str(raised.value)
+    assert sorted(Path(root).iterdir()) == before
+
+
+@pytest.mark.parametrize("method", ["exact", "clustered"])
+@pytest.mark.parametrize("key", ["string", "binary"])
+def test_large_arrow_types(spark: SparkSession, key: str, method: Any) -> None:
+    if method == "clustered":
+        pytest.importorskip("faiss")
+    vectors = vectors_of(30, kinds=9)
+    features = table(spark, vectors).withColumn("path", F.col("path").cast(key))
+    queries = table(spark, vectors[:5], prefix="q").withColumn("path", F.col("path").cast(key))
+    name = "spark.sql.execution.arrow.useLargeVarTypes"
+    spark.conf.set(name, "true")
+    try:
+        for asked, first, prefix in ((queries, vectors[:5], "q"), (features, vectors, "p")):
+            result = nearest(asked, features, 3, method=method, recall=1)
+            as_text = result.selectExpr(
+                "string(query) query", "string(neighbour) neighbour", "rank", "cosine"
+            )
+            assert found(as_text) == expected(first, vectors, 3, prefix)
+        groups = near_duplicates(features, method=method)
+        as_text = groups.selectExpr("string(path) path", "string(group) group")
+        assert groups_of(as_text) == expected_groups(vectors, 0.95)
+    finally:
+        spark.conf.unset(name)
+
+
+@pytest.mark.parametrize(
+    ("queries", "vectors", "partitions", "k", "expected"),
+    [
+        (500, 200_000, 200, 10, True),
+        (10_000, 1_000_000, 200, 10, True),
+        (100_000, 100_000_000, 2_000, 10, True),  # the vectors would be 200 GB
+        (500_000, 600_000, 200, 10, False),
+        (500_000, 600_000, 2, 10, True),
+        (600_000, 500_000, 2, 10, False),
+        (5, 20, 1_000_000, 10, True),  # each partition returns at most its rows
+    ],
+)
+def test_side_that_is_collected(
+    queries: int, vectors: int, partitions: int, k: int, expected: bool
+) -> None:
+    assert _shuffles_little(queries, vectors, partitions, k) == expected
+
+
+def test_count_of_keys_and_partitions(spark: SparkSession) -> None:
+    assert count_keys(keyed(table(spark, vectors_of(40), partitions=7), "path", "features")) == (
+        40,
+        7,
+    )
+    none = table(spark, [None]).limit(0)
+    assert count_keys(keyed(none, "path", "features"))[0] == 0
+
+
+def test_result_does_not_depend_on_the_collected_side(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = vectors_of(40, kinds=20)
+    queries, features = table(spark, vectors[:5], prefix="q"), table(spark, vectors)
+    monkeypatch.setattr("imagevec.search.joins._SHUFFLED_PER_VECTOR", 0)
+    result = nearest(queries, features, 3)
+    assert found(result) == expected(vectors[:5], vectors, 3)
+    assert "Window" not in result._jdf.queryExecution().toString()
 
 
 def test_clustered_needs_its_extra(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
