@@ -42,7 +42,7 @@ def check_exists(src: str, timeout_seconds: float = DEFAULTS["read_timeout_secon
     """
     base, *patterns = glob_parts(src)
     try:
-        _described(base, timeout_seconds)
+        described(base, timeout_seconds)
     except (UnsupportedURIError, OSError, ValueError) as error:
         what = (
             "does not exist" if isinstance(error, FileNotFoundError) else f"is not valid: {error}"
@@ -52,7 +52,8 @@ def check_exists(src: str, timeout_seconds: float = DEFAULTS["read_timeout_secon
         raise OptionError(f"{src} matches nothing")
 
 
-def _described(path: str, timeout_seconds: float) -> Entry:
+def described(path: str, timeout_seconds: float = DEFAULTS["read_timeout_seconds"]) -> Entry:
+    """Describes a path or URI, and retries like ``list_files``."""
     location = Location.of(path)
     return retried(location, lambda: store_of(location).entry(location), timeout_seconds)
 
@@ -175,7 +176,7 @@ def _roots(src: str, timeout_seconds: float) -> Iterator[Entry]:
     """Yields the files and folders that a source names."""
     base, *patterns = glob_parts(src)
     try:
-        found = [_described(base, timeout_seconds)]
+        found = [described(base, timeout_seconds)]
     except FileNotFoundError as error:
         raise OptionError(f"{src} does not exist") from error
     for pattern in patterns:

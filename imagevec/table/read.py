@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import fs, parquet
+from pyarrow import parquet
 
 from imagevec.errors import OptionError
+from imagevec.storage.listing import described, list_files
+from imagevec.storage.location import Location
+from imagevec.storage.stores import store_of
 
 _ROWS = 2048  # per block
 _BUFFER_BYTES = 4 << 20  # per file; else a whole row group is held, 128 MB by Spark's default
@@ -108,8 +110,8 @@ def column_metadata(folder: str | Path, column: str) -> dict[str, Any]:
         OptionError: The table does not exist.
     """
     with _errors_of(str(folder), _EXTRACT):
-        filesystem, (first, *_) = _files(str(folder), _EXTRACT)
-        schema = parquet.read_schema(first, filesystem=filesystem)
+        first, *_ = _files(str(folder), _EXTRACT)
+        schema = parquet.read_schema(_opened(first))
     fields = json.loads((schema.metadata or {}).get(_SPARK_SCHEMA, b'{"fields": []}'))["fields"]
     found: list[dict[str, Any]] = [x["metadata"] for x in fields if x["name"] == column]
     return found[0] if found else {}
@@ -124,10 +126,9 @@ def _batches(
 ) -> Iterator[tuple[RowGroup, Any]]:
     """Yields Arrow batches of some of the expected columns, and the row group of each."""
     with _errors_of(folder, hint):
-        filesystem, paths = _files(folder, hint)
-        for path in paths:
+        for path in _files(folder, hint):
             with parquet.ParquetFile(
-                path, filesystem=filesystem, pre_buffer=False, buffer_size=_BUFFER_BYTES
+                _opened(path), pre_buffer=False, buffer_size=_BUFFER_BYTES
             ) as file:
                 _check_columns(folder, expected, file.schema_arrow, hint)
                 for number in range(file.num_row_groups):
@@ -147,28 +148,24 @@ def _errors_of(folder: str, hint: str) -> Iterator[None]:
         raise OptionError(f"{folder} cannot be read as Parquet: {hint} ({error})") from error
 
 
-def _files(folder: str, hint: str) -> tuple[Any, list[str]]:
-    """Returns a folder's file system and the paths of its data files, at least one.
+def _files(folder: str, hint: str) -> list[str]:
+    """Returns the paths of a folder's data files, at least one.
 
     ``pyarrow.dataset`` does the same, but imports pandas.
     """
-    is_uri = "://" in folder or folder.startswith("file:")
-    filesystem, root = fs.FileSystem.from_uri(folder if is_uri else os.path.abspath(folder))
-    info = filesystem.get_file_info(root)
-    if info.type == fs.FileType.File:
-        return filesystem, [info.path]
-    paths = [
-        info.path
-        for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-        if info.type == fs.FileType.File and _is_data(info.path.removeprefix(root))
-    ]
+    entry = described(folder)
+    if entry.kind != "folder":
+        return [entry.path]
+    listed = list_files(folder, recursive=True, pattern="*.parquet")
+    paths = sorted(str(Location.parse(file.path)) for file in listed if file.skipped is None)
     if not paths:
         raise OptionError(f"{folder} has no Parquet files: {hint}")
-    return filesystem, sorted(paths)
+    return paths
 
 
-def _is_data(path: str) -> bool:
-    return not any(part.startswith((".", "_")) for part in path.split("/"))
+def _opened(path: str) -> Any:
+    location = Location.parse(path)
+    return location.path if location.is_local else store_of(location).open(location)
 
 
 def _check_columns(folder: str, columns: list[str], schema: Any, hint: str) -> None:

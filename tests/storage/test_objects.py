@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +29,14 @@ PNG = encode(photo())
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, Any]]:
     with s3_server() as (endpoint, client):
-        client.create_bucket(Bucket="photos")
+        client.create_bucket(Bucket="photos", ACL="public-read")
         for name in NAMES:
-            client.put_object(Bucket="photos", Key=f"2024/{name}", Body=name.encode())
+            client.put_object(
+                Bucket="photos", Key=f"2024/{name}", Body=name.encode(), ACL="public-read"
+            )
         client.put_object(Bucket="photos", Key="2024/sub/", Body=b"")
         client.put_object(Bucket="photos", Key="2024/sub/b.png", Body=b"1")
-        client.put_object(Bucket="photos", Key="image.png", Body=PNG)
+        client.put_object(Bucket="photos", Key="image.png", Body=PNG, ACL="public-read")
         client.put_object(Bucket="photos", Key="large", Body=bytes(range(256)) * 20_000)
         yield endpoint, client
 
@@ -301,3 +304,18 @@ def test_listing_a_folder_with_an_unaddressable_key_names_it(s3: Any) -> None:
     folder = Location.parse("s3://photos/odd")
     with pytest.raises(OSError, match="s3://photos/odd.*empty path segment"):
         list(store_of(folder).entries(folder))
+
+
+def test_google_cloud_storage_is_listed_and_read(s3: Any, monkeypatch) -> None:
+    """Its client uses Google's XML API, which reads and lists as S3 does."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", os.environ["AWS_ENDPOINT_URL"])
+    folder = Location.parse("gs://photos/2024")
+    entries = {entry.name: entry for entry in store_of(folder).entries(folder)}
+    assert sorted(entries) == sorted([*NAMES, "sub"])
+    for name in NAMES:
+        assert whole(entries[name].path) == name.encode()
+    assert read("gcs://photos/image.png") == PNG
+    with pytest.raises(ImageError, match="unreadable_path"):
+        read("gs://photos/none.png")
+    with pytest.raises(ReadError, match="does not exist"):
+        read("gs://nobody/none.png")

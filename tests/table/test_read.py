@@ -17,6 +17,7 @@ from imagevec.table.read import (
     read_paths,
     read_vectors,
 )
+from tests.helpers.object_store import TEST_KEYS, s3_server
 from tests.helpers.pipeline import run_python
 from tests.helpers.tables import FLOATS, write_table
 
@@ -101,8 +102,27 @@ def test_a_folder_without_parquet_files(tmp_path):
 
 def test_a_folder_of_other_files(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff not a table")
-    with pytest.raises(OptionError, match="cannot be read as Parquet: give the folder"):
+    with pytest.raises(OptionError, match="has no Parquet files: give the folder"):
         read_all(tmp_path)
+
+
+def test_note_beside_the_table_is_ignored(tmp_path):
+    write_table(tmp_path, {"a": [1, 2]}, part=0)
+    (tmp_path / "README.txt").write_text("a note")
+    assert read_all(tmp_path)[0] == ["a"]
+
+
+def test_table_in_an_object_store(tmp_path, monkeypatch):
+    write_table(tmp_path, {"a": [1, 2], "b": [3, 4]}, part=0)
+    (file,) = tmp_path.glob("*.parquet")
+    with s3_server() as (endpoint, client):
+        client.create_bucket(Bucket="tables")
+        client.put_object(Bucket="tables", Key="f/part-0.parquet", Body=file.read_bytes())
+        client.put_object(Bucket="tables", Key="f/_SUCCESS", Body=b"")
+        for name, value in {**TEST_KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
+            monkeypatch.setenv(name, value)
+        paths, features = read_all("s3a://tables/f")
+    assert paths == ["a", "b"] and features.tolist() == [[1, 2], [3, 4]]
 
 
 def test_a_damaged_file_among_good_ones(tmp_path):
