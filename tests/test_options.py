@@ -130,6 +130,7 @@ def test_extract_has_a_flag_for_each_option() -> None:
 def test_the_flags_of_extract_are_options_that_are_valid() -> None:
     words = "extract SRC DEST --model resnet18 --weights random --layer logits --normalize"
     words += " --precision bfloat16 --engine torch --device cpu --batch-size 4 --max-pixels 99"
+    words += " --max-bytes 98"
     words += " --formats JPEG,PNG --allowed-roots /a,s3://b --decode scaled --isolate"
     words += " --read-timeout-seconds 9"
     parsed = parser().parse_args(words.split())
@@ -145,6 +146,7 @@ def test_the_flags_of_extract_are_options_that_are_valid() -> None:
         "device": "cpu",
         "batch_size": 4,
         "max_pixels": 99,
+        "max_bytes": 98,
         "formats": ("JPEG", "PNG"),
         "allowed_roots": ("/a", "s3://b"),
         "read_timeout_seconds": 9,
@@ -181,6 +183,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "device": [[], {}, 0, None, ("cpu",)],
     "batch_size": [[], {}, 2.5, "8", True, None],
     "max_pixels": [[], {}, 2.5, "auto", True, None],
+    "max_bytes": [[], {}, 2.5, "auto", True, None],
     "formats": [5, {}, None, [5], [["JPEG"]], {"JPEG"}, b"JPEG"],
     "allowed_roots": [5, {}, [5], [["/a"]], {"/a"}, b"/a", [None]],
     "read_timeout_seconds": [[], {}, 2.5, "120", True, None],

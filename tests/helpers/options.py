@@ -45,6 +45,7 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"batch_size": "many"}, "an integer of at least 1"),
     ({"max_pixels": 0}, "an integer of at least 1"),
     ({"max_pixels": None}, "an integer of at least 1"),
+    ({"max_bytes": 0}, "an integer of at least 1"),
     ({"formats": ["JPEG", "JPG"]}, "'JPEG'"),
     ({"formats": "PGN"}, "'PNG'"),
     ({"formats": "EPS"}, "formats='EPS'"),
