@@ -5,11 +5,13 @@
     WebDatasetSource.read(spark, "shards/", members=("json", "cls"))  # Spark 3.5 and 4
 
 ``schema`` defines the columns. Each partition reads one shard from start to end, and holds a few
-samples at a time.
+samples at a time. Shards are untrusted: members and headers have a maximum size, and what a header
+says is never allocated before it is checked.
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
 import re
 import tarfile
@@ -20,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from imagevec.errors import OptionError, ReadError
-from imagevec.options import DEFAULTS
+from imagevec.errors import ImageError, OptionError, ReadError
+from imagevec.options import DEFAULTS, MAX_BYTES
 from imagevec.storage.listing import Listed, check_exists, list_files
 from imagevec.storage.location import Location
 from imagevec.storage.retry import retried
@@ -44,6 +46,8 @@ _MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
 _BATCH_ROWS = 64
 _BATCH_BYTES = 8 << 20
 _TAR_BLOCK = 512
+_MAX_HEADER_BYTES = 256 << 10  # of one member: its long name, pax fields and map of holes
+_MAX_MEMBER_BYTES = 1 << 40  # a file cannot be sought at any offset
 
 _Content = Callable[[], bytes | None]
 
@@ -61,8 +65,8 @@ class WebDatasetSource(DataSource):
         - ``__key__`` string: the sample's key. Null in a row that reports a damaged shard.
         - ``__url__`` string: the shard.
         - ``image`` binary: the first member with an image extension; null if there is none.
-        - ``error`` string: why the shard could not be read to its end. Samples before the damage
-          have rows.
+        - ``error`` string: why the shard could not be read to its end, in a row without a key.
+          Samples before the damage have rows. In a row with a key: why a member was not read.
         - one string column for each of ``members``; null if a sample has no such member.
     """
 
@@ -170,7 +174,7 @@ def batches(
     size = 0
     for row in _rows(shard, members, images, timeout_seconds):
         rows.append(row)
-        size += len(row.get("image") or b"")
+        size += sum(map(len, filter(None, row.values())))
         if len(rows) == _BATCH_ROWS or size >= _BATCH_BYTES:
             yield pa.RecordBatch.from_pylist(rows, schema=arrow)
             rows, size = [], 0
@@ -189,7 +193,7 @@ def _rows(
             for row in _samples(_members_of(file, members, images), members):
                 count += 1
                 row["__url__"] = shard
-                yield row if images else {**row, "image": None}
+                yield row if images and "error" not in row else {**row, "image": None}
     # These errors mean that the bytes are not a complete tar file.
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         reason = f"corrupt: {shard} is damaged after {count} samples: {error}"
@@ -207,7 +211,10 @@ def _samples(
             if row:
                 yield row
             row = {"__key__": key}
-        data = content()  # after the previous sample was yielded: this one may be truncated
+        try:
+            data = content()  # after the previous sample was yielded: this one may be truncated
+        except ImageError as error:
+            row["error"], data = str(error), None
         if extension in members and data is not None:
             row[extension] = data.decode("utf-8", "replace")
         if extension in IMAGE_EXTENSIONS:
@@ -224,31 +231,71 @@ def _members_of(
     file.seek(0)
     is_gzip = start == b"\x1f\x8b"
     stream = _Stream(gzip.GzipFile(fileobj=file) if is_gzip else file)
-    with tarfile.open(fileobj=stream, mode="r:") as tar:  # type: ignore[call-overload]
-        for member in tar:
-            match = _MEMBER.fullmatch(member.name)
-            if match and member.isfile() and not match[1].rpartition("/")[2].startswith("__"):
-                extension = match[2].lower()
-                # A gzip file is read completely anyway, and where a truncated one fails depends
-                # on how it is read.
-                is_image = extension in IMAGE_EXTENSIONS
-                wanted = extension in members or (is_image and (images or is_gzip))
-                content = tar.extractfile(member) if wanted else None
-                yield match[1], extension, content.read if content else lambda: None
-            tar.members.clear()  # else tarfile keeps all of them
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:  # type: ignore[call-overload]
+            for member in tar:
+                if not 0 <= tar.offset - stream.tell() <= _MAX_MEMBER_BYTES:
+                    raise tarfile.ReadError(f"the size of {member.name} is impossible")
+                stream.header_bytes = 0
+                match = _MEMBER.fullmatch(member.name)
+                if match and member.isfile() and not match[1].rpartition("/")[2].startswith("__"):
+                    extension = match[2].lower()
+                    # A gzip file is read completely anyway, and where a truncated one fails depends
+                    # on how it is read.
+                    is_image = extension in IMAGE_EXTENSIONS
+                    reads = extension in members or (is_image and (images or is_gzip))
+                    content = functools.partial(_content, stream, member, reads)
+                    yield match[1], extension, content if reads or is_image else lambda: None
+                # Else tarfile keeps all of them.
+                tar.members.clear()
+                tar.pax_headers.clear()
+    except OSError:  # the store's
+        raise
+    except (RecursionError, OverflowError, ValueError, LookupError) as error:
+        # tarfile raises them for headers that make no sense.
+        raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
     if stream.last != b"\0" * _TAR_BLOCK:
         raise tarfile.ReadError("the end-of-archive marker is missing")
 
 
+def _content(stream: _Stream, member: tarfile.TarInfo, reads: bool) -> bytes | None:
+    """Returns the content of the current member, or ``None`` unless it is read.
+
+    Raises:
+        ImageError: The member is too large, or sparse.
+    """
+    if member.size > MAX_BYTES:
+        detail = f"{member.name} has {member.size} bytes, the maximum is {MAX_BYTES}"
+        raise ImageError("too_large", detail)
+    if member.issparse():  # a few bytes may become any number of zeros
+        raise ImageError("unsupported_format", f"{member.name} is sparse")
+    return stream.content(member.size) if reads else None
+
+
 class _Stream:
-    """A file that remembers its last read, a block of zeros at the end of a complete tar file."""
+    """A file for tarfile, which reads headers from it, and for the contents of members.
+
+    Attributes:
+        last: The last read, a block of zeros at the end of a complete tar file.
+        header_bytes: The length of the headers that were read since this was set to 0.
+    """
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self.seek = file.seek
         self.tell = file.tell
         self.last = b""
+        self.header_bytes = 0
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int) -> bytes:
+        self.header_bytes += size
+        if self.header_bytes > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of more than {_MAX_HEADER_BYTES} bytes")
         self.last = self._file.read(size)
         return self.last
+
+    def content(self, size: int) -> bytes:
+        data: bytes = self._file.read(size)
+        if len(data) < size:
+            raise tarfile.ReadError("unexpected end of data")
+        return data

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,158 @@ def test_batches_are_small(tmp_path: Path) -> None:
     assert [batch.num_rows for batch in batches(str(shard))] == [2, 2]
 
 
+SPARSE_BYTES = 4 << 60
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytearray:
+    """Returns the header of a member in GNU format, in which a size may be any 95-bit number."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return bytearray(member.tobuf(tarfile.GNU_FORMAT))
+
+
+def checked(block: bytearray) -> bytes:
+    """Sets the checksum of a header."""
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def sparse(name: str, size: int, extended: bool = False) -> bytes:
+    """Returns an old GNU sparse member of 512 bytes of data and a large hole."""
+    block = header(name, 512, tarfile.GNUTYPE_SPARSE)
+    block[386:410] = b"%011o\0%011o\0" % (0, 512)
+    block[482] = extended
+    block[483:495] = b"\x80" + size.to_bytes(11, "big")
+    return checked(block) + b"x" * 512
+
+
+def pax_sparse(name: str, size: int) -> bytes:
+    """Returns a sparse member in pax format 1.0."""
+    fields = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name}
+    fields["GNU.sparse.realsize"] = str(size)
+    member = tarfile.TarInfo("sparse.tmp")
+    member.size, member.pax_headers = 1024, fields
+    return member.tobuf(tarfile.PAX_FORMAT) + b"1\n0\n512\n".ljust(512, b"\0") + b"x" * 512
+
+
+def written(shard: Path, *members: bytes) -> Path:
+    """Writes a tar file of members, and a sample ``last`` at its end."""
+    shard.write_bytes(b"".join(members) + tar_of([("last.jpg", b"last")]))
+    return shard
+
+
+def keys_and_errors(shard: Path) -> list[tuple[str | None, str]]:
+    found = [(row["__key__"], (row["error"] or "").partition(":")[0]) for row in rows(shard)]
+    without = [
+        (row["__key__"], (row["error"] or "").partition(":")[0])
+        for row in rows(shard, images=False)
+    ]
+    assert found == without
+    return found
+
+
+@pytest.mark.parametrize("make", [sparse, pax_sparse])
+def test_sparse_members_are_error_rows(tmp_path: Path, make: Callable[[str, int], bytes]) -> None:
+    shard = written(tmp_path / "a.tar", make("a.jpg", SPARSE_BYTES), make("b.png", 5000))
+    assert keys_and_errors(shard) == [
+        ("a", "too_large"), ("b", "unsupported_format"), ("last", "")
+    ]  # fmt: skip
+    first, second, last = rows(shard)
+    assert first["image"] is second["image"] is None and last["image"] == b"last"
+    assert f"a.jpg has {SPARSE_BYTES} bytes" in first["error"]
+    assert "b.png is sparse" in second["error"]
+
+
+def test_members_above_the_limit_are_error_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "MAX_BYTES", 1000)
+    members = [
+        ("a.jpg", bytes(1000)),
+        ("b.jpg", bytes(1001)),
+        ("c.jpg", b"c"),
+        ("c.txt", bytes(1001)),
+        ("d.bin", bytes(5000)),
+    ]
+    for name, mode in (("a.tar", "w"), ("a.tar.gz", "w:gz")):
+        (tmp_path / name).write_bytes(tar_of(members, mode))
+        found = [(row["__key__"], row["error"], row["image"]) for row in rows(tmp_path / name)]
+        assert found == [
+            ("a", None, bytes(1000)),
+            ("b", "too_large: b.jpg has 1001 bytes, the maximum is 1000", None),
+            ("c", "too_large: c.txt has 1001 bytes, the maximum is 1000", None),
+            ("d", None, None),
+        ]
+
+
+PAX_HEADER = checked(header("pax", 13, tarfile.XHDTYPE)) + b"13 comment=x\n".ljust(512, b"\0")
+
+HOSTILE_MEMBERS = {
+    "size 4 EiB": checked(header("a.jpg", SPARSE_BYTES)),
+    "size 2^80": checked(header("a.txt", 2**80)),
+    "size -1024": checked(header("a.txt", -1024)),
+    "name of 4 EiB": checked(header("name", SPARSE_BYTES, tarfile.GNUTYPE_LONGNAME)),
+    "pax header of 4 EiB": checked(header("pax", SPARSE_BYTES, tarfile.XHDTYPE)),
+    "many pax headers": PAX_HEADER * 5000,
+    "sparse map without numbers": pax_sparse("a.jpg", 5000).replace(b"1\n0\n", b"1\nx\n"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_MEMBERS)
+def test_headers_that_lie_are_damage(name: str, tmp_path: Path) -> None:
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(tar_of([("first.jpg", b"1"), ("second.jpg", b"2")])[:2048])
+    with shard.open("ab") as file:
+        file.write(HOSTILE_MEMBERS[name] + tar_of([("last.jpg", b"last")]))
+    first, *_, damage = keys_and_errors(shard)
+    assert (first, damage) == (("first", ""), (None, "corrupt"))
+
+
+class Repeated(Endless):
+    """Endless copies of a block."""
+
+    def __init__(self, start: bytes, block: bytes) -> None:
+        super().__init__()
+        self._start, self._member = start, block
+
+    def read(self, size: int = -1) -> bytes:
+        start = self._start[self._at : self._at + size]
+        self._at += len(start)
+        return start + super().read(size - len(start)) if len(start) < size else start
+
+
+def test_a_header_without_an_end_is_damage() -> None:
+    endless_map = b"00000000001\0" * 42 + b"\1".ljust(8, b"\0")
+    with pytest.raises(tarfile.ReadError, match="a header of more than"):
+        list(
+            shards_module._members_of(
+                Repeated(sparse("a.jpg", 1, True)[:512], endless_map), (), True
+            )
+        )
+
+
+def test_global_headers_do_not_pile_up(tmp_path: Path) -> None:
+    members = []
+    for number in range(400):
+        comment = tarfile.TarInfo.create_pax_global_header({f"comment{number}": "x" * 50_000})
+        members.append(comment + tar_of([(f"{number}.jpg", b"")])[:512])
+    shard = written(tmp_path / "a.tar", *members)
+    tracemalloc.start()
+    try:
+        assert sum(batch.num_rows for batch in batches(str(shard))) == 401
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5_000_000
+
+
+def test_texts_count_as_bytes_of_a_batch(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_of([(f"{n}.txt", b"x" * (5 << 20)) for n in range(4)]))
+    sizes = [batch.num_rows for batch in batches(str(tmp_path / "a.tar"), ("txt",))]
+    assert sizes == [2, 2]
+
+
 def test_a_shard_that_is_gone(tmp_path: Path) -> None:
     with pytest.raises(ReadError, match=r"gone\.tar cannot be read"):
         rows(tmp_path / "gone.tar")
@@ -323,6 +476,17 @@ def test_a_sample_without_an_image_is_a_null(spark: SparkSession, tmp_path: Path
         tmp_path / "shards", tmp_path / "dest", spark=spark, format="webdataset", **OPTIONS
     )
     assert (report.found, report.features, report.nulls, report.errors) == (2, 1, 1, {})
+
+
+def test_a_member_that_is_not_read_is_an_error(spark: SparkSession, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    write_shard(folder / "a.tar", [sample(0)])
+    written(folder / "b.tar", sparse("hole.jpg", SPARSE_BYTES))
+    for new in (3, 0):
+        report = extract(folder, tmp_path / "dest", spark=spark, format="webdataset", **OPTIONS)
+        assert report.found == 3 and report.features + sum(report.errors.values()) == new
+    errors = table(tmp_path / "dest" / "_errors")
+    assert errors["hole"]["error"].startswith("too_large: hole.jpg has ")
 
 
 def test_keys_that_are_there_twice(spark: SparkSession, tmp_path: Path) -> None:
