@@ -19,6 +19,7 @@ _MAX_REDIRECTS = 10
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NOT_FOUND = (404, 410)
 _DENIED = (401, 403, 407)
+_HOST = re.compile(r"[\w.-]+|[0-9a-fA-F:.]+(%\w+)?")  # a name in any script, or an IPv6 address
 _MAX_PAGE_BYTES = 64 << 20
 _PART_BYTES = 1 << 20
 
@@ -99,6 +100,7 @@ class WebStore:
     ) -> Any:
         """Returns the response after redirects, all under ``roots``, with its body unread."""
         url = str(location)
+        _check_host(url)
         for _ in range(_MAX_REDIRECTS + 1):
             response = self._pool.request(
                 method,
@@ -117,7 +119,14 @@ class WebStore:
             if not target.is_web:
                 raise UnsupportedURIError(f"{location} is redirected to {url}")
             check_allowed(target, roots)
+            _check_host(url)
         raise UnsupportedURIError(f"{location} is redirected more than {_MAX_REDIRECTS} times")
+
+
+def _check_host(url: str) -> None:
+    """Raises ``UnsupportedURIError`` for a host that no name server could know."""
+    if not _HOST.fullmatch(urllib.parse.urlsplit(url).hostname or ""):
+        raise UnsupportedURIError(f"{url} has no valid host")
 
 
 def _skip(response: Any, size: int) -> None:

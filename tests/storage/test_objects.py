@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import fs
 
 from imagevec.errors import ImageError, ReadError
@@ -319,3 +321,26 @@ def test_google_cloud_storage_is_listed_and_read(s3: Any, monkeypatch) -> None:
         read("gs://photos/none.png")
     with pytest.raises(ReadError, match="does not exist"):
         read("gs://nobody/none.png")
+
+
+CLOSED = {
+    **TEST_KEYS,
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+    "STORAGE_EMULATOR_HOST": "http://127.0.0.1:1",
+    "AZURE_STORAGE_CONNECTION_STRING": "AccountName=a;AccountKey=eQ==;"
+    "BlobEndpoint=http://127.0.0.1:1/a",
+}
+PARTS = [*"ab./:@?&=%#~$-_ é\0\n\ud800[]", "%2e", "%00", "region=", "endpoint_override=", "scheme="]
+PARTS += ["anonymous=1", "..", ".dfs.core.windows.net", "@acct", "127.0.0.1:1", "session_token="]
+
+
+@given(
+    st.sampled_from(["s3", "s3a", "gs", "az", "abfss", "wasbs"]),
+    st.lists(st.sampled_from(PARTS), max_size=8).map("".join),
+)
+def test_any_uri_is_read_or_has_an_error(scheme: str, rest: str) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in CLOSED.items():
+            patched.setenv(name, value)
+        with pytest.raises((ImageError, ReadError)):
+            read(f"{scheme}://{rest}", timeout_seconds=0.01)

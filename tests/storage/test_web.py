@@ -212,3 +212,9 @@ def test_page_of_a_folder_lists_its_files(tmp_path: Path) -> None:
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         pass
+
+
+@pytest.mark.parametrize("host", ["", "<", "a b", "=", "a,b", "`", "[::1", ":80", "user@", "a|b:1"])
+def test_malformed_host_is_an_image_error(host: str) -> None:
+    with pytest.raises(ImageError, match="unreadable_path"):
+        read(f"http://{host}/a.png", timeout_seconds=0.1)
