@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_DEPTH = 12
 _LARGE_BYTES = 1_000_000
+_MAX_SIZED_ITEMS = 100  # the items of a larger container have no sizes of their own
 
 _FIXES = {
     "SparkContext": "create it on the driver and keep it out of what runs on workers",
@@ -44,6 +45,7 @@ _FIXES = {
 }
 
 _SPARK_CLASSES = ("SparkContext", "SparkSession", "DataFrame", "RDD", "Broadcast")
+_ATOMS = {type(None), bool, int, float, complex, str, bytes}
 _LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event)
 
 
@@ -135,9 +137,12 @@ def check_pickle(function: Callable[..., object]) -> None:
 
 
 def _walk(
-    value: Any, path: str, seen: dict[int, Any], depth: int
+    value: Any, path: str, seen: dict[int, Any], depth: int, is_part: bool = True
 ) -> Iterator[tuple[str, Any, str | None]]:
-    """Yields ``(path, object, kind)`` per captured object; ``kind`` is None if it is allowed."""
+    """Yields ``(path, object, kind)`` per captured object; ``kind`` is None if it is allowed.
+
+    Allowed objects in large containers are not yielded, because each of them would be pickled.
+    """
     if id(value) in seen or depth > _MAX_DEPTH:
         return
     seen[id(value)] = value  # kept alive, so that its id is not reused
@@ -145,10 +150,13 @@ def _walk(
     if kind is not None:
         yield path, value, kind
         return
-    if depth:
+    if depth and is_part:
         yield path, value, None
+    if isinstance(value, dict | list | tuple | set | frozenset):
+        is_part = is_part and len(value) <= _MAX_SIZED_ITEMS
     for child_path, child in _children(value, path):
-        yield from _walk(child, child_path, seen, depth + 1)
+        if is_part or type(child) not in _ATOMS:
+            yield from _walk(child, child_path, seen, depth + 1, is_part)
 
 
 def _children(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -140,6 +140,38 @@ def test_a_large_capture_is_a_warning_with_its_largest_parts(
     assert caplog.text == ""
 
 
+def captures(held: object) -> Callable[[], object]:
+    return lambda: held
+
+
+@pytest.mark.parametrize("size", [50, 5000])
+@pytest.mark.parametrize("at", [0, 49, -1])
+def test_a_problem_is_found_at_any_place_of_a_container(size: int, at: int) -> None:
+    items: list[Any] = list(range(size))
+    items[at] = ("a tuple", {"key": hollow(SparkSession)})
+    for held in (items, dict(enumerate(items)), tuple(items)):
+        (problem,) = explain_pickle(captures(held)).problems
+        assert problem.path == f"fn.__closure__[0] -> held[{at % size}][1]['key']"
+
+
+class Counted:
+    """Counts how often it is pickled."""
+
+    count = 0
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        Counted.count += 1
+        return Counted, ()
+
+
+def test_elements_of_a_large_container_are_not_pickled_one_by_one() -> None:
+    Counted.count = 0
+    report = explain_pickle(captures([(Counted(), number) for number in range(1000)]))
+    assert list(report.parts) == ["fn.__closure__[0] -> held"]
+    # With the function, with the list, and to learn whether it can be pickled.
+    assert Counted.count == 3 * 1000
+
+
 def test_the_report_reads_well() -> None:
     text = str(explain_pickle(Article(spark=hollow(SparkSession), size=b"x" * 500).method))
     assert "problem: fn.__self__.spark is a SparkSession: create it on the driver" in text
