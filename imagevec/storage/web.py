@@ -56,10 +56,9 @@ class WebStore:
         return buffered(lambda start: self.stream(location, start=start))
 
     def entry(self, location: Location) -> Entry:
+        headers = self._headers(location)
         if location.path.endswith("/") or not location.path:
-            self._answer("HEAD", location, ()).close()
             return Entry(str(location), location.name or location.host, "folder")
-        headers = self._answer("HEAD", location, ()).headers
         length = headers.get("Content-Length", "")
         return Entry(
             str(location),
@@ -68,6 +67,14 @@ class WebStore:
             int(length) if length.isdigit() else 0,
             _modified(headers.get("Last-Modified")),
         )
+
+    def _headers(self, location: Location) -> Any:
+        try:
+            response = self._answer("HEAD", location)
+        except (PermissionError, ConnectionError):  # presigned URLs allow only GET
+            response = self._answer("GET", location)
+        response.close()
+        return response.headers
 
     def entries(self, folder: Location) -> Iterator[Entry]:
         """Yields the links of a page that lead to files and folders directly below it."""
@@ -95,7 +102,7 @@ class WebStore:
         self,
         method: str,
         location: Location,
-        roots: tuple[Location, ...],
+        roots: tuple[Location, ...] = (),
         headers: dict[str, str] | None = None,
     ) -> Any:
         """Returns the response after redirects, all under ``roots``, with its body unread."""

@@ -44,7 +44,11 @@ class Site(BaseHTTPRequestHandler):
         else:
             self.answer(200, PNG)
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        if self.path.startswith("/presigned"):
+            self.answer(403, b"")
+        else:
+            self.do_GET()
 
     def answer(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
@@ -184,6 +188,7 @@ def test_entry_has_length_and_time(site: Any) -> None:
     assert (entry.name, entry.kind, entry.length) == ("plain.png", "file", len(CONTENT))
     assert entry.modified == 1_445_412_480_000_000
     assert store.entry(Location.parse(f"{site[0]}/apache/")).kind == "folder"
+    assert store.entry(Location.parse(f"{site[0]}/presigned.png")).length == len(PNG)
     with pytest.raises(FileNotFoundError):
         store.entry(Location.parse(f"{site[0]}/status/404"))
 
