@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from imagevec.engines import backend, devices
 from imagevec.errors import ImageVecError, pyspark_required
+from imagevec.options import ENGINES
 from imagevec.spark.conf import ARROW_BYTES, ARROW_RECORDS, recommended_conf
 
 _PACKAGES = (
@@ -24,7 +26,14 @@ _PACKAGES = (
     "pyarrow",
     "pillow",
 )
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+# Instructions that determine which precision is fast, by Linux's names.
+_INT8 = ("avx_vnni", "avx512_vnni", "amx_int8")
+_INSTRUCTIONS = ("avx2", "avx512f", *_INT8, "avx512_bf16", "amx_bf16", "asimd", "i8mm", "bf16")
+_PRECISIONS = {
+    "bfloat16": "this CPU has instructions for it; int8 is faster and less exact",
+    "int8": "this CPU has instructions for it (VNNI) but not for bfloat16; float32 is exact",
+    "float32": "this CPU has instructions for neither bfloat16 nor int8 (VNNI)",
+}
 _IMAGES = 16
 _GPU_OF_TASK = "spark.task.resource.gpu.amount"
 _UNIX_SOCKET = "spark.python.unix.domain.socket.enabled"
@@ -55,8 +64,10 @@ def examine(master: str | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "java": _java(),
         "versions": _versions(),
-        "cores": os.cpu_count(),
-        "cpu_instructions": _cpu_instructions(),
+        "cores": devices.cores(),
+        "cpu_quota": devices.cpu_quota(),
+        "cpu_instructions": [name for name in _INSTRUCTIONS if name in devices.instructions()],
+        "precision": _precision(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
     advice = []
@@ -81,7 +92,8 @@ def show(result: dict[str, Any]) -> str:
         f"Python      {result['python']}",
         f"Java        {result['java'] or 'none'}",
         f"packages    {versions}",
-        f"CPU         {result['cores']} cores ({' '.join(result['cpu_instructions'])})",
+        f"CPU         {_cores(result)} ({' '.join(result['cpu_instructions'])})",
+        f"precision   {result['precision']}: {_PRECISIONS[result['precision']]}",
         f"GPUs        {', '.join(result['gpus']) or 'none'}",
         *(f"{name:<45} {value}" for name, value in spark.items()),
         "",
@@ -141,10 +153,11 @@ def _advice(facts: dict[str, Any]) -> list[str]:
     threads = facts["OMP_NUM_THREADS"]
     if threads.isdigit() and int(threads) > task_cpus:
         advice.append(f"OMP_NUM_THREADS={threads} exceeds spark.task.cpus={task_cpus}: unset it")
-    cores, available = facts["Spark cores"], os.cpu_count() or 1
+    cores, available = facts["Spark cores"], devices.cores()
     if str(facts["spark.master"]).startswith("local") and cores > available:
         advice.append(
-            f"Spark uses {cores} cores, but this machine has {available}: use local[{available}]"
+            f"Spark uses {cores} cores, but it may use {available} of this machine: "
+            f"use local[{available}]"
         )
     return advice
 
@@ -207,7 +220,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _cpu_instructions() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    words = set(path.read_text().split()) if path.exists() else set()
-    return [name for name in _INSTRUCTIONS if name in words]
+def _precision() -> str:
+    """Returns the precision to use on this CPU: see the table in docs/tuning.md."""
+    engine = next(name for name in ENGINES if backend(name).is_available())
+    if backend(engine).has_bfloat16("cpu"):
+        return "bfloat16"
+    return "float32" if devices.instructions().isdisjoint(_INT8) else "int8"
+
+
+def _cores(result: dict[str, Any]) -> str:
+    cores, quota = result["cores"], result["cpu_quota"]
+    return f"{cores} cores" + ("" if quota is None else f", CPU quota {quota:g}")

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from typing import Any
 
 import pyspark
 import pytest
 
 from imagevec import recommended_conf
-from imagevec.cli.doctor import _GPU_OF_TASK, _SPARK_DEFAULTS, _advice, _versions
+from imagevec.cli import doctor
+from imagevec.cli.doctor import _GPU_OF_TASK, _SPARK_DEFAULTS, _advice, _precision, _versions
+from imagevec.engines import devices
+from imagevec.options import ENGINES
 from imagevec.spark.conf import ARROW_BYTES, ARROW_RECORDS
 
 SPARK: dict[str, Any] = {  # 4.3, where nothing is set
@@ -26,7 +28,7 @@ SPARK: dict[str, Any] = {  # 4.3, where nothing is set
 
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(devices, "cores", lambda: 2)
 
 
 def configured(**options: int) -> dict[str, Any]:
@@ -103,3 +105,35 @@ def test_a_package_without_metadata_is_listed(monkeypatch):
     found = _versions()
     assert found["pyspark"] == pyspark.__version__
     assert found["torch"] == "1.0"
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "instructions", "precision"),
+    [
+        (True, {"avx512_vnni", "avx512_bf16"}, "bfloat16"),
+        (True, {"asimd", "bf16"}, "bfloat16"),
+        (False, {"avx2", "avx512f", "avx512_vnni"}, "int8"),
+        (False, {"avx2", "avx_vnni"}, "int8"),
+        (False, {"avx2", "avx512f"}, "float32"),
+        (False, {"asimd"}, "float32"),
+    ],
+)
+def test_precision_for_each_kind_of_processor(bfloat16, instructions, precision, monkeypatch):
+    for engine in ENGINES:
+        monkeypatch.setattr(f"imagevec.engines.{engine}.has_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(devices, "instructions", lambda: instructions)
+    assert _precision() == precision
+
+
+def test_report_shows_processor_and_quota(monkeypatch):
+    monkeypatch.setattr(devices, "cpu_quota", lambda: 1.5)
+    monkeypatch.setattr(devices, "instructions", lambda: {"sse2", "avx2", "avx512_bf16"})
+    monkeypatch.setattr(doctor, "_precision", lambda: "bfloat16")
+    monkeypatch.setattr(doctor, "_examine_spark", lambda master: ({}, []))
+    facts = doctor.examine(None)
+    assert (facts["cores"], facts["cpu_quota"]) == (2, 1.5)
+    assert facts["cpu_instructions"] == ["avx2", "avx512_bf16"]
+    text = doctor.show(facts)
+    assert "\nCPU         2 cores, CPU quota 1.5 (avx2 avx512_bf16)\n" in text
+    assert "\nprecision   bfloat16: this CPU has instructions for it" in text
+    assert "\nCPU         2 cores (" in doctor.show({**facts, "cpu_quota": None})
