@@ -52,7 +52,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if Folder(spark, options.out).names():
             raise OptionError(f"{options.out} exists and is not empty: choose another --out")
         with _bar(spark, quiet=options.quiet or options.json):
-            features = spark.read.parquet(escaped(options.features))
+            reader = spark.read.option("pathGlobFilter", "*.parquet")  # a note may be beside them
+            features = reader.parquet(escaped(options.features))
             groups = near_duplicates(features, options.min_cosine, method=options.method)
             if "length" in features.columns:
                 groups = groups.join(features.select("path", "length"), "path")

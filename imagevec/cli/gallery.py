@@ -27,13 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="table written by `imagevec duplicates`: show its groups, and sample their images "
         "first",
     )
+    parser.add_argument(
+        "--allowed-roots",
+        type=lambda text: text.split(","),
+        metavar="A,B",
+        default=[],
+        help="folders and URI prefixes under which images may be read, separated by commas "
+        "(default: anywhere)",
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from imagevec.search.gallery import write_gallery
 
     count = write_gallery(
-        options.features, options.out, max_images=options.max_images, groups=options.groups
+        options.features,
+        options.out,
+        max_images=options.max_images,
+        groups=options.groups,
+        allowed_roots=options.allowed_roots,
     )
     return {"images": count, "out": str(options.out)}
 

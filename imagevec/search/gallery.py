@@ -9,7 +9,7 @@ import io
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import itemgetter
@@ -22,15 +22,18 @@ from PIL import Image
 from imagevec.errors import IMAGE_ERROR_CODES, ImageError, ReadError
 from imagevec.images.decode import decode
 from imagevec.images.reading import read
-from imagevec.options import DEFAULTS, FORMATS, RANDOM, check_positive
+from imagevec.options import DEFAULTS, FORMATS, RANDOM, check_positive, checked
 from imagevec.search.neighbours import Vectors, map_2d, near_duplicates, nearest
 from imagevec.spec import METADATA_KEY
+from imagevec.storage.location import Location
 from imagevec.table.read import column_metadata, read_groups, read_vectors
 
 NEAR_DUPLICATE_COSINE = 0.95
 
 _THREADS = 4
 _JPEG_QUALITY = 80
+_READ_SECONDS = 30  # after which an image gets a placeholder
+_UNREADABLE = "the file cannot be read"
 _HTML_ESCAPES = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&"})
 
 
@@ -42,6 +45,7 @@ def write_gallery(
     thumbnail_size: int = 96,
     max_images: int = 2000,
     groups: str | Path | None = None,
+    allowed_roots: Sequence[str] = (),
 ) -> int:
     """Writes a self-contained page, which needs no server, no network and no other file.
 
@@ -58,13 +62,17 @@ def write_gallery(
         groups: The folder that ``imagevec duplicates`` wrote. Its groups are shown instead of those
             of the images on the page. The sample then begins with whole groups, in the order of
             their hashes, except groups that are larger than the remaining space.
+        allowed_roots: The folders and URI prefixes under which images may be read; by default
+            anywhere. Set it for a table from someone else, whose paths could be URIs of any host.
 
     Returns:
         The number of images on the page.
 
     Raises:
-        OptionError: A number is below 1, or one of the tables does not exist.
+        OptionError: A number is below 1, a root is not absolute, or one of the tables does not
+            exist.
     """
+    roots = checked({"allowed_roots": allowed_roots})["allowed_roots"]
     numbers = {
         "neighbours": neighbours,
         "thumbnail_size": thumbnail_size,
@@ -80,7 +88,8 @@ def write_gallery(
     indices, cosines = nearest(vectors, vectors, neighbours + 1)
     places = map_2d(vectors)
     with ThreadPoolExecutor(_THREADS) as pool:
-        pictures = list(pool.map(partial(_picture, size=thumbnail_size), paths))
+        picture = partial(_picture, size=thumbnail_size, roots=roots, unreachable=set())
+        pictures = list(pool.map(picture, paths))
     folder = _common_folder(paths)
     images = [
         {
@@ -217,16 +226,34 @@ def _common_folder(paths: list[str]) -> str:
     return "".join(f"{part}/" for part in parts)
 
 
-def _picture(path: str, size: int) -> dict[str, Any]:
-    """Returns a thumbnail as a data URI with the image's width and height, or the problem."""
+def _picture(
+    path: str, size: int, roots: Sequence[str], unreachable: set[tuple[str, str]]
+) -> dict[str, Any]:
+    """Returns a thumbnail as a data URI with the image's width and height, or the problem.
+
+    Args:
+        path: The path of the image.
+        size: See ``thumbnail_size``.
+        roots: See ``allowed_roots``.
+        unreachable: The schemes and hosts that did not answer, which are not tried again.
+    """
+    location = Location.parse(path)
+    store = (location.store_scheme, location.host)
+    if store in unreachable:
+        return {"problem": _UNREADABLE}
     try:
         pixels, width, height = decode(
-            read(path), max_pixels=DEFAULTS["max_pixels"], formats=FORMATS, min_side=2 * size
+            read(path, roots, _READ_SECONDS),
+            max_pixels=DEFAULTS["max_pixels"],
+            formats=FORMATS,
+            min_side=2 * size,
         )
     except ImageError as error:
         return {"problem": IMAGE_ERROR_CODES[error.code]}
-    except ReadError:
-        return {"problem": "the file cannot be read"}
+    except ReadError as error:
+        if not location.is_local and not isinstance(error.__cause__, PermissionError):
+            unreachable.add(store)
+        return {"problem": _UNREADABLE}
     image = Image.fromarray(pixels)
     scale = min(1, size / min(image.size), 2 * size / max(image.size))
     sides = [max(1, round(side * scale)) for side in image.size]

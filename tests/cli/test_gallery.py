@@ -6,7 +6,8 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from imagevec.cli import main
-from tests.helpers.tables import write_table
+from imagevec.errors import IMAGE_ERROR_CODES
+from tests.helpers.tables import write_images, write_table
 
 
 def test_a_page(tmp_path, capsys):
@@ -30,3 +31,14 @@ def test_groups(tmp_path, capsys):
     assert '"name":"1.jpg"' in page and '"name":"4.jpg"' in page
     assert main([*arguments, "--groups", str(tmp_path / "nowhere")]) == 1
     assert "`imagevec duplicates` wrote" in capsys.readouterr().err
+
+
+def test_allowed_roots(tmp_path):
+    inside, outside = write_images(tmp_path, ["in/a.png", "out/b.png"])
+    table = write_table(tmp_path / "t", {inside: [1.0], outside: [2.0]})
+    out = tmp_path / "g.html"
+    roots = f"{tmp_path}/in,s3://photos"
+    assert main(["gallery", str(table), "--out", str(out), "--allowed-roots", roots]) == 0
+    page = out.read_text("utf-8")
+    assert page.count('"thumbnail":') == 1
+    assert page.count(f'"problem":"{IMAGE_ERROR_CODES["forbidden_path"]}"') == 1

@@ -18,6 +18,7 @@ from pyspark.sql import DataFrame, SparkSession
 from imagevec import near_duplicates, nearest
 from imagevec.cli import main
 from tests.helpers.clusters import session_of
+from tests.helpers.pipeline import run_python
 
 WAIT_SECONDS = 120
 
@@ -81,6 +82,7 @@ def test_duplicates(capsys: pytest.CaptureFixture[str], tmp_path: Path, method: 
 def test_duplicates_in_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_table(tmp_path / "features [1]", with_copies(), with_length=False)
     table, out = str(tmp_path / "features [1]"), str(tmp_path / "groups {1}")
+    Path(table, "README.txt").write_text("a note")
     assert main(["duplicates", table, "--out", out, "--master", "local[2]"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said == [
@@ -188,3 +190,49 @@ def test_a_worker_that_is_killed(
             found = search(features)
     assert found == expected
     assert killer.killed == 1
+
+
+SEARCH = """
+import os, pathlib
+import numpy as np
+from imagevec import near_duplicates, nearest
+from pyspark.sql import SparkSession
+
+disk, temporary, master = os.environ["DISK"], os.environ["TMPDIR"], os.environ["MASTER"]
+spark = (
+    SparkSession.builder.master(master)
+    .config("spark.driver.host", "127.0.0.1")
+    .config("spark.driver.bindAddress", "127.0.0.1")
+    .config("spark.ui.enabled", "false")
+    .config("spark.sql.shuffle.partitions", "2")
+    .config("spark.local.dir", disk)
+    .getOrCreate()
+)
+spark.sparkContext.setLogLevel("OFF")
+rows = [(f"p{i}", [float(x) for x in np.random.default_rng(i).random(8)]) for i in range(60)]
+features = spark.createDataFrame(rows, "path string, features array<float>")
+result = nearest(features, features, 2)
+groups = near_duplicates(features, 0.99999)
+
+def files(folder):
+    return sorted(path.name for path in pathlib.Path(folder).rglob("imagevec-*"))
+
+assert files(disk) and not files(temporary), (files(disk), files(temporary))
+assert result.count() == 120 and groups.count() == 0
+spark.stop()
+if master == "local[2]":
+    assert not files(disk), files(disk)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("master", ["local[2]", "local-cluster[2,1,1024]"])
+def test_files_are_on_the_disk_of_spark_and_go_with_its_context(
+    tmp_path: Path, master: str
+) -> None:
+    disk, temporary = tmp_path / "disk", tmp_path / "tmp"
+    disk.mkdir()
+    temporary.mkdir()
+    printed = run_python(SEARCH, DISK=str(disk), TMPDIR=str(temporary), MASTER=master)
+    assert printed.splitlines()[-1] == "done"
+    assert not list(disk.rglob("imagevec-*"))

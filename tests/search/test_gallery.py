@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import html.parser
+import http.server
 import itertools
 import json
+import os
 import re
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -15,7 +19,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from imagevec import OptionError, ReadError
+from imagevec import OptionError
 from imagevec.errors import IMAGE_ERROR_CODES
 from imagevec.search import gallery
 from imagevec.search.gallery import write_gallery
@@ -269,15 +273,72 @@ def test_a_file_that_has_gone_or_is_bad_has_a_placeholder(tmp_path):
     assert gone["problem"] == IMAGE_ERROR_CODES["unreadable_path"]
 
 
-def test_a_file_that_cannot_be_read_has_a_placeholder(tmp_path, monkeypatch):
-    def read(path: str) -> bytes:
-        raise ReadError(f"{path}: permission denied")
+class Unavailable(http.server.BaseHTTPRequestHandler):
+    """A web server that is overloaded, and lists what was requested."""
 
-    monkeypatch.setattr(gallery, "read", read)
-    write_features(tmp_path / "t", write_images(tmp_path, ["a.png"]))
-    assert write_gallery(tmp_path / "t", tmp_path / "g.html") == 1
-    (image,) = data_of(tmp_path / "g.html")["images"]
-    assert image["problem"] == "the file cannot be read"
+    requested: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.requested.append(self.path)
+        self.send_error(503)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def unavailable(monkeypatch):
+    monkeypatch.setattr(gallery, "_READ_SECONDS", 1)
+    monkeypatch.setattr(gallery, "_THREADS", 1)
+    monkeypatch.setattr(Unavailable, "requested", [])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unavailable) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_host_that_does_not_answer_is_not_tried_again(tmp_path, unavailable):
+    (local,) = write_images(tmp_path, ["z.png"])
+    write_features(tmp_path / "t", [f"{unavailable}/{number}.png" for number in range(9)] + [local])
+    assert write_gallery(tmp_path / "t", tmp_path / "g.html") == 10
+    assert set(Unavailable.requested) <= {"/0.png"}
+    images = {image["name"]: image for image in data_of(tmp_path / "g.html")["images"]}
+    assert "thumbnail" in images.pop(local)
+    assert {image["problem"] for image in images.values()} == {"the file cannot be read"}
+
+
+def test_file_without_permission_does_not_hide_others(tmp_path, monkeypatch):
+    paths = write_images(tmp_path, ["a.png", "b.png"])
+    write_features(tmp_path / "t", paths)
+    original = os.open
+
+    def refuse(path, *arguments, **options):
+        if str(path).endswith("a.png"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(gallery, "_THREADS", 1)
+    assert write_gallery(tmp_path / "t", tmp_path / "g.html") == 2
+    bad, good = data_of(tmp_path / "g.html")["images"]
+    assert bad["problem"] == "the file cannot be read"
+    assert "thumbnail" in good
+
+
+def test_images_outside_allowed_roots_are_not_read(tmp_path, unavailable):
+    (inside,) = write_images(tmp_path / "in", ["a.png"])
+    (outside,) = write_images(tmp_path / "out", ["b.png"])
+    write_features(tmp_path / "t", [inside, outside, f"{unavailable}/c.png"])
+    write_gallery(tmp_path / "t", tmp_path / "g.html", allowed_roots=[str(tmp_path / "in")])
+    images = data_of(tmp_path / "g.html")["images"]
+    problems = [image.get("problem") for image in images]
+    forbidden = IMAGE_ERROR_CODES["forbidden_path"]
+    assert sorted(problems, key=bool) == [None, forbidden, forbidden]
+    assert Unavailable.requested == []
+    with pytest.raises(OptionError, match="use an absolute path"):
+        write_gallery(tmp_path / "t", tmp_path / "g.html", allowed_roots=["in"])
 
 
 def test_a_page_is_as_large_as_its_thumbnails(tmp_path):
