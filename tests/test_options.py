@@ -8,6 +8,7 @@ import dataclasses
 import re
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 
 from imagevec.cli import extract, parser
@@ -232,3 +233,13 @@ def test_an_unknown_option_gets_a_suggestion(name: str) -> None:
     near = name.replace("-", "_").lower().replace("batchsize", "batch_size")
     with pytest.raises(OptionError, match=f"did you mean '{near}'"):
         checked({name: 1})
+
+
+def test_integers_of_numpy_become_integers():
+    values = checked({"batch_size": np.int64(4), "max_pixels": np.uint32(9)})
+    assert values == {"batch_size": 4, "max_pixels": 9}
+    assert {type(value) for value in values.values()} == {int}
+    assert type(Preprocessing(crop_size=np.int16(8), resize_size=np.int64(9)).crop_size) is int
+    for value in (True, np.bool_(True), np.float32(4), np.int64(0), "4"):
+        with pytest.raises(OptionError, match="use an integer of at least 1"):
+            checked({"max_pixels": value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from pyspark import StorageLevel
@@ -25,6 +26,9 @@ def components(edges: DataFrame) -> DataFrame:
     Beyond") until nothing changes, for at most ``MAX_ROUNDS``. A round shuffles the remaining edges
     twice.
 
+    The result reads edges that are stored on the executors' disks until the session stops, unless
+    the components are not found.
+
     Args:
         edges: A data frame with the columns ``a`` and ``b``, long.
 
@@ -34,21 +38,28 @@ def components(edges: DataFrame) -> DataFrame:
     edges = edges.where("a <> b").select(
         F.greatest("a", "b").alias("u"), F.least("a", "b").alias("v")
     )
-    with failures_in_words():
-        now = edges.distinct().persist(StorageLevel.DISK_ONLY)
+    with failures_in_words(), contextlib.ExitStack() as persisted:
+        now = _persist(edges.distinct(), persisted)
         before = _state(now)
         for round in range(MAX_ROUNDS):
-            then, now = now, _small_star(_large_star(now)).persist(StorageLevel.DISK_ONLY)
-            state = _state(now)
-            then.unpersist()
+            with persisted.pop_all():  # the edges of the round before
+                now = _persist(_small_star(_large_star(now)), persisted)
+                state = _state(now)
             if state == before:
+                persisted.pop_all()  # the result reads them
                 logger.info("connected components: %d edges, %d rounds", state[0], round + 1)
                 stars = now.select(F.col("u").alias("node"), F.col("v").alias("component"))
                 centres = now.select(F.col("v").alias("node"), F.col("v").alias("component"))
                 partitions = max(1, 2 * state[0] // _ROWS)
                 return stars.union(centres.distinct()).coalesce(partitions)
             before = state
-    raise ImageVecError(f"the connected components did not converge in {MAX_ROUNDS} rounds")
+        raise ImageVecError(f"the connected components did not converge in {MAX_ROUNDS} rounds")
+
+
+def _persist(edges: DataFrame, persisted: contextlib.ExitStack) -> DataFrame:
+    """Stores edges on the executors' disks, until the stack is closed."""
+    persisted.callback(edges.unpersist)
+    return edges.persist(StorageLevel.DISK_ONLY)
 
 
 def _state(edges: DataFrame) -> tuple[int, ...]:

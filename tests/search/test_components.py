@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
+from imagevec import ImageVecError
 from imagevec.search.components import components
 
 
@@ -35,3 +37,17 @@ def test_a_long_chain_takes_many_rounds(spark: SparkSession) -> None:
     order = np.random.default_rng(0).permutation(300).tolist()
     edges = list(zip(order, order[1:], strict=False))
     assert found(spark, edges) == dict.fromkeys(range(300), 0)
+
+
+def test_failure_leaves_no_stored_edges(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(spark.sparkContext._jsc.getPersistentRDDs())
+    monkeypatch.setattr("imagevec.search.components.MAX_ROUNDS", 2)
+    edges = spark.createDataFrame([(node, node + 1) for node in range(300)], "a long, b long")
+    with pytest.raises(ImageVecError, match="did not converge in 2 rounds"):
+        components(edges)
+    bad = edges.withColumn("a", F.raise_error(F.lit("the table is gone")).cast("long"))
+    with pytest.raises(ImageVecError, match="the table is gone"):
+        components(bad)
+    assert set(spark.sparkContext._jsc.getPersistentRDDs()) <= before
