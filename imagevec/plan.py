@@ -314,27 +314,23 @@ def _weights_key(source: ModelSource, weights: str) -> list[str]:
 
 
 def _process_key(given: dict[str, Any], gpus: bool | None, texts: bool) -> Any:
-    """Returns the key of a plan in this process, or ``None`` if the options are not hashable."""
+    """Returns the key of a plan in this process, or ``None`` for a factory.
+
+    A factory can read globals and files. Only the module that it builds shows what it computes.
+    """
     model = given.get("model", DEFAULTS["model"])
     weights = given.get("weights")
+    if callable(model) or model in REGISTERED:
+        return None
     files = [_version_of_file(path) for path in (model, weights)]
     if isinstance(model, str) and weights is not None and weights.endswith(WEIGHTS_SUFFIXES):
         with suppress(OptionError):  # of a model that does not exist, or has weights: raised later
             beside = find_source(model).beside_weights
             files += [_version_of_file(Path(weights).with_name(name)) for name in beside]
-    spec_file = _version_of_file(Path(model) / saved_model.SPEC_FILE) if _is_path(model) else None
-    known = REGISTERED.get(model) if isinstance(model, str) else None
+    spec_file = _version_of_file(Path(model) / saved_model.SPEC_FILE)
     available = tuple(name for name in ENGINES if backend(name).is_available())
-    key = (tuple(sorted(given.items(), key=lambda item: item[0])), *files, spec_file, known)
-    try:
-        hash(key)
-    except TypeError:  # a factory that cannot be hashed
-        return None
-    return (*key, available, gpus, texts)
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str | Path)
+    options = tuple(sorted(given.items(), key=lambda item: item[0]))
+    return (options, *files, spec_file, available, gpus, texts)
 
 
 def _version_of_file(path: Any) -> tuple[int, int] | None:

@@ -74,7 +74,9 @@ class _Hasher:
         elif isinstance(value, types.FunctionType):
             self._text(f"function {value.__qualname__}")
             self.add(value.__code__)
-            self._add_all(item for pair in captured_by(value, "") for item in pair)
+            captured = list(captured_by(value, ""))
+            self._add_all(item for pair in captured for item in pair)
+            self._add_members([item for _, item in captured], sorted(_names(value.__code__)))
         elif isinstance(value, types.MethodType):
             self._add_all((value.__self__, value.__func__))
         elif isinstance(value, type):
@@ -103,6 +105,19 @@ class _Hasher:
         for value in values:
             self.add(value)
 
+    def _add_members(self, values: list[Any], names: list[str]) -> None:
+        """Hashes what a function with these names reads from modules, as in ``module.name``."""
+        seen: set[str] = set()
+        modules = [value for value in values if isinstance(value, types.ModuleType)]
+        while modules:
+            module = modules.pop()
+            if module.__name__ in seen or _is_library(module):
+                continue
+            seen.add(module.__name__)
+            members = [(name, vars(module)[name]) for name in names if name in vars(module)]
+            modules += [item for _, item in members if isinstance(item, types.ModuleType)]
+            self._add_all(item for pair in members for item in pair)
+
     def _add_tensor(self, value: torch.Tensor) -> None:
         self._text(f"tensor {value.dtype} {tuple(value.shape)}")
         try:
@@ -126,13 +141,24 @@ class _Hasher:
 def _is_of_a_library(value: Any) -> bool:
     """Returns whether a class or function can be found by name in code with a known version."""
     module = sys.modules.get(value.__module__ or "")
-    if module is None or "<locals>" in value.__qualname__ or module.__name__ == "__main__":
+    return module is not None and "<locals>" not in value.__qualname__ and _is_library(module)
+
+
+def _is_library(module: types.ModuleType) -> bool:
+    """Returns whether a module belongs to Python, or to an installed package with a version."""
+    if module.__name__ == "__main__":
         return False
     if module.__name__.partition(".")[0] in sys.stdlib_module_names:
         return True
     file = getattr(module, "__file__", None) or ""
     is_installed = not _INSTALLED.isdisjoint(Path(file).parts)
     return is_installed and _version(module.__name__) != ""
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Returns the names of globals and attributes in the code of a function."""
+    nested = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_names, nested))
 
 
 @functools.cache

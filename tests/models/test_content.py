@@ -93,6 +93,27 @@ def test_a_tensor_that_has_no_plain_memory_is_never_the_same():
     assert digest(Tiny, sparse) != digest(Tiny, sparse)
 
 
+def test_names_of_own_modules_are_looked_up(tmp_path, monkeypatch):
+    """As in ``import settings`` beside a notebook, which then sets ``settings.scale``."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "settings.py").write_text("scale = 1\nother = 1\n")
+    (tmp_path / "own" / "net.py").write_text(
+        "import own.settings\n"
+        "from tests.helpers.factories import Tiny\n"
+        "class Net(Tiny):\n"
+        "    def forward(self, images):\n"
+        "        return super().forward(images) * own.settings.scale\n"
+    )
+    importlib.invalidate_caches()
+    net, settings = importlib.import_module("own.net"), importlib.import_module("own.settings")
+    first = digest(net.Net)
+    monkeypatch.setattr(settings, "other", 2)
+    assert digest(net.Net) == first
+    monkeypatch.setattr(settings, "scale", 2)
+    assert digest(net.Net) != first
+
+
 def test_a_library_without_a_version_is_known_by_its_code(tmp_path, monkeypatch):
     tmp_path = tmp_path / "site-packages"
     tmp_path.mkdir()

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,29 +12,26 @@ import torch
 from PIL import Image
 from torch import nn
 
-from imagevec import (
-    ImageVectorizer,
-    OptionError,
-    Preprocessing,
-)
+from imagevec import ImageVectorizer, OptionError, Preprocessing, register_model
+from imagevec.models.entry import REGISTERED
+from imagevec.plan import make_plan
 from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import encode, photo
-from tests.helpers.pipeline import (
-    vector_of,
-)
+from tests.helpers.pipeline import vector_of
 
 PNG = encode(photo(120, 90))
+WHITE = encode(Image.new("RGB", (50, 50), (255, 255, 255)))
 RANDOM: dict[str, Any] = {"weights": "random", "engine": "torch"}
 
 
-class Callable:
+class CallableObject:
     def __call__(self) -> nn.Module:
         return Tiny()
 
 
 @pytest.mark.parametrize(
     "factory",
-    [tiny, Tiny, lambda: Tiny(), functools.partial(tiny), Callable()],
+    [tiny, Tiny, lambda: Tiny(), functools.partial(tiny), CallableObject()],
     ids=["function", "class", "lambda", "partial", "object"],
 )
 def test_a_factory_is_any_callable_that_makes_a_model(factory):
@@ -47,10 +46,83 @@ def test_a_factory_keeps_the_weights_that_it_sets():
             nn.init.constant_(parameter, 0.01)
         return model
 
-    white = encode(Image.new("RGB", (50, 50), (255, 255, 255)))
     pixel = (1 - torch.tensor(Preprocessing().mean)) / torch.tensor(Preprocessing().std)
-    vector = vector_of(white, model=all_ones)
+    vector = vector_of(WHITE, model=all_ones)
     np.testing.assert_allclose(vector, [0.01 * (25 * pixel.sum() + 1)] * 8, rtol=1e-4)
+
+
+def scaled(scale: Any) -> nn.Module:
+    """A model whose vectors are multiples of ``scale``."""
+    model = Tiny()
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, float(scale))
+    return model
+
+
+SCALE = 0.01
+
+
+def reads_a_global() -> nn.Module:
+    return scaled(SCALE)
+
+
+def reads_a_default(scale: float = 0.01) -> nn.Module:
+    return scaled(scale)
+
+
+def change_nothing(folder: Path) -> tuple[Any, Callable[[], object]]:
+    return reads_a_global, lambda: None
+
+
+def change_a_global(folder: Path) -> tuple[Any, Callable[[], object]]:
+    return reads_a_global, lambda: globals().update(SCALE=0.02)
+
+
+def change_a_default(folder: Path) -> tuple[Any, Callable[[], object]]:
+    return reads_a_default, lambda: setattr(reads_a_default, "__defaults__", (0.02,))
+
+
+def change_a_closure(folder: Path) -> tuple[Any, Callable[[], object]]:
+    scale = 0.01
+
+    def change() -> None:
+        nonlocal scale
+        scale = 0.02
+
+    return lambda: scaled(scale), change
+
+
+def change_a_file(folder: Path) -> tuple[Any, Callable[[], object]]:
+    file = folder / "scale"
+    file.write_text("0.01")
+    return lambda: scaled(file.read_text()), lambda: file.write_text("0.02")
+
+
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize(
+    ("prepare", "ratio"),
+    [
+        (change_nothing, 1),
+        (change_a_global, 2),
+        (change_a_default, 2),
+        (change_a_closure, 2),
+        (change_a_file, 2),
+    ],
+)
+def test_a_factory_that_changes_is_called_again(prepare, ratio, registered, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "SCALE", 0.01)
+    monkeypatch.setattr(reads_a_default, "__defaults__", (0.01,))
+    factory, change = prepare(tmp_path)
+    model = factory
+    if registered:
+        model = f"{prepare.__name__} of test_factory"
+        register_model(model, factory)
+        monkeypatch.setitem(REGISTERED, model, REGISTERED.pop(model))  # it goes after the test
+    first, key = vector_of(WHITE, model=model), make_plan(model=model, engine="torch").key
+    change()
+    second = vector_of(WHITE, model=model)
+    np.testing.assert_allclose(second, [ratio * value for value in first], rtol=1e-5)
+    assert (make_plan(model=model, engine="torch").key == key) == (ratio == 1)
 
 
 def test_a_backbone_without_a_classifier_is_taken_whole():
