@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any, cast
 
 from py4j.protocol import Py4JJavaError
+from pyspark.errors import IllegalArgumentException
 from pyspark.sql import SparkSession
 
-from imagevec.errors import ImageVecError, WeightsError
+from imagevec.errors import ImageVecError, OptionError, WeightsError
 from imagevec.spark.sessions import is_connect
+from imagevec.storage.location import Location
+
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:/")
 
 
 def check_has_jvm(session: SparkSession) -> None:
@@ -20,6 +25,33 @@ def check_has_jvm(session: SparkSession) -> None:
             "Spark Connect cannot access Hadoop file systems: use a classic session for extract, "
             "and to save or load a featurizer with custom weights or a saved model"
         )
+
+
+def hadoop_path(session: SparkSession, path: str) -> str:
+    """Returns a path or URI as the JVM must get it: a local path becomes absolute.
+
+    The JVM does not notice ``os.chdir``, so that relative paths are resolved here, once.
+
+    Raises:
+        OptionError: The JVM cannot name the path: in the locale C, it writes ``?`` for ``é``.
+    """
+    jvm = cast(Any, session)._jvm
+    uri = _URI.match(path)
+    default = jvm.org.apache.hadoop.fs.FileSystem.getDefaultUri(
+        cast(Any, session)._jsparkSession.sessionState().newHadoopConf()
+    )
+    if (uri[0] if uri else f"{default.getScheme()}:/") != "file:/":
+        return path
+    local = path if uri else str(Location.of(path))
+    try:
+        jvm.java.io.File(local).toPath()
+    except IllegalArgumentException as error:
+        encoding = jvm.java.lang.System.getProperty("sun.jnu.encoding")
+        raise OptionError(
+            f"{path!r} has letters that Java cannot write in the encoding {encoding}: set the "
+            "environment variable LC_ALL=C.UTF-8 before Spark starts"
+        ) from error
+    return local
 
 
 def upload(session: SparkSession, file: Path, target: str) -> None:
@@ -55,7 +87,7 @@ class Folder:
 
     def __init__(self, session: SparkSession, path: str) -> None:
         check_has_jvm(session)
-        self.path = path.rstrip("/")
+        self.path = hadoop_path(session, path).rstrip("/")
         self._jvm: Any = cast(Any, session)._jvm
         conf = cast(Any, session)._jsparkSession.sessionState().newHadoopConf()
         self._fs = self._path(self.path).getFileSystem(conf)

@@ -3,35 +3,43 @@
     DEST/part-*.parquet            features
     DEST/_errors/part-*.parquet    bad images and nulls, with the same columns
     DEST/_imagevec/                exists during a run, or after a run was killed
+        committed/<run>/           new files, which are moved to their place during the run
+        staged/<run>/              new files that replace others
+        replace.json               the replaced files, relative to DEST
 
-When a task ends, Spark commits its files to ``_imagevec/committed/<run>``, in one folder per kind.
-The driver moves them to their final place during the run. If the run is killed, the next run moves
-them when it starts. A move can be repeated, because it keeps the file's name, which is unique.
+When a task ends, Spark commits its files, in one folder per kind. If the run is killed, the next
+run moves the files in ``committed`` when it starts. A move can be repeated, because it keeps the
+file's name, which is unique. Staged files count once ``replace.json`` is written: from then on, the
+replacement is completed, by the next run if need be.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import unquote
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
 
-from imagevec.errors import FingerprintError, OptionError
+from imagevec.errors import FingerprintError, ImageVecError, OptionError
 from imagevec.spark.hadoop import Folder
 from imagevec.spec import FeatureSpec
 from imagevec.storage.listing import escaped, glob_parts, matcher
 from imagevec.storage.location import Location
-from imagevec.table.lock import Lock
+from imagevec.table.lock import RUN_ID, Lock
 from imagevec.table.provenance import Provenance, check_same, provenance
 
 ERRORS = "_errors"
 WORK = "_imagevec"
-KIND = "imagevec_kind"  # kept columns are assumed not to have this name
+KIND = "imagevec_kind"
 _LOCK = "lock.json"
-_KEY = "path string, version string"
-_PLACES = {"features": "", "errors": f"/{ERRORS}"}
+_PLACES = {"features": "", "errors": f"{ERRORS}/"}
+# The files of the table, of which Spark ignores those that start with a dot or an underscore.
+_FILE = re.compile(rf"({ERRORS}/)?[^/._][^/]*\.parquet", re.DOTALL)
 _ROW_GROUP_BYTES = 64 << 20
 
 
@@ -43,6 +51,7 @@ class Dest:
         self._folder = Folder(spark, path)
         self.path = self._folder.path
         self.work = f"{self.path}/{WORK}"
+        self._journal = f"{self.work}/replace.json"
 
     def lock(self, run: str) -> Lock:
         return Lock(self._folder, f"{self.work}/{_LOCK}", run)
@@ -50,11 +59,21 @@ class Dest:
     def check_is_table(self) -> None:
         """Raises ``OptionError`` if the folder contains other data."""
         is_data = any(not name.startswith(("_", ".")) for name in self._folder.names())
-        if is_data and self._any_part() is None:
+        is_begun = "replace.json" in self._folder.names(WORK)  # the new files may not be in place
+        if is_data and not is_begun and self._any_part() is None:
             raise OptionError(f"{self.path} exists and has no features: choose another DEST")
 
-    def check(self, spec: FeatureSpec, columns: Sequence[str]) -> None:
-        """Raises an error if the table has another fingerprint or other columns."""
+    def check_is_features(self) -> None:
+        """Raises an error if the table contains no features that this version can read."""
+        there = self._any_part()
+        if there is not None:
+            provenance(there)
+
+    def check(self, spec: FeatureSpec, columns: Sequence[str], kept: StructType) -> None:
+        """Raises an error if the table has another fingerprint, or other columns.
+
+        ``kept`` has the types of those columns that imagevec does not define.
+        """
         there = self._any_part()
         if there is None:
             return
@@ -67,27 +86,35 @@ class Dest:
                 f"{self.path} has the columns {', '.join(there.columns)}, not "
                 f"{', '.join(columns)}: keep the same columns, or use overwrite=True"
             )
+        for field in kept:
+            type, other = field.dataType.simpleString(), there.schema[field.name].dataType
+            if type != other.simpleString():
+                raise OptionError(
+                    f"{self.path} has the column {field.name!r} of type {other.simpleString()}, "
+                    f"not {type}: keep a column of the same type, or use overwrite=True"
+                )
 
-    def clear(self) -> None:
-        """Deletes the features and errors, if this is a table of features."""
-        there = self._any_part()
-        if there is not None and provenance(there):
-            for name in (*self._parquet_files(""), ERRORS):
-                self._folder.delete(f"{self.path}/{name}")
+    def known(self, retried: Sequence[str] = ()) -> DataFrame | None:
+        """Returns the key of every row, or ``None`` if the table is empty.
 
-    def known(self) -> DataFrame | None:
-        """Returns ``path`` and ``version`` of every row, or ``None`` if the table is empty."""
+        The columns are ``path``, ``version`` and ``is_retried``: whether the row has an error with
+        one of the codes in ``retried``.
+        """
         known = None
+        code = F.substring_index("error", ":", 1)
         for place in _PLACES.values():
-            if self._parquet_files(place.lstrip("/")):
-                keys = self._read(_KEY, place)
+            if self._parquet_files(place):
+                rows = self._read("path string, version string, error string", place)
+                is_retried = F.coalesce(code.isin(*retried), F.lit(False))
+                keys = rows.select("path", "version", is_retried.alias("is_retried"))
                 known = keys if known is None else known.union(keys)
         return known
 
-    def write(self, rows: DataFrame, run: str) -> None:
+    def write(self, rows: DataFrame, run: str, is_staged: bool = False) -> None:
         """Runs the job. Each task commits its files when it ends.
 
-        ``rows`` must have a column ``KIND``: ``features`` or ``errors``.
+        ``rows`` must have a column ``KIND``: ``features`` or ``errors``. Staged files replace
+        others: see ``replace``.
         """
         (
             rows.write.mode("append")
@@ -95,17 +122,20 @@ class Dest:
             # Moves a task's files when the task ends, not when the job ends.
             .option("mapreduce.fileoutputcommitter.algorithm.version", "2")
             .option("parquet.block.size", _ROW_GROUP_BYTES)
-            .parquet(f"{self.work}/committed/{run}")
+            .parquet(f"{self.work}/{'staged' if is_staged else 'committed'}/{run}")
         )
 
     def publish(self, run: str) -> list[str]:
         """Moves the committed files of a run to their place. Returns the paths of error files."""
+        return self._move_in(f"committed/{run}")
+
+    def _move_in(self, folder: str) -> list[str]:
         errors = []
         for kind, place in _PLACES.items():
-            committed = f"{WORK}/committed/{run}/{KIND}={kind}"
-            for name in self._parquet_files(committed):
-                target = f"{self.path}{place}/{name}"
-                self._folder.move(f"{self.path}/{committed}/{name}", target)
+            source = f"{WORK}/{folder}/{KIND}={kind}"
+            for name in self._parquet_files(source):
+                target = f"{self.path}/{place}{name}"
+                self._folder.move(f"{self.path}/{source}/{name}", target)
                 if kind == "errors":
                     errors.append(target)
         return errors
@@ -120,9 +150,9 @@ class Dest:
         Files that an older run committed are deleted: they come from an executor that outlived its
         driver, and their images were computed again, or will be.
         """
+        self._end_replacement()
         if previous_run is not None:
             self.publish(previous_run)
-        self._end_replacement()
         self.remove_work()
 
     def remove_work(self) -> None:
@@ -131,41 +161,63 @@ class Dest:
             if name != _LOCK:
                 self._folder.delete(f"{self.work}/{name}")
 
-    def take_out(self, changed: DataFrame) -> None:
-        """Removes the rows of some paths by rewriting the files that contain them.
+    def files(self) -> list[str]:
+        """Returns the files of the table, relative to it."""
+        places = _PLACES.values()
+        return [f"{place}{name}" for place in places for name in self._parquet_files(place)]
 
-        The list of files to delete is written first: see ``_end_replacement``.
+    def stage_without(self, paths: DataFrame, run: str) -> list[str]:
+        """Rewrites the files with rows of some paths, without these rows, as staged files of a run.
+
+        Returns:
+            The files that the staged ones must replace, relative to the table.
         """
         old: list[str] = []
-        for kind in _PLACES:
+        for kind, place in _PLACES.items():
             part = self._part(kind)
             if part is None:
                 continue
             in_files = part.select("path", F.col("_metadata.file_path").alias("file"))
-            holding = in_files.join(changed, "path", "left_semi").select("file").distinct()
+            holding = in_files.join(paths, "path", "left_semi").select("file").distinct()
             files = [unquote(row.file) for row in holding.collect()]  # Spark quotes it as a URI
             if files:
-                kept = self.read(files).join(changed, "path", "left_anti")
-                writer = kept.write.option("parquet.block.size", _ROW_GROUP_BYTES)
-                writer.mode("overwrite").parquet(f"{self.work}/kept/{kind}")
-                old += files
-        self._folder.write_text(f"{self.work}/replace.json", json.dumps(old))
-        self._end_replacement()
+                rest = self.read(files).join(paths, "path", "left_anti")
+                writer = rest.write.option("parquet.block.size", _ROW_GROUP_BYTES)
+                writer.mode("overwrite").parquet(f"{self.work}/staged/{run}/{KIND}={kind}")
+                old += [f"{place}{file.rpartition('/')[2]}" for file in files]
+        return old
 
-    def _end_replacement(self) -> None:
-        text = self._folder.read_text(f"{self.work}/replace.json")
+    def replace(self, old: Sequence[str], run: str) -> list[str]:
+        """Replaces files of the table by the staged files of a run. Returns the error files."""
+        self._folder.write_text(self._journal, json.dumps({"run": run, "old": list(old)}))
+        return self._end_replacement()
+
+    def _end_replacement(self) -> list[str]:
         try:
-            old = json.loads(text or "")
+            journal = json.loads(self._folder.read_text(self._journal) or "")
         except ValueError:
-            return  # no replacement began, or it was interrupted before it deleted a file
+            return []  # no replacement began, or it was interrupted before it deleted a file
+        run, old = self._checked(journal)
         for file in old:
-            self._folder.delete(file)
-        for kind, place in _PLACES.items():
-            for name in self._parquet_files(f"{WORK}/kept/{kind}"):
-                source = f"{self.work}/kept/{kind}/{name}"
-                self._folder.move(source, f"{self.path}{place}/{name}")
-        self._folder.delete(f"{self.work}/replace.json")
-        self._folder.delete(f"{self.work}/kept")
+            self._folder.delete(f"{self.path}/{file}")
+        self._folder.delete_if_empty(f"{self.path}/{ERRORS}")
+        errors = self._move_in(f"staged/{run}")
+        self._folder.delete(self._journal)
+        return errors
+
+    def _checked(self, journal: Any) -> tuple[str, list[str]]:
+        """Returns the run and the files of a journal, which may name only files of this table."""
+        try:
+            run, old = journal["run"], list(journal["old"])
+            is_own = RUN_ID.fullmatch(run) and all(_FILE.fullmatch(file) for file in old)
+        except (KeyError, TypeError):
+            is_own = None
+        if not is_own:
+            raise ImageVecError(
+                f"{self._journal} names what is not a file of this table: nothing was deleted. "
+                "If no run of extract wrote it, delete it"
+            )
+        return run, old
 
     def _any_part(self) -> DataFrame | None:
         there = (self._part(kind) for kind in _PLACES)
@@ -173,15 +225,13 @@ class Dest:
 
     def _part(self, kind: str) -> DataFrame | None:
         place = _PLACES[kind]
-        if not self._parquet_files(place.lstrip("/")):
-            return None
-        return self._read(None, place)
+        return self._read(None, place) if self._parquet_files(place) else None
 
     def _read(self, schema: str | None, place: str) -> DataFrame:
         reader = self._spark.read if schema is None else self._spark.read.schema(schema)
         # Only the data of the table: a user may have put other files next to it.
         reader = reader.option("pathGlobFilter", "*.parquet")
-        return reader.parquet(f"{escaped(self.path)}{place}")
+        return reader.parquet(f"{escaped(self.path)}/{place}")
 
     def _parquet_files(self, folder: str) -> list[str]:
         return [name for name in self._folder.names(folder) if name.endswith(".parquet")]

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyspark.errors import AnalysisException
-from pyspark.sql import DataFrame, Observation, SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from imagevec import cache
 from imagevec.errors import OptionError
 from imagevec.files import expanded
 from imagevec.options import DEFAULTS, checked
-from imagevec.spark.hadoop import check_has_jvm
+from imagevec.spark.hadoop import check_has_jvm, hadoop_path
 from imagevec.spark.metrics import Metrics
 from imagevec.spark.sessions import active_session, failures_in_words, quoted
 from imagevec.spark.vectorizer import ImageVectorizer
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from imagevec.options import Options
 
 _LOOK_EVERY_SECONDS = 0.25
+
+_RETRIED_ERRORS = ("timed_out", "crashed", "unreadable_path")
+"""Codes whose cause may lie outside the image: the load of the machine, or what a path named."""
 
 Progress = Callable[[int, int, int], None]
 """Called with the number of committed images, the errors among them, and the total of this run."""
@@ -96,6 +99,7 @@ def extract(
     where: str | None = None,
     keep: str | Sequence[str] = (),
     overwrite: bool = False,
+    retry_errors: bool = False,
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> ExtractReport:
@@ -124,7 +128,10 @@ def extract(
             bytes, which requires reading them.
         where: A SQL condition that selects rows of the table.
         keep: Further columns to copy; for ``webdataset``, extensions such as ``json``.
-        overwrite: Whether to replace existing features, even with another fingerprint.
+        overwrite: Whether to replace existing features, even with another fingerprint. They stay
+            until all images are computed.
+        retry_errors: Whether to compute bad images again whose error may have had a passing cause:
+            those with the codes ``timed_out``, ``crashed`` and ``unreadable_path``.
         progress: A function called with ``(done, errors, total)`` as tasks end, from its own
             thread.
         **options: See ``imagevec.options.Options``; ``on_error`` and ``output`` are not accepted.
@@ -172,18 +179,22 @@ def extract(
             cache.store(file)  # `imagevec similar` finds it by its digest
         lock = table.lock(uuid.uuid4().hex)
         with lock.held():
+            lock.check()
             table.recover(lock.previous_run)
             if overwrite:
-                table.clear()
-            table.check(vectorizer.spec, (*OWN_COLUMNS, *kept))
+                table.check_is_features()
+            else:
+                table.check(vectorizer.spec, (*OWN_COLUMNS, *kept), source.kept)
+            retried = _RETRIED_ERRORS if retry_errors else ()
             try:
-                done = _add_missing(source, table, lock, vectorizer, kept, progress)
+                known = None if overwrite else table.known(retried)
+                done = _add_missing(source, known, table, lock, vectorizer, progress)
             except BaseException:
                 with suppress(Exception):  # else the next run does it
                     lock.check()
-                    table.publish(lock.run)
-                    table.remove_work()
+                    table.recover(lock.run)
                 raise
+            lock.check()
             table.remove_work()
     return ExtractReport(
         **done,
@@ -234,7 +245,7 @@ def _source(
     elif format == "table":
         df = spark.read.table(str(src))
     else:
-        df = _loaded(spark, format or "parquet", str(src))
+        df = _loaded(spark, format or "parquet", hadoop_path(spark, str(src)))
     if where is not None:
         df = df.where(where)
     return TableSource(df, column=column, key=key, version=version, keep=keep)
@@ -257,23 +268,27 @@ def _refuse(given: dict[str, Any], whose: str) -> None:
 
 def _add_missing(
     source: Source,
+    known: DataFrame | None,
     table: Dest,
     lock: Lock,
     vectorizer: ImageVectorizer,
-    kept: tuple[str, ...],
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Returns the counts of ``ExtractReport``."""
+    """Adds the images that are not ``known``; without ``known``, replaces the table by all images.
+
+    Returns:
+        The counts of ``ExtractReport``.
+    """
     source.prepare(f"{table.work}/listing")
-    known = table.known()
-    survey, pending = _everything(source) if known is None else _pending(source, known, table)
+    survey, pending = _everything(source) if known is None else _pending(source, known, table, lock)
     if not survey.found:
         raise OptionError(f"no images found{_passed_over(source.skipped)}")
     metrics = Metrics()
     errors: dict[str, int] = {}
     if survey.pending:
-        rows = _computed(source.rows(survey, pending), vectorizer, metrics, kept)
-        errors = _written(rows, table, lock, metrics, survey.pending, progress)
+        rows = _computed(source.rows(survey, pending), vectorizer, metrics, source.kept.names)
+        old = table.files() if known is None else []
+        errors = _written(rows, old, table, lock, metrics, survey.pending, progress)
     return {
         "found": survey.found,
         "done_before": survey.found - survey.pending,
@@ -299,32 +314,42 @@ def _everything(source: Source) -> tuple[Survey, None]:
     return Survey(found["found"], found["partitions"], pending=found["found"]), None
 
 
-def _pending(source: Source, known: DataFrame, table: Dest) -> tuple[Survey, DataFrame]:
-    """Finds the pending keys in one job. Removes the table's rows of changed images.
+_KEYS = "path string, count long, partition int, is_pending boolean, is_changed boolean"
+
+
+def _pending(source: Source, known: DataFrame, table: Dest, lock: Lock) -> tuple[Survey, DataFrame]:
+    """Finds the pending keys. Removes the table's rows of changed images.
 
     Returns:
         The survey, and a data frame with the ``path`` of each pending image.
     """
     spark = known.sparkSession
     there = known.withColumnRenamed("version", "known_version").withColumn("is_known", F.lit(True))
-    found, counts = Observation(), Observation()
-    keys = source.keys().observe(found, *found_in_keys()).join(there, "path", "left")
-    is_changed = F.coalesce("is_known", F.lit(False))
-    keys = keys.where(~is_changed | ~F.col("version").eqNullSafe(F.col("known_version")))
-    keys = keys.select("path", is_changed.alias("changed"))
-    keys = keys.observe(
-        counts, F.count("*").alias("pending"), F.count_if("changed").alias("changed")
-    )
+    keys = source.keys().join(there, "path", "left")
+    is_known = F.coalesce("is_known", F.lit(False))
+    is_same = F.col("version").eqNullSafe(F.col("known_version")) & ~F.col("is_retried")
+    is_pending = ~is_known | ~is_same
+    # An empty string takes no space: all keys are written, but only the pending ones are used. They
+    # are counted in the file, because AQE drops an observation together with an empty side.
+    path = F.when(is_pending | (F.col("count") > 1), F.col("path")).otherwise("")
+    columns = (is_pending.alias("is_pending"), (is_pending & is_known).alias("is_changed"))
     folder = f"{table.work}/pending"
+    keys = keys.select(path.alias("path"), "count", "partition", *columns)
     keys.write.mode("overwrite").parquet(folder)
-    check_keys(found.get)
-    survey = Survey(found.get["found"], found.get["partitions"], **counts.get)
-    pending = spark.read.schema("path string, changed boolean").parquet(escaped(folder))
+    keys = spark.read.schema(_KEYS).parquet(escaped(folder))
+    pending, changed = F.count_if("is_pending"), F.count_if("is_changed")
+    found = keys.agg(*found_in_keys(), pending.alias("pending"), changed.alias("changed")).first()
+    assert found is not None, "an aggregate has a row"
+    check_keys(found.asDict())
+    survey = Survey(found["found"], found["partitions"], found["pending"], found["changed"])
     mended = [(path,) for path in source.mended(known)]
     if survey.changed or mended:
         outdated = spark.createDataFrame(mended, "path string")
-        table.take_out(outdated.union(pending.where("changed").select("path")))
-    return survey, pending
+        outdated = outdated.union(keys.where("is_changed").select("path"))
+        old = table.stage_without(outdated, lock.run)
+        lock.check()
+        table.replace(old, lock.run)
+    return survey, keys.where("is_pending").select("path")
 
 
 _NULL = "null"
@@ -332,7 +357,7 @@ _RESULT = "imagevec_result"
 
 
 def _computed(
-    rows: DataFrame, vectorizer: ImageVectorizer, metrics: Metrics, kept: tuple[str, ...]
+    rows: DataFrame, vectorizer: ImageVectorizer, metrics: Metrics, kept: Sequence[str]
 ) -> DataFrame:
     result = vectorizer.process_images(rows, IMAGE, _RESULT, metrics)
     return result.select(
@@ -352,19 +377,24 @@ def _computed(
 
 def _written(
     rows: DataFrame,
+    old: list[str],
     table: Dest,
     lock: Lock,
     metrics: Metrics,
     total: int,
     progress: Progress | None,
 ) -> dict[str, int]:
-    """Runs the job. Returns the number of errors by code."""
+    """Runs the job. If there are old files, replaces them at its end, and publishes nothing before.
+
+    Returns:
+        The number of errors by code.
+    """
     spark = rows.sparkSession
     files: list[str] = []
 
     def look() -> None:
         lock.check()
-        files.extend(table.publish(lock.run))
+        files.extend(table.publish(lock.run))  # nothing if it is staged
         if progress is not None:
             errors = sum(count for name, count in metrics.value.items() if "errors." in name)
             progress(int(metrics.value.get("rows", 0)), int(errors), total)
@@ -372,9 +402,12 @@ def _written(
     spark.sparkContext.addJobTag(lock.run)
     try:
         with _watching(metrics, look, lambda: spark.sparkContext.cancelJobsWithTag(lock.run)):
-            table.write(rows, lock.run)
+            table.write(rows, lock.run, is_staged=bool(old))
     finally:
         spark.sparkContext.removeJobTag(lock.run)
+    if old:
+        lock.check()
+        files = table.replace(old, lock.run)
     if not files:
         return {}
     code = F.coalesce(F.substring_index("error", ":", 1), F.lit(_NULL)).alias("code")

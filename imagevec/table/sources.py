@@ -20,7 +20,7 @@ import pyarrow as pa
 from pyarrow import parquet
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import BinaryType, StringType, StructType
+from pyspark.sql.types import BinaryType, StringType, StructField, StructType
 
 from imagevec.errors import OptionError
 from imagevec.spark.hadoop import upload
@@ -46,9 +46,9 @@ OWN_COLUMNS = (
 )
 """The columns of a result."""
 
-# Kept columns are assumed not to have these names.
-IMAGE = "imagevec_image"
-SOURCE_ERROR = "imagevec_error"
+_OWN_PREFIX = "imagevec_"  # of columns that exist during a run; kept columns must not have it
+IMAGE = f"{_OWN_PREFIX}image"
+SOURCE_ERROR = f"{_OWN_PREFIX}error"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def found_in_keys() -> tuple[Column, ...]:
         F.coalesce(F.max("partition") + 1, F.lit(1)).alias("partitions"),
         F.sum(F.when(F.col("path").isNull(), F.col("count"))).alias("nulls"),
         F.max("count").alias("most"),
-        F.max_by("path", "count").alias("most_frequent"),  # no struct: Spark 3.5 cannot observe one
+        F.max_by("path", "count").alias("most_frequent"),
     )
 
 
@@ -104,6 +104,10 @@ class Source(Protocol):
         """Returns the paths of table rows that report damage which has been repaired."""
 
     @property
+    def kept(self) -> StructType:
+        """The kept columns, with their types."""
+
+    @property
     def skipped(self) -> dict[str, int]:
         """The number of skipped entries, by reason."""
 
@@ -129,6 +133,7 @@ class FileSource:
             pattern=pattern,
             timeout_seconds=timeout_seconds,
         )
+        self.kept = StructType()
         self.skipped: Counter[str] = Counter()
 
     def prepare(self, folder: str) -> None:
@@ -191,7 +196,9 @@ class TableSource:
         kind = df.schema[image].dataType
         self._image = F.col(quoted(image))
         self._key = self._key_column(image, kind, key)
-        self._kept = _kept_columns(df, keep)
+        _check_names(keep)
+        types = [df.schema[existing_column(df.columns, name)].dataType for name in keep]
+        self.kept = StructType(list(map(StructField, keep, types)))
         length = find_column(df.columns, "length") if version is None else None
         modified = find_column(df.columns, "modificationTime") if length else None
         self._modified = F.lit(None).cast("timestamp")
@@ -221,7 +228,7 @@ class TableSource:
             self._version.alias("version"),
             self._image.alias(IMAGE),
             F.lit(None).cast("string").alias(SOURCE_ERROR),
-            *self._kept,
+            *map(quoted, self.kept.names),
         )
         rows = _of_keys(rows, survey, pending)
         # Partitions with this many rows have small rows, which are cheap to move.
@@ -263,13 +270,13 @@ class ShardSource:
             if name in IMAGE_EXTENSIONS:
                 raise OptionError(f"keep={name!r} is not valid: {name} members are images")
         _check_names(keep)
+        self.kept = StructType([StructField(name, StringType()) for name in keep])
         self.skipped: dict[str, int] = {}
         self._spark = spark
         self._shards = shards(src, recursive, timeout_seconds)
         self._read = functools.partial(
             read_shards, spark, self._shards, timeout_seconds=timeout_seconds
         )
-        self._members = tuple(keep)
 
     def prepare(self, folder: str) -> None:
         self._read(images=False).write.mode("overwrite").parquet(folder)
@@ -280,7 +287,7 @@ class ShardSource:
         return _counted(keys.select("path", "version", "partition"))
 
     def rows(self, survey: Survey, pending: DataFrame | None) -> DataFrame:
-        samples = self._read(self._members)
+        samples = self._read(tuple(self.kept.names))
         rows = self._with_version(samples.withColumn("path", _path_of_sample())).select(
             "path",
             F.octet_length("image").cast("long").alias("length"),
@@ -288,7 +295,7 @@ class ShardSource:
             "version",
             F.col("image").alias(IMAGE),
             F.col("error").alias(SOURCE_ERROR),
-            *[F.col(quoted(name)) for name in self._members],
+            *map(quoted, self.kept.names),
         )
         return _of_keys(rows, survey, pending)
 
@@ -343,16 +350,13 @@ def _length_of(image: Column, kind: object) -> Column:
     return F.lit(None).cast("long")  # unknown for a path
 
 
-def _kept_columns(df: DataFrame, keep: Sequence[str]) -> list[Column]:
-    _check_names(keep)
-    return [F.col(quoted(existing_column(df.columns, name))) for name in keep]
-
-
 def _check_names(keep: Sequence[str]) -> None:
     for name in keep:
         if find_column(OWN_COLUMNS, name):
             raise OptionError(f"keep={name!r} is not valid: the result already has this column")
-        if list(keep).count(name) > 1:
+        if name.casefold().startswith(_OWN_PREFIX):
+            raise OptionError(f"keep={name!r} is not valid: imagevec itself uses {_OWN_PREFIX}...")
+        if [other.casefold() for other in keep].count(name.casefold()) > 1:
             raise OptionError(f"keep={name!r} is not valid: give it once")
 
 

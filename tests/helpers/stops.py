@@ -15,8 +15,8 @@ POINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
     CUT_OFF: ("write_text", "after", lambda path, *_: "replace.json" in path),
     "after the list": ("write_text", "after", lambda path, *_: "replace.json" in path),
     "first deletion": ("delete", "after", lambda path: path.endswith(".parquet")),
-    "all deletions": ("move", "before", lambda source, _: "/kept/" in source),
-    "first move": ("move", "after", lambda source, _: "/kept/" in source),
+    "all deletions": ("move", "before", lambda source, _: "/staged/" in source),
+    "first move": ("move", "after", lambda source, _: "/staged/" in source),
     "all moves": ("delete", "before", lambda path: "replace.json" in path),
     "replaced": ("delete", "after", lambda path: "replace.json" in path),
     "first publication": ("move", "after", lambda source, _: "/committed/" in source),
@@ -38,3 +38,33 @@ def stop_at(point: str, stop: Callable[[], object], patch: Callable[..., object]
         return stop()
 
     patch(Folder, name, watched)
+
+
+def fail_at(
+    number: int, patch: Callable[..., object], error: type[BaseException], is_lasting: bool = False
+) -> Callable[[], int]:
+    """Patches ``Folder`` so that its ``number``-th call raises an error.
+
+    Args:
+        number: The call that fails, from 0. Calls for the lock are not counted.
+        is_lasting: Whether all later calls fail, too.
+
+    Returns:
+        A function that returns the number of calls.
+    """
+    calls = 0
+
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Folder, *arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            if not "".join(arguments[:1]).endswith("lock.json"):
+                calls += 1
+                if calls - 1 == number or (is_lasting and calls > number):
+                    raise error("of the test")
+            return method(self, *arguments, **named)
+
+        return call
+
+    for name in ("names", "read_text", "write_text", "delete", "delete_if_empty", "move"):
+        patch(Folder, name, watched(getattr(Folder, name)))
+    return lambda: calls

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import pyarrow.dataset as ds
 import pytest
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
 
-from imagevec import FingerprintError, ImageVectorizer, OptionError
+from imagevec import FingerprintError, ImageVecError, ImageVectorizer, OptionError
 from imagevec.table.dest import KIND, Dest, check_outside
 from tests.helpers.factories import tiny
-from tests.helpers.stops import CUT_OFF, POINTS, stop_at
+from tests.helpers.stops import CUT_OFF, POINTS, fail_at, stop_at
 from tests.helpers.tables import write_table
+
+RUN = "0a1b2c"
 
 
 @pytest.mark.parametrize(
@@ -59,19 +67,27 @@ def table(spark: SparkSession, tmp_path: Path) -> Dest:
 
 def put(table: Dest, run: str, features: dict[str, str], errors: dict[str, str]) -> None:
     """Paths and their versions, as a job commits them."""
-    rows = [(*row, "features") for row in features.items()]
-    rows += [(*row, "errors") for row in errors.items()]
-    frame = table._spark.createDataFrame(rows, f"path string, version string, {KIND} string")
-    table.write(frame.coalesce(1), run)
+    rows = [(*row, None, "features") for row in features.items()]
+    rows += [(*row, "empty: 0 bytes", "errors") for row in errors.items()]
+    schema = f"path string, version string, error string, {KIND} string"
+    table.write(table._spark.createDataFrame(rows, schema).coalesce(1), run)
 
 
 def known(table: Dest) -> dict[str, str]:
     found = table.known()
     if found is None:
         return {}
-    rows = [tuple(row) for row in found.collect()]
+    rows = [(row.path, row.version) for row in found.collect()]
     assert len(dict(rows)) == len(rows)
     return dict(rows)
+
+
+def remove_rows(table: Dest, *paths: str) -> None:
+    table.replace(table.stage_without(paths_of(table, *paths), RUN), RUN)
+
+
+def paths_of(table: Dest, *paths: str) -> DataFrame:
+    return table._spark.createDataFrame([(path,) for path in paths], "path string")
 
 
 def files(table: Dest) -> set[str]:
@@ -117,8 +133,7 @@ def test_rows_are_taken_out(table: Dest) -> None:
     put(table, "second", {"c": "1"}, {"y": "1"})
     for run in ("first", "second"):
         table.publish(run)
-    gone = table._spark.createDataFrame([("a",), ("x",), ("nothing",)], "path string")
-    table.take_out(gone)
+    remove_rows(table, "a", "x", "nothing")
     assert known(table) == {"b": "1", "c": "1", "y": "1"}
     table.remove_work()
     assert {name.partition("part-")[0] for name in files(table)} == {"", "_errors/"}
@@ -140,17 +155,119 @@ def test_a_replacement_that_is_stopped(
     before = {"a": "1", "b": "1", "x": "1", "y": "1"}
     put(table, "first", {"a": "1", "b": "1"}, {"x": "1", "y": "1"})
     table.publish("first")
-    gone = table._spark.createDataFrame([("a",), ("b",), ("x",)], "path string")
+    (Path(table.path) / "README.md").touch()  # if no part is in its place, this is not all there is
     with monkeypatch.context() as patch:
         stop_at(point, stop, patch.setattr)
         with pytest.raises(Stopped):
-            table.take_out(gone)
+            remove_rows(table, "a", "b", "x")
     table.check_is_table()
     table.recover(None)
     assert known(table) == (before if point in ("before the list", CUT_OFF) else {"y": "1"})
     assert not any("_imagevec" in name for name in files(table))
-    table.take_out(gone)
+    remove_rows(table, "a", "b", "x")
     assert known(table) == {"y": "1"}
+
+
+def versions(folder: Path) -> dict[str, str]:
+    """The versions of all rows by path, without Spark."""
+    rows: list[dict[str, str]] = []
+    for place in filter(Path.is_dir, (folder, folder / "_errors")):
+        found = ds.dataset(place, format="parquet", ignore_prefixes=["_", "."])
+        rows += found.to_table(columns=["path", "version"]).to_pylist() if found.files else []
+    by_path = {row["path"]: row["version"] for row in rows}
+    assert len(by_path) == len(rows)
+    return by_path
+
+
+@pytest.mark.parametrize("is_all", [False, True], ids=["some rows", "all rows"])
+def test_failure_at_any_step_of_a_replacement_loses_no_row(
+    table: Dest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_all: bool
+) -> None:
+    """As ``extract`` does: on any error it recovers if it can, and the next run recovers again."""
+    before = {"a": "1", "b": "1", "x": "1", "y": "1"}
+    put(table, "first", {"a": "1", "b": "1"}, {"x": "1", "y": "1"})
+    table.publish("first")
+    if is_all:  # as with overwrite=True
+        frame = table._spark.createDataFrame(
+            [("n", "2", "features")], f"path string, version string, {KIND} string"
+        )
+        table.write(frame, RUN, is_staged=True)
+        old, after = table.files(), {"n": "2"}
+    else:
+        old, after = table.stage_without(paths_of(table, "a", "x"), RUN), {"b": "1", "y": "1"}
+    for error, is_lasting in ((KeyboardInterrupt, False), (OSError, True)):
+        number, calls = 0, 1
+        while number < calls:
+            copy = Dest(table._spark, str(tmp_path / f"copy-{number}-{is_lasting}"))
+            shutil.copytree(table.path, copy.path)
+            with monkeypatch.context() as patch:
+                count = fail_at(number, patch.setattr, error, is_lasting)
+                try:
+                    copy.replace(old, RUN)
+                except error:
+                    with contextlib.suppress(error):
+                        copy.recover(RUN)
+                calls = count()
+            copy.recover(None)
+            assert versions(Path(copy.path)) == (after if number else before), number
+            assert list(Path(copy.work).iterdir()) == []
+            number += 1
+        assert number > 8
+
+
+def test_a_moved_or_copied_table_completes_its_own_replacement(
+    table: Dest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(table, "first", {"a": "1", "b": "1"}, {"x": "1"})
+    table.publish("first")
+    with monkeypatch.context() as patch:
+        stop_at("first deletion", stop, patch.setattr)
+        with pytest.raises(Stopped):
+            remove_rows(table, "a", "x")
+    before = files(table)
+    copy = Dest(table._spark, str(tmp_path / "copy"))
+    shutil.copytree(table.path, copy.path)
+    copy.recover(None)
+    assert known(copy) == {"b": "1"}
+    assert files(table) == before
+    moved = Dest(table._spark, str(tmp_path / "moved"))
+    Path(table.path).rename(moved.path)
+    moved.recover(None)
+    assert known(moved) == {"b": "1"}
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        {"run": RUN, "old": ["{victim}"]},
+        {"run": RUN, "old": ["file:{victim}"]},
+        {"run": RUN, "old": ["../victim/part-0.parquet"]},
+        {"run": RUN, "old": ["part-0.parquet", "_errors/../../victim/part-0.parquet"]},
+        {"run": RUN, "old": ["_errors"]},
+        {"run": RUN, "old": [".."]},
+        {"run": RUN, "old": ["sub/part-0.parquet"]},
+        {"run": RUN, "old": ["mine.txt"]},
+        {"run": RUN, "old": [1]},
+        {"run": RUN, "old": None},
+        {"run": "../../../victim", "old": []},
+        {"run": 7, "old": []},
+        {"old": []},
+        ["part-0.parquet"],
+        7,
+    ],
+)
+def test_a_journal_that_names_other_files_is_refused(
+    spark: SparkSession, tmp_path: Path, journal: Any
+) -> None:
+    victim = write_table(tmp_path / "victim", {"v": [1.0]})
+    table = Dest(spark, str(write_table(tmp_path / "dest", {"a": [1.0]})))
+    (tmp_path / "dest" / "mine.txt").touch()
+    text = json.dumps(journal).replace("{victim}", str(next(victim.iterdir())))
+    table._folder.write_text(f"{table.work}/replace.json", text)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ImageVecError, match=r"replace.json names what is not a file of this table"):
+        table.recover(None)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_publication_that_is_stopped(table: Dest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,11 +289,14 @@ def test_what_lies_beside_a_table_is_spared(spark: SparkSession, tmp_path: Path)
     table = Dest(spark, str(tmp_path / "dest"))
     (tmp_path / "dest" / "mine.txt").touch()
     (tmp_path / "dest" / "_errors").mkdir()
-    table.clear()
+    table.check_is_features()
+    table.replace(table.files(), RUN)
+    table.remove_work()
     assert files(table) == {"mine.txt", "_SUCCESS"}
+    assert not (tmp_path / "dest" / "_errors").exists()
 
 
-@pytest.mark.parametrize("text", ["", "[", '["file:/x/part-0.parq'])
+@pytest.mark.parametrize("text", ["", "{", '{"run": "0a", "old": ["part-0.parq'])
 def test_a_list_of_replaced_files_that_was_cut_off(table: Dest, text: str) -> None:
     """Nothing was deleted by then, so that the files of before are kept."""
     put(table, "first", {"a": "1"}, {})
@@ -208,9 +328,9 @@ def test_a_table_of_something_else(spark: SparkSession, tmp_path: Path) -> None:
         table.check_is_table()
         before = files(table)
         with pytest.raises((OptionError, FingerprintError), match=said):
-            table.clear()
+            table.check_is_features()
         with pytest.raises((OptionError, FingerprintError), match=said):
-            table.check(spec, ("path", "features"))
+            table.check(spec, ("path", "features"), StructType())
         assert files(table) == before
 
 

@@ -16,11 +16,14 @@ from typing import Any
 import pyarrow.dataset as ds
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from imagevec import ExtractReport, FingerprintError, ImageVecError, OptionError, extract
+from imagevec.table.lock import _place
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import vector_of
+from tests.helpers.stops import stop_at
 
 MODEL: dict[str, Any] = {"model": tiny, "weights": "random"}
 
@@ -164,6 +167,37 @@ def test_a_table_with_columns_to_keep(
     with pytest.raises(OptionError, match="keep the same columns, or use overwrite=True") as raised:
         run(tmp_path / "images", **{**options, "keep": "label"})
     assert_one_line(raised)
+
+
+def test_kept_column_of_another_type_is_refused(
+    run: Extract, table: DataFrame, spark: SparkSession, dest: Path
+) -> None:
+    options = {"column": "jpeg", "key": "id", "keep": ["label", "split"]}
+    run(table.where("label < 1"), **options)
+    texts = table.withColumn("label", F.col("label").cast("string"))
+    said = "column 'label' of type int, not string: keep a column of the same type, or use"
+    with pytest.raises(OptionError, match=said) as raised:
+        run(texts, **options)
+    assert_one_line(raised)
+    assert run(table.where("label < 2"), **options).features == 1
+    assert spark.read.parquet(str(dest)).count() == 2
+    assert run(texts, **options, overwrite=True).features == 2
+    assert {row["label"] for row in rows(dest).values()} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    [
+        (["label", "Label"], "give it once"),
+        (["imagevec_kind"], "imagevec itself uses imagevec_"),
+    ],
+)
+def test_kept_columns_that_would_clash_are_refused(
+    run: Extract, table: DataFrame, keep: list[str], said: str
+) -> None:
+    df = table.withColumn("imagevec_kind", F.lit("x"))
+    with pytest.raises(OptionError, match=said):
+        run(df, column="jpeg", key="id", keep=keep)
 
 
 def test_kept_columns_may_have_any_other_name(
@@ -349,6 +383,107 @@ def test_other_features_are_refused_or_replaced(run: Extract, photos: Path, dest
     assert first.fingerprint != second.fingerprint
 
 
+def test_overwrite_keeps_the_old_table_until_the_new_one_is_complete(
+    run: Extract, photos: Path, dest: Path
+) -> None:
+    (photos / "bad.png").write_bytes(b"no image")
+    run(photos)
+    before = {path for path in dest.rglob("*") if path.is_file()}
+    for options, said in (
+        ({"pattern": "*.jpg"}, "no images found"),
+        ({"pattern": "*.jpg", "recursive": True}, "no images found"),
+        ({"normalize": 3}, "normalize"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            run(photos, overwrite=True, **options)
+        assert {path for path in dest.rglob("*") if path.is_file()} == before
+
+    def stop(done: int, errors: int, total: int) -> None:
+        assert {path for path in dest.glob("*.parquet")} <= before
+        if done:
+            raise KeyError("of the callback")
+
+    with pytest.raises(KeyError, match="of the callback"):
+        run(photos, overwrite=True, normalize=True, progress=stop)
+    assert {path for path in dest.rglob("*") if path.is_file()} == before
+    assert run(photos).done_before == 5
+    (photos / "bad.png").unlink()
+    assert run(photos, overwrite=True, normalize=True).features == 4
+    assert len(rows(dest)) == 4
+    assert not before & set(dest.rglob("*.parquet"))
+    assert {path.name for path in dest.iterdir() if path.is_dir()} == set()
+
+
+@pytest.mark.parametrize("point", ["first deletion", "all deletions", "first move"])
+def test_interrupt_while_changed_rows_are_replaced_loses_no_row(
+    run: Extract, photos: Path, dest: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    run(photos)
+    (photos / "0.png").write_bytes(image(50))
+    (photos / "1.png").unlink()
+
+    def interrupt() -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    stop_at(point, interrupt, monkeypatch.setattr)
+    with pytest.raises(KeyboardInterrupt):
+        run(photos)
+    assert len(rows(dest)) == 3  # all but the changed one
+    run(photos)
+    done = rows(dest)
+    assert done.keys() == {f"file:{photos}/{name}.png" for name in range(4)}
+    assert_is_vector_of(done[f"file:{photos}/0.png"], image(50))
+    assert not (dest / "_imagevec").exists()
+
+
+def test_source_that_is_empty_now(
+    run: Extract, photos: Path, dest: Path, spark: SparkSession
+) -> None:
+    """As with a table above 10 MB, which is not broadcast: AQE then leaves out the empty side."""
+    run(photos)
+    spark.conf.set("spark.sql.autoBroadcastJoinThreshold", "-1")
+    try:
+        with pytest.raises(OptionError, match="no images found"):
+            run(photos, pattern="*.jpg")
+        (photos / "0.png").write_bytes(image(50))
+        assert run(photos).features == 1
+    finally:
+        spark.conf.unset("spark.sql.autoBroadcastJoinThreshold")
+    assert len(rows(dest)) == 4
+
+
+def test_retry_errors_computes_passing_errors_again(
+    run: Extract, spark: SparkSession, tmp_path: Path, dest: Path
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    (tmp_path / "1.png").write_bytes(image(1))
+    paths = [str(tmp_path / name) for name in ("1.png", "2.png", "3.png", "bad.png")]
+    df = spark.createDataFrame([(path,) for path in paths], "file string")
+    assert run(df, column="file").errors == {"unreadable_path": 2, "unsupported_format": 1}
+    (tmp_path / "2.png").write_bytes(image(2))
+    assert run(df, column="file").done_before == 4
+    report = run(df, column="file", retry_errors=True)
+    assert (report.done_before, report.features) == (2, 1)
+    assert report.errors == {"unreadable_path": 1}
+    assert rows(dest).keys() == {paths[0], paths[1]}
+    assert rows(dest / "_errors").keys() == {paths[2], paths[3]}
+    assert run(df, column="file").done_before == 4
+
+
+def test_relative_paths_start_from_the_folder_of_this_process(
+    spark: SparkSession, photos: Path, table: DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The JVM keeps the folder in which it was started."""
+    monkeypatch.chdir(photos.parent)
+    options = {"spark": spark, "engine": "torch", **MODEL}
+    assert extract("photos", "made of files", **options).features == 4
+    assert len(rows(photos.parent / "made of files")) == 4
+    table.write.parquet(str(photos.parent / "table"))
+    assert extract("table", "b", column="jpeg", key="id", **options).features == 2
+    assert len(rows(photos.parent / "b")) == 2
+
+
 def test_what_is_no_table_of_features_is_spared(
     run: Extract, spark: SparkSession, photos: Path, dest: Path
 ) -> None:
@@ -395,14 +530,17 @@ def test_a_place_without_permission(run: Extract, photos: Path, dest: Path) -> N
 
 
 def test_a_lock_of_another_machine(run: Extract, photos: Path, dest: Path) -> None:
-    """Refused while its heart beats, and taken over afterwards."""
+    """Refused while its heart beats, and taken over if its processes have ended."""
     (dest / "_imagevec").mkdir(parents=True)
     lock = dest / "_imagevec" / "lock.json"
-    owner = {"run": "theirs", "host": f"not-{socket.gethostname()}", "processes": [1, 2]}
-    lock.write_text(json.dumps({**owner, "user": "somebody", "beat": time.time()}))
-    with pytest.raises(ImageVecError, match="is locked by process 1 of somebody on not-"):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    owner = {"run": "0a", "processes": [(process.pid, "1")] * 2, "user": "somebody"}
+    owner |= {"host": socket.gethostname(), "beat": time.time()}
+    lock.write_text(json.dumps({**owner, "place": "another container"}))
+    with pytest.raises(ImageVecError, match=f"is locked by process {process.pid} of somebody on "):
         run(photos)
-    lock.write_text(json.dumps({**owner, "user": "somebody", "beat": time.time() - 3600}))
+    lock.write_text(json.dumps({**owner, "place": _place()}))
     assert run(photos).features == 4
     assert not (dest / "_imagevec").exists()
 
