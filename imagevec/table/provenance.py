@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from imagevec._version import __version__
 from imagevec.errors import FingerprintError
 from imagevec.spark.sessions import existing_column
 from imagevec.spec import METADATA_KEY, FeatureSpec, Preprocessing, Tokenization
@@ -31,7 +32,7 @@ class Provenance:
         layer: ``"pooled"``, ``"logits"`` or a node name; a tuple of several.
         num_features: The length of a vector; with several layers, a tuple in the same order.
         preprocessing: How the pixels or texts were prepared for the model.
-        precision: The arithmetic of the forward pass.
+        precision: The lowest precision of the forward pass.
         normalize: Whether each vector has length 1.
         imagevec: The version of imagevec that computed the features.
     """
@@ -52,20 +53,27 @@ class Provenance:
         return cls.of_metadata(spec.metadata)
 
     @classmethod
-    def of_metadata(cls, metadata: Mapping[str, Any]) -> Provenance:
-        """Returns the provenance in a column's metadata.
+    def of_metadata(cls, metadata: Mapping[str, Any], column: str = "the column") -> Provenance:
+        """Returns the provenance in a column's metadata. ``column`` is for the message.
 
         Raises:
-            FingerprintError: The metadata contains none.
+            FingerprintError: The metadata contains none, or another version of imagevec wrote it
+                with fields or values that this one does not know.
         """
         try:
             fields = dict(metadata[METADATA_KEY])
             own = {name: fields.pop(name) for name in ("fingerprint", "imagevec")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise FingerprintError(f"{column} has no provenance in its metadata") from error
+        try:
             spec = FeatureSpec.from_json(json.dumps(fields))
-            made_of = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-            return cls(**own, **made_of)
-        except (KeyError, TypeError) as error:
-            raise FingerprintError("the column has no provenance in its metadata") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FingerprintError(
+                f"{column} was written by imagevec {own['imagevec']}, whose provenance "
+                f"imagevec {__version__} cannot read: install that version"
+            ) from error
+        made_of = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+        return cls(**own, **made_of)
 
 
 def provenance(df: DataFrame, column: str = "features") -> Provenance:
@@ -74,14 +82,11 @@ def provenance(df: DataFrame, column: str = "features") -> Provenance:
     Raises:
         OptionError: The column does not exist.
         FingerprintError: The column has no provenance: ``features_udf`` did not compute it, or its
-            metadata was lost. A UDF that is registered for SQL cannot set metadata.
+            metadata was lost. A UDF that is registered for SQL cannot set metadata. Or a later
+            version of imagevec computed it.
     """
     name = existing_column(df.columns, column)
-    try:
-        return Provenance.of_metadata(df.schema[name].metadata)
-    except FingerprintError as error:
-        message = f"column {name!r} has no provenance in its metadata"
-        raise FingerprintError(message) from error
+    return Provenance.of_metadata(df.schema[name].metadata, f"column {name!r}")
 
 
 def check_comparable(first: DataFrame, second: DataFrame, column: str = "features") -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pyspark.sql import functions as F
 
 import imagevec
 from imagevec import (
@@ -73,6 +74,15 @@ def test_a_column_without_provenance(frame):
         provenance(df)
     with pytest.raises(OptionError, match="did you mean 'features'"):
         provenance(df, "feature")
+
+
+@pytest.mark.parametrize("change", [{"input_size": 224}, {"precision": "float8"}])
+def test_provenance_of_a_later_version_names_it(frame, change):
+    spec = ImageVectorizer(**OPTIONS).spec
+    metadata = {"imagevec": {**spec.metadata["imagevec"], "imagevec": "9.1.0", **change}}
+    df = frame(IMAGES).withColumn("features", F.lit(1.0).alias("", metadata=metadata))
+    with pytest.raises(FingerprintError, match=r"'features' was written by imagevec 9\.1\.0"):
+        provenance(df)
 
 
 def test_register(frame, spark):
