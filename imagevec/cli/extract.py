@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from imagevec._version import __version__
 from imagevec.errors import ImageVecError, MissingExtraError
 from imagevec.options import OPTIONS
 
@@ -22,7 +23,7 @@ _FIXED = ("on_error", "output")
 
 _OF_SOURCES = (
     *("recursive", "pattern", "format", "column", "key", "version", "where", "keep"),
-    "overwrite",
+    *("overwrite", "retry_errors"),
 )
 
 
@@ -59,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--key", help="column that uniquely identifies each row (default: path, or --column)"
     )
     parser.add_argument(
-        "--version", help="column that changes when an image changes (default: a hash of its bytes)"
+        "--version",
+        action=_Version,
+        nargs="?",
+        metavar="COLUMN",
+        help="column that changes when an image changes (default: a hash of its bytes); without a "
+        "column, print the version of imagevec and exit",
     )
     parser.add_argument("--where", help="only rows that meet this SQL condition")
     parser.add_argument(
@@ -71,8 +77,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the features in DEST")
     parser.add_argument(
+        "--retry-errors",
+        action="store_true",
+        help="compute bad images again if the error may have had a passing cause: timed_out, "
+        "crashed, unreadable_path",
+    )
+    parser.add_argument(
         "--master", help="Spark master URL (default: the one given to spark-submit, or local[*])"
     )
+
+
+class _Version(argparse.Action):
+    """The column of versions. Alone, the flag does what ``imagevec --version`` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        namespace, column, _ = arguments
+        if column is None:
+            print(f"imagevec {__version__}")
+            parser.exit()
+        setattr(namespace, self.dest, column)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import imagevec
 from imagevec import MissingExtraError
 from imagevec.cli import extract as verb
 from imagevec.cli import main, parser
@@ -92,6 +93,22 @@ def test_names_are_separated_by_commas() -> None:
     given = parser().parse_args(["extract", "src", "dest", "--keep", "label,split"])
     assert given.keep == ["label", "split"]
     assert not parser().parse_args(["extract", "src", "dest"]).keep
+
+
+def test_version_without_a_column_is_that_of_imagevec(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--version"], ["src", "dest", "--version"]):
+        with pytest.raises(SystemExit) as raised:
+            main(["extract", *arguments])
+        assert raised.value.code == 0
+        assert capsys.readouterr().out == f"imagevec {imagevec.__version__}\n"
+    given = parser().parse_args(["extract", "src", "dest", "--version", "edition"])
+    assert given.version == "edition"
+    assert parser().parse_args(["extract", "src", "dest"]).version is None
+
+
+def test_retry_errors_is_a_flag() -> None:
+    assert parser().parse_args(["extract", "src", "dest", "--retry-errors"]).retry_errors
+    assert not parser().parse_args(["extract", "src", "dest"]).retry_errors
 
 
 class Clock:
