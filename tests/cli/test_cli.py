@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -36,12 +37,47 @@ def test_a_verb_is_a_module_with_three_functions(name):
     assert parameters == [["parser"], ["options"], ["result"]]
 
 
-def test_wrong_usage(capsys):
-    for arguments in ([], ["extrakt"], ["extract", "src"]):
-        with pytest.raises(SystemExit) as raised:
-            main(arguments)
-        assert raised.value.code == 2
-    assert "usage: imagevec" in capsys.readouterr().err
+def test_no_command_prints_the_help(capsys):
+    assert main([]) == 0
+    printed, complaints = capsys.readouterr()
+    assert printed.startswith("usage: imagevec COMMAND [options]\n")
+    assert all(re.search(rf"^ +{verb}\b", printed, re.MULTILINE) for verb in VERBS)
+    assert complaints == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("extrct a b", "imagevec: unknown command 'extrct': did you mean 'extract'?"),
+        ("x", "imagevec: unknown command 'x': choose one of 'cache', 'doctor', "),
+        ("--vers", "imagevec: unknown option '--vers': did you mean '--version'"),
+        ("--json", "imagevec: unknown option '--json': "),
+        ("extract a", "imagevec extract: the following arguments are required: DEST"),
+        ("extract a b c", "imagevec extract: unknown argument 'c'"),
+        ("extract a b --recursve", "imagevec extract: unknown option '--recursve': did you mean"),
+        ("extract a b --recurs", "imagevec extract: unknown option '--recurs': did you mean"),
+        ("extract a b --batch=4", "imagevec extract: unknown option '--batch': did you mean"),
+        ("similar f -k x", "imagevec similar: argument -k: invalid int value: 'x'"),
+    ],
+)
+def test_wrong_usage_is_three_lines(arguments, error, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments.split())
+    assert raised.value.code == 2
+    usage, said, hint = capsys.readouterr().err.splitlines()
+    command = error.partition(":")[0]
+    assert usage.startswith(f"usage: {command} ")
+    assert said.startswith(error)
+    assert hint == f"run {command} --help for help"
+
+
+def test_the_usage_of_a_command_names_its_arguments(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["extract", "--help"])
+    assert raised.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: imagevec extract SRC DEST [options]\n")
+    assert "--recursive" in printed
 
 
 def test_the_module_runs():
