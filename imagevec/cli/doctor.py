@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from imagevec.engines import backend, devices
 from imagevec.errors import ImageVecError, pyspark_required
 from imagevec.options import ENGINES
 from imagevec.spark.conf import ARROW_BYTES, ARROW_RECORDS, recommended_conf
@@ -59,6 +58,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def examine(master: str | None) -> dict[str, Any]:
     """Returns facts by name, and ``advice``: sentences, or none if no change is recommended."""
     import torch
+
+    from imagevec.engines import devices
 
     facts: dict[str, Any] = {
         "python": platform.python_version(),
@@ -143,6 +144,8 @@ def _release(spark: Any) -> tuple[int, ...]:
 def _advice(facts: dict[str, Any]) -> list[str]:
     """Returns changes to recommend for Spark's settings."""
     task_cpus = max(1, int(float(facts["spark.task.cpus"])))
+    from imagevec.engines import devices
+
     gpus = int(_GPU_OF_TASK in facts)
     recommended = recommended_conf(executor_cores=task_cpus if gpus else 1, executor_gpus=gpus)
     advice = [
@@ -222,6 +225,8 @@ def _versions() -> dict[str, str]:
 
 def _precision() -> str:
     """Returns the precision to use on this CPU: see the table in docs/tuning.md."""
+    from imagevec.engines import backend, devices
+
     engine = next(name for name in ENGINES if backend(name).is_available())
     if backend(engine).has_bfloat16("cpu"):
         return "bfloat16"
