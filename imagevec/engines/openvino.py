@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # int8 models compute in float32 outside their quantized layers.
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
+_UNWRITTEN = 0x7FC0DEAD  # the bits of a NaN that no computation returns
+
 BUILDS_MODULE = False
 WORKER_MEMORY_MB = 768
 
@@ -151,9 +153,17 @@ class OpenVINOEngine:
 
     def __call__(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         with self._lock:
+            self._output()[:, 0] = _UNWRITTEN
             self._request.infer({0: inputs})
-            features: npt.NDArray[np.float32] = self._request.get_output_tensor(0).data
-            return features.copy()  # the request reuses the output's memory
+            features = self._output()
+            # Without memory, infer raises nothing and leaves the last output, or an empty one.
+            if len(features) != len(inputs) or (features[:, 0] == _UNWRITTEN).any():
+                raise MemoryError(f"too little for a forward pass of {len(inputs)} inputs")
+            return features.view(np.float32).copy()  # the request reuses the output's memory
+
+    def _output(self) -> npt.NDArray[np.uint32]:
+        output: npt.NDArray[np.float32] = self._request.get_output_tensor(0).data
+        return output.view(np.uint32)
 
 
 @contextmanager

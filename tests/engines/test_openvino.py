@@ -12,7 +12,7 @@ from imagevec.engines import openvino
 from imagevec.plan import make_plan
 from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import cosine, encode, photo
-from tests.helpers.pipeline import vector_of
+from tests.helpers.pipeline import run_python, vector_of
 
 pytest.importorskip("openvino")
 
@@ -73,3 +73,28 @@ def test_without_openvino_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
     assert not openvino.is_available()
     with pytest.raises(MissingExtraError, match=r"imagevec\[openvino\]"):
         ImageVectorizer(model=Tiny, weights="random", engine="openvino")
+
+
+def test_a_forward_pass_without_memory_is_an_error() -> None:
+    """OpenVINO itself raises nothing, and leaves the vectors of the batch before."""
+    printed = run_python("""
+import re, resource
+from pathlib import Path
+import numpy as np
+from tests.helpers.pipeline import engine_of
+
+engine = engine_of(model="squeezenet1_1", weights="random", engine="openvino")
+few, many = (np.full((n, 224, 224, 3), 9, np.uint8) for n in (2, 64))
+engine(few)
+used = re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
+resource.setrlimit(resource.RLIMIT_AS, (int(used) * 1024, resource.RLIM_INFINITY))
+for images in (many, few + 1):
+    try:
+        print(len(engine(images)))
+    except MemoryError as error:
+        print(error)
+""")
+    assert printed.splitlines() == [
+        "too little for a forward pass of 64 inputs",
+        "too little for a forward pass of 2 inputs",
+    ]
