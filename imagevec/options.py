@@ -52,8 +52,9 @@ class Options(TypedDict, total=False):
     normalize: bool
     """L2-normalise each vector. Default ``False``."""
     precision: Literal["float32", "bfloat16", "float16", "int8", "auto"]
-    """``"float16"`` requires CUDA; ``"int8"`` requires a saved model created by ``quantize``;
-    ``"auto"`` is bfloat16 if the driver's CPU or GPU supports it, else float32. Default
+    """The lowest precision to accept: a worker whose processor has no bfloat16 instructions uses
+    float32 instead of bfloat16. ``"float16"`` requires CUDA; ``"int8"`` requires a saved model
+    created by ``quantize``; ``"auto"`` is the precision of a saved model, else bfloat16. Default
     ``"float32"``."""
     engine: Literal["auto", "torch", "openvino"]
     """The library that runs the forward pass. Default ``"auto"``: PyTorch on CUDA; on the CPU,
@@ -279,7 +280,7 @@ OPTIONS = (
         "float32",
         "choice",
         _choice,
-        "arithmetic precision of the forward pass",
+        "lowest precision of the forward pass to accept",
         (*PRECISIONS, "auto"),
     ),
     Option("engine", "auto", "choice", _choice, "library of the forward pass", ("auto", *ENGINES)),

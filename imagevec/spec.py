@@ -135,7 +135,7 @@ class FeatureSpec:
         layer: ``"pooled"``, ``"logits"`` or a node name; a tuple for several layers.
         num_features: The length of a vector; a tuple in layer order for several layers.
         preprocessing: The preprocessing of images, or the tokenization of texts.
-        precision: The arithmetic precision of the forward pass.
+        precision: The lowest precision of the forward pass. Workers may compute in a higher one.
         normalize: Whether vectors are scaled to length 1.
     """
 

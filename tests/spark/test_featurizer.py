@@ -180,8 +180,8 @@ def test_params_are_explained() -> None:
     explained = ImageFeaturizer(layer="logits", model=tiny).explainParams().splitlines()
     assert len(explained) == len(VALUES)
     assert explained.count(
-        "precision: arithmetic precision of the forward pass: float32, bfloat16, float16, int8 or "
-        "auto (default: float32)"
+        "precision: lowest precision of the forward pass to accept: float32, bfloat16, float16, "
+        "int8 or auto (default: float32)"
     )
     (layer,) = (line for line in explained if line.startswith("layer: "))
     assert layer.endswith("(default: pooled, current: logits)")
