@@ -23,7 +23,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from benchmarks.images import CACHE, generated
-from benchmarks.machine import machine, versions
+from benchmarks.machine import machine, processor, versions
 from benchmarks.spark import session
 from imagevec import features_udf, recommended_conf
 
@@ -106,8 +106,8 @@ def markdown(result: dict[str, Any]) -> str:
     seconds, model = result["seconds"], result["model"]
     lines = [
         f"{result['rows']:,} JPEGs of 500x375 and 117 KB on disk to vectors on disk "
-        f"({model['model']}, {model['precision']}). {result['machine']['cpu']}, "
-        f"{result['machine']['cores']} cores, `local[2]`. Each time is that of a whole process.",
+        f"({model['model']}, {model['precision']}). "
+        f"{processor(result['machine'])}, `local[2]`. Each time is that of a whole process.",
         "",
     ]
     lines += ["| run | seconds | by round |", "|---|---:|---|"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
+from imagevec.engines import devices
 
 PACKAGES = (
     "imagevec",
@@ -26,19 +26,52 @@ PACKAGES = (
     "daft",
 )
 # Instructions that determine the cost of a forward pass in each precision.
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
+FLAGS = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+)
+# Kinds of processors, best first: the name in files, the instruction that decides, and the title.
+KINDS = (
+    ("amx", "amx_bf16", "AMX"),
+    ("avx512-bf16", "avx512_bf16", "AVX-512 with BF16"),
+    ("avx512-vnni", "avx512_vnni", "AVX-512 with VNNI, without BF16"),
+    ("avx512", "avx512f", "AVX-512 without VNNI and BF16"),
+    ("avx2-vnni", "avx_vnni", "AVX2 with VNNI"),
+    ("avx2", "avx2", "AVX2 without VNNI"),
+    ("arm-bf16", "bf16", "Arm with BF16"),
+    ("arm", "asimd", "Arm without BF16"),
+    ("other", "", "unknown instructions"),
+)
 
 
 def machine() -> dict[str, Any]:
-    info = _cpu_info()
-    flags = info.get("flags", info.get("Features", "")).split()
+    import psutil
+
     return {
-        "cpu": info.get("model name") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "flags": [flag for flag in FLAGS if flag in flags],
+        "cpu": _model_name() or platform.processor() or platform.machine(),
+        "cores": devices.cores(),
+        "flags": [flag for flag in FLAGS if flag in devices.instructions()],
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def kind_of(flags: Collection[str]) -> tuple[str, str]:
+    """Returns a processor's kind, for names of files, and its title."""
+    return next((name, title) for name, flag, title in KINDS if flag in (*flags, ""))
+
+
+def processor(about: Mapping[str, Any]) -> str:
+    """Describes the processor of a result in a phrase, from what ``machine`` returned."""
+    _, title = kind_of(about["flags"])
+    return f"{about['cpu']}, {about['cores']} cores ({title})"
 
 
 def versions() -> dict[str, str]:
@@ -52,9 +85,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _cpu_info() -> dict[str, str]:
+def _model_name() -> str:
     path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return {}
-    lines = (line.partition(":") for line in path.read_text().splitlines())
-    return {key.strip(): value.strip() for key, _, value in lines if key.strip()}
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+    return next(names, "").strip()

@@ -8,12 +8,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import kind_of, processor
 from benchmarks.results import BASELINE
 
+RESULTS = Path("benchmarks/results")
 README = Path("README.md")
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 README_STAGE = "resnet50, small"
+_CHART = "Images per second of ResNet-50 on the small images, in each approach"
+_CHART_OF_OTHERS = "Images per second on larger images and with other models"
 
 _COLOURS = {"float32": "#3b6fb6", "bfloat16": "#2a9d6f", "int8": "#d1862b"}
 _BASELINE_COLOUR = "#9a9a9a"
@@ -21,40 +25,85 @@ _BASELINE_COLOUR = "#9a9a9a"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("result", type=Path, nargs="?", default="benchmarks/results/bench.json")
+    parser.add_argument(
+        "result", type=Path, nargs="?", help="one JSON file (default: all results of make bench)"
+    )
     parser.add_argument("--readme", action="store_true", help="update the figures in the README")
     arguments = parser.parse_args()
-    write(arguments.result)
+    if arguments.result:
+        write(arguments.result)
+    else:
+        write_bench(RESULTS)
     if arguments.readme:
-        refresh_readme(json.loads(arguments.result.read_text()))
+        refresh_readme()
+
+
+def bench_file(folder: Path, machine: dict[str, Any]) -> Path:
+    """Returns the file for the results of ``make bench`` on this kind of processor."""
+    return folder / f"bench-{kind_of(machine['flags'])[0]}.json"
+
+
+def write_bench(folder: Path) -> None:
+    """Writes ``bench.md`` and the charts of the results of all kinds of processors in a folder."""
+    parts = []
+    for path in bench_files(folder):
+        result = json.loads(path.read_text())
+        parts.append(f"## Results: {processor(result['machine'])}")
+        parts += [*write_charts(path), markdown(result, "###")]
+    (folder / "bench.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def bench_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("bench-*.json"))
 
 
 def write(path: Path) -> None:
-    """Writes the tables and charts next to a result's ``.json``.
+    """Writes the tables of a result next to its ``.json``, and its charts."""
+    path.with_suffix(".md").write_text(markdown(json.loads(path.read_text())))
+    write_charts(path)
 
-    ``<name>.png`` shows the first stage, and ``<name>-all.png`` the others, if any.
+
+def write_charts(path: Path) -> list[str]:
+    """Draws the charts of a result's ``.json`` into the folder ``images`` next to it.
+
+    Returns:
+        Markdown: ``<name>.png`` shows the first stage, and ``<name>-all.png`` the others, if any.
     """
     result = json.loads(path.read_text())
-    path.with_suffix(".md").write_text(markdown(result))
+    images = path.parent / "images"
+    images.mkdir(exist_ok=True)
     first, *others = _stages(result)
-    chart(result, [first], path.with_suffix(".png"))
+    chart(result, [first], images / f"{path.stem}.png")
+    written = [f"![{_CHART}](images/{path.stem}.png)"]
     if others:
-        chart(result, others, path.with_name(f"{path.stem}-all.png"))
+        chart(result, others, images / f"{path.stem}-all.png")
+        written.append(f"![{_CHART_OF_OTHERS}](images/{path.stem}-all.png)")
+    return written
 
 
-def refresh_readme(result: dict[str, Any]) -> None:
-    """Writes the summary between the README's markers."""
+def refresh_readme() -> None:
+    """Writes the summaries between the README's markers."""
     text = README.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise SystemExit(f"{README} does not contain {BEGIN} ... {END}")
-    README.write_text(f"{before}{BEGIN}\n{summary(result)}\n{END}{after}")
+    README.write_text(f"{before}{BEGIN}\n{summaries(RESULTS)}\n{END}{after}")
+
+
+def summaries(folder: Path) -> str:
+    """The README's figures: a paragraph and a chart per kind of processor."""
+    parts = []
+    for path in bench_files(folder):
+        parts += [
+            summary(json.loads(path.read_text())),
+            f"![{_CHART}]({path.parent}/images/{path.stem}.png)",
+        ]
+    return "\n\n".join(parts)
 
 
 def summary(result: dict[str, Any]) -> str:
     """One line for the README: ResNet-50 on the small images, with all workers."""
-    machine = result["machine"]
     images = result["image_sets"][README_STAGE]
     rows = {row["approach"]: row for row in _compared_rows(result, README_STAGE)}
 
@@ -66,27 +115,33 @@ def summary(result: dict[str, Any]) -> str:
         ratio = statistics.median(rows[approach]["ratio_to_baseline"])
         return f"{rate(approach)} in {precision} ({ratio:.2f}x)"
 
-    of_ceiling = statistics.median(rows["features_udf, bfloat16"]["fraction_of_ceiling"])
+    # "float32" without instructions for bfloat16
+    computed = rows["features_udf, bfloat16"]["precision"]
+    faster = [ours("bfloat16")] if computed == "bfloat16" else []
+    of_ceiling = statistics.median(rows[f"features_udf, {computed}"]["fraction_of_ceiling"])
     return (
-        f"ResNet-50 on {images['median_size']} JPEGs ({machine['cpu']}, {machine['cores']} cores): "
+        f"ResNet-50 on {images['median_size']} JPEGs, {processor(result['machine'])}: "
         f"a {BASELINE} processes {rate(BASELINE)} images/s; `features_udf` processes "
-        f"{ours('float32')}, {ours('bfloat16')} and {ours('int8')}. In bfloat16, that is "
+        f"{', '.join([ours('float32'), *faster])} and {ours('int8')}. In {computed}, that is "
         f"{of_ceiling:.0%} of the speed of the forward pass without decoding and Spark. "
         f"Medians of {len(rows[BASELINE]['seconds'])} rounds, ratios within a round."
     )
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: dict[str, Any], heading: str = "##") -> str:
     """Returns all tables of a result."""
     parts = [_where(result)]
     for stage in _stages(result):
-        parts += [f"## {stage}", _stage_line(result, stage), _table(result, stage)]
+        parts += [f"{heading} {stage}", _stage_line(result, stage), _table(result, stage)]
     if result.get("notes"):
         parts.append("\n".join(f"- {note}" for note in result["notes"]))
     if result.get("memory"):
-        parts += ["## Memory", _memory_table(result["memory"])]
+        parts += [f"{heading} Memory", _memory_table(result["memory"])]
     if result.get("failures"):
-        parts += ["## Failures", "\n".join(f"- {failure}" for failure in result["failures"])]
+        parts += [
+            f"{heading} Failures",
+            "\n".join(f"- {failure}" for failure in result["failures"]),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

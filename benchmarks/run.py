@@ -27,6 +27,7 @@ from benchmarks.spark import (
     session,
     timed_seconds,
 )
+from imagevec.engines import backend
 
 RESULTS = Path("benchmarks/results")
 
@@ -74,8 +75,9 @@ def measure_columns(stages: list[Stage], arguments: argparse.Namespace) -> None:
     result["minutes"] = round((time.perf_counter() - start) / 60, 1)
     output = arguments.output or (CACHE / "quick" if arguments.quick else RESULTS)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
-    report.write(output / "bench.json")
+    path = report.bench_file(output, result["machine"])
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    report.write_bench(output)
     print(report.markdown(result))
     print(f"{result['minutes']} minutes. Results are in {output}")
     if result["failures"]:
@@ -136,6 +138,7 @@ def measure_stage(
         ceilings = [
             Ceiling(Engine(engine, precision, model_of(stage.model, precision)), workers)
             for engine, precision in stage.ceilings
+            if precision == _computed(precision)
         ]
         for name in stage.approaches:
             approach = find(name)
@@ -147,7 +150,8 @@ def measure_stage(
             for count in (workers, 1) if name in stage.one_worker else (workers,):
                 seconds_one_pass = one_pass_seconds * workers / count
                 passes = max(1, round(stage.seconds / seconds_one_pass))
-                row = Row(stage.name, name, approach.precision, count, passes * len(contents))
+                precision = _computed(approach.precision)
+                row = Row(stage.name, name, precision, count, passes * len(contents))
                 row.required_cosine = approach.lowest_cosine
                 row.compare(vectors, reference)
                 contestants.append((row, _spark_run(few, frames[count], features, passes)))
@@ -159,6 +163,12 @@ def measure_stage(
     for frame in (few, *frames.values()):
         frame.unpersist(blocking=True)
     return [row for row, _ in contestants]
+
+
+def _computed(precision: str) -> str:
+    """Returns the precision in which this machine computes what was asked for."""
+    emulated = precision == "bfloat16" and not backend("openvino").has_bfloat16("cpu")
+    return "float32" if emulated else precision
 
 
 def measure_memory(workers: int) -> list[dict[str, Any]]:

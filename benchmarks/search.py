@@ -32,7 +32,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from benchmarks.images import CACHE
-from benchmarks.machine import machine, versions
+from benchmarks.machine import machine, processor, versions
 from benchmarks.memory import PeakMemory
 from benchmarks.spark import session
 from imagevec import near_duplicates, nearest
@@ -460,8 +460,8 @@ def markdown(result: dict[str, Any]) -> str:
     figures, machine = result["figures"], result["machine"]
     tables = [TABLES[case](figures[case]) for case in CASES if case in figures]
     head = (
-        f"Vectors drawn around {_CENTRES:,} centres, 10 neighbours, {machine['cpu']}, "
-        f"{machine['cores']} cores, `local[2]`. Times with Spark are from a warm session, and "
+        f"Vectors drawn around {_CENTRES:,} centres, 10 neighbours, "
+        f"{processor(machine)}, `local[2]`. Times with Spark are from a warm session, and "
         "include everything from reading the Parquet files to the result."
     )
     return "\n\n".join([head, *tables])

@@ -22,7 +22,7 @@ import numpy as np
 from pyspark.sql import DataFrame, SparkSession
 
 from benchmarks.images import dealt
-from benchmarks.machine import machine, versions
+from benchmarks.machine import machine, processor, versions
 from benchmarks.results import BASELINE, Contestant, Row, derived, take_turns
 from benchmarks.spark import collect_vectors, session, timed_seconds
 from benchmarks.text_baselines import BATCH_SIZE, loop, rowwise_udf
@@ -144,7 +144,7 @@ def markdown(result: dict[str, Any]) -> str:
     """Returns a table for each kind of text."""
     about, rows = result["machine"], result["rows"]
     parts = [
-        f"Text tower of open_clip's {NAME}. {about['cpu']}, {about['cores']} cores, "
+        f"Text tower of open_clip's {NAME}. {processor(about)}, "
         f"`local[{WORKERS}]`. Medians of {ROUNDS} interleaved rounds after a warm-up."
     ]
     for stage in dict.fromkeys(row["stage"] for row in rows):
