@@ -252,7 +252,7 @@ def _prepared(
 def _prepared_files(name: str, model: FeatureModel) -> tuple[str, ...]:
     try:
         return tuple(path.name for path in backend(name).prepare(model))
-    except ImageVecError:
+    except (ImageVecError, MemoryError):
         raise
     except Exception as error:  # converters and torch.jit raise arbitrary exceptions
         raise _ConversionError(f"{name} cannot convert {model.source.name!r}: {error}") from error

@@ -8,6 +8,7 @@ import cloudpickle
 import pytest
 
 from imagevec import ImageVectorizer, OptionError, WeightsError, plan
+from imagevec.options import ENGINES
 from imagevec.plan import make_plan
 from tests.helpers.factories import Tiny, logging_tiny, tiny
 from tests.helpers.pipeline import saved
@@ -77,13 +78,19 @@ def test_the_weights_are_part_of_the_key(tmp_path):
     assert len(keys) == 2
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
+@pytest.mark.parametrize(
+    ("precision", "planned"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("auto", "bfloat16")],
+)
 @pytest.mark.parametrize("engine", ["torch", "auto"])
-def test_nothing_is_left_to_be_decided(engine, precision):
+def test_plan_leaves_nothing_open_and_does_not_ask_this_processor(
+    engine, precision, planned, monkeypatch
+):
+    for name in ENGINES:
+        monkeypatch.setattr(f"imagevec.engines.{name}.has_bfloat16", lambda device: 1 / 0)
     plan = make_plan(**{**MODEL, "engine": engine}, precision=precision)
     assert plan.backend in ("torch", "openvino")
-    assert plan.spec.precision in ("float32", "bfloat16")
-    assert precision in ("auto", plan.spec.precision)
+    assert plan.spec.precision == planned
     assert plan.spec.num_features == 512
 
 
@@ -120,6 +127,17 @@ def test_a_model_that_cannot_be_converted_runs_with_pytorch(monkeypatch, caplog,
     assert "no such operation" in caplog.text
     with pytest.raises(OptionError, match="openvino cannot convert.*no such operation"):
         make_plan(model=model, engine="openvino")
+
+
+def test_lack_of_memory_chooses_no_other_engine(monkeypatch):
+    pytest.importorskip("openvino")
+
+    def fail(model):
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr("imagevec.engines.openvino.convert", fail)
+    with pytest.raises(MemoryError):
+        make_plan(model=lambda: Tiny())
 
 
 def test_a_saved_model_in_the_home_folder(tmp_path, monkeypatch):
