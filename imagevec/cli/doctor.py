@@ -30,7 +30,8 @@ _INT8 = ("avx_vnni", "avx512_vnni", "amx_int8")
 _INSTRUCTIONS = ("avx2", "avx512f", *_INT8, "avx512_bf16", "amx_bf16", "asimd", "i8mm", "bf16")
 _PRECISIONS = {
     "bfloat16": "this CPU has instructions for it; int8 is faster and less exact",
-    "int8": "this CPU has instructions for it (VNNI) but not for bfloat16; float32 is exact",
+    "int8": "this CPU has instructions for it (VNNI) but not for bfloat16; imagevec.quantize "
+    "makes such a model, and float32 is exact",
     "float32": "this CPU has instructions for neither bfloat16 nor int8 (VNNI)",
 }
 _IMAGES = 16

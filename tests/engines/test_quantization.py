@@ -33,7 +33,9 @@ def test_a_saved_model_runs_by_its_path(saved_model: Path) -> None:
     vector = vector_of(IMAGES[0], engine="auto", model=str(saved_model))
     exact = vector_of(IMAGES[0], model=tiny, weights="random")
     assert 0.99 <= cosine(vector, exact) < 1
-    assert vector_of(IMAGES[0], engine="auto", model=str(saved_model), precision="int8") == vector
+    for precision in ("int8", "auto"):
+        options: dict[str, Any] = {"model": str(saved_model), "precision": precision}
+        assert vector_of(IMAGES[0], engine="auto", **options) == vector
 
 
 def test_what_a_saved_model_fixes_cannot_be_changed(saved_model: Path) -> None:
