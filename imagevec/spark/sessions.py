@@ -17,6 +17,22 @@ from imagevec.images.values import ACCEPTED, FILE_FIELDS, IMAGE_FIELDS
 
 _JAVA = ("java.", "javax.", "org.", "com.", "scala.", "py4j.")
 
+INSTALL_THERE = (
+    "install the driver's packages on every executor, or ship them with --archives: see "
+    "'Install on the executors' in docs/tuning.md"
+)
+MORE_MEMORY = (
+    "raise spark.executor.memoryOverhead (imagevec.recommended_conf has a value), or "
+    "spark.executor.pyspark.memory if it is set; or run fewer tasks at a time, or set a smaller "
+    "batch_size"
+)
+NAMELESS = (
+    "this process's user id has no name, which Hadoop needs: add it to /etc/passwd, as the entry "
+    "point of Spark's Docker image does, or run as a user with a name"
+)
+# What Spark says when a worker process or its executor ended without an exception of its own.
+_DIED = r"Python worker exited unexpectedly|ExecutorLostFailure .*?Reason: .*"
+
 
 def active_session() -> SparkSession:
     """Returns the session that this thread uses.
@@ -102,12 +118,45 @@ def cause_of(error: Exception) -> str:
     text = str(error)
     if isinstance(error, Py4JJavaError):
         text = f"{error.java_exception.toString()}\n{text}"
-    # A worker's traceback ends with its exception; a JVM stack trace ends with the root cause.
-    of_python = re.findall(r"^((?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)): (.*)$", text, re.M)
-    of_python = [(name, said) for name, said in of_python if not name.startswith(_JAVA)]
-    if of_python:
-        name, said = of_python[-1]
-        return said if name.startswith("imagevec.") else f"{name}: {said}"
+    return _failure_of_worker(text) or _python_cause(text) or _java_cause(text)
+
+
+def _failure_of_worker(text: str) -> str | None:
+    """Explains a worker that does not start, or dies: it raises no exception that says so."""
+    missing = re.search(r"No module named '([\w.]+)'", text)
+    if missing:
+        sentence = f"the workers' Python has no module {missing[1]!r}: {INSTALL_THERE}"
+        if "imagevec.spark.daemon" in text:
+            sentence += ". For --py-files, set spark.python.daemon.module=pyspark.daemon"
+        return sentence
+    unstarted = re.search(r"Error from python worker:\s*(.+)", text)
+    if unstarted:
+        return f"the Python workers do not start: {unstarted[1]}"
+    died = re.search(_DIED, text)
+    if died:
+        return (
+            f"a worker died ({died[0]}). Most likely it used too much memory: {MORE_MEMORY}. If "
+            "one image always kills it, set isolate=True"
+        )
+    if re.search(r"invalid null input: name|Invalid UID", text):
+        return NAMELESS
+    return None
+
+
+def _python_cause(text: str) -> str | None:
+    # A worker's traceback ends with its exception.
+    pattern = r"^((?:[a-z_]\w*\.)*_?[A-Z]\w*(?:Error|Exception))(?:: (.*))?$"
+    found = [match for match in re.findall(pattern, text, re.M) if not match[0].startswith(_JAVA)]
+    if not found:
+        return None
+    name, said = found[-1]
+    if "MemoryError" in name:
+        return f"a worker has too little memory ({said or name}): {MORE_MEMORY}"
+    return said if name.startswith("imagevec.") else f"{name}: {said}".removesuffix(": ")
+
+
+def _java_cause(text: str) -> str:
+    # A JVM stack trace ends with the root cause.
     first = text.strip().partition("\n")[0]
     of_java = re.findall(r"^Caused by: (.*)$", text, re.M)
     # Spark's own errors begin with their name, but the failure of a task is not a cause.

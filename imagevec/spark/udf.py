@@ -10,7 +10,9 @@ functions inside aggregates, and because Spark then moves other filters before t
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,6 +32,7 @@ from pyspark.sql.types import (
     StructType,
 )
 
+from imagevec.errors import ImageVecError, MissingExtraError
 from imagevec.plan import Plan, make_plan
 from imagevec.runtime import (
     device_here,
@@ -40,7 +43,13 @@ from imagevec.runtime import (
     schedule,
 )
 from imagevec.spark.metrics import Metrics
-from imagevec.spark.sessions import active_session, gpus_of_tasks, is_local
+from imagevec.spark.sessions import (
+    INSTALL_THERE,
+    MORE_MEMORY,
+    active_session,
+    gpus_of_tasks,
+    is_local,
+)
 from imagevec.spark.ship import ship, shipped
 from imagevec.spec import FeatureSpec, Tokenization
 from imagevec.stream import Counts, feature_stream, text_stream
@@ -53,6 +62,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _VECTOR = ArrayType(FloatType())
+# Of Python, the C library, PyTorch and OpenVINO.
+_LACK_OF_MEMORY = (
+    "can't start new thread|[Cc]annot allocate memory|can't allocate memory|failed to map segment"
+    "|bad.alloc"
+)
 
 
 def features_udf(
@@ -167,7 +181,35 @@ def _return_type(spec: FeatureSpec, output: str) -> DataType:
 def extract_in_worker(
     batches: Iterator[pd.Series], plan: Plan, metrics: Metrics | None = None
 ) -> Iterator[pd.Series | pd.DataFrame]:
-    """Computes one task's features, in a Python worker."""
+    """Computes one task's features, in a Python worker.
+
+    Raises:
+        ImageVecError: The worker lacks memory, processes or a package.
+    """
+    with _explained():
+        yield from _extract(batches, plan, metrics)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Names the worker's lacks, which each library reports in its own words."""
+    try:
+        yield
+    except MissingExtraError as error:
+        raise ImageVecError(f"on a worker, {error}. Or {INSTALL_THERE}") from error
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError) or re.search(_LACK_OF_MEMORY, text):
+            reason = text.partition("\n")[0] or type(error).__name__
+            raise ImageVecError(
+                f"a worker has too little memory ({reason}): {MORE_MEMORY}"
+            ) from error
+        raise
+
+
+def _extract(
+    batches: Iterator[pd.Series], plan: Plan, metrics: Metrics | None
+) -> Iterator[pd.Series | pd.DataFrame]:
     start = time.perf_counter()
     context = TaskContext.get()
     gpu = context.resources().get("gpu") if context else None
