@@ -10,16 +10,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 from py4j.protocol import Py4JError
-from pyspark import SparkConf, SparkContext
+from pyspark import SparkConf, SparkContext, java_gateway
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 from imagevec.errors import ImageVecError
-from imagevec.spark.conf import recommended_conf
-from imagevec.spark.sessions import cause_of, failures_in_words
+from imagevec.spark.conf import DAEMON, recommended_conf
+from imagevec.spark.sessions import NAMELESS, cause_of, failures_in_words
 
 _LOGGING = Path(__file__).with_name("log4j2.properties")
 # Spark adds the module, and no Java option silences the warning.
@@ -38,11 +39,18 @@ def spark_session(master: str | None, recommended: bool = True) -> Iterator[Spar
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     # For a JVM that this process starts. Spark's log would break the progress bar.
     os.environ.setdefault("SPARK_SUBMIT_OPTS", f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}")
+    started: list[Popen[bytes]] = []
     try:
-        _start_jvm()  # it has the settings of spark-submit
+        _start_jvm(started)  # it has the settings of spark-submit
         spark = _builder(master, recommended).getOrCreate()
     except Exception as error:  # no Java, or no such master: PySpark's own message is a page long
-        raise ImageVecError(f"Spark did not start: {cause_of(error)}") from error
+        raise ImageVecError(f"Spark did not start: {_why_not_started(error)}") from error
+    except KeyboardInterrupt:
+        for process in started:  # a JVM that could not report its port would run for ever
+            if process.pid:
+                process.kill()
+                process.wait()
+        raise
     try:
         with failures_in_words(), _interrupted_in_silence(spark):
             yield spark
@@ -53,18 +61,41 @@ def spark_session(master: str | None, recommended: bool = True) -> Iterator[Spar
             spark.stop()
 
 
-def _start_jvm() -> None:
+def _why_not_started(error: Exception) -> str:
+    if hasattr(os, "getuid"):
+        import pwd
+
+        try:
+            pwd.getpwuid(os.getuid())
+        except KeyError:
+            return NAMELESS
+    return cause_of(error)
+
+
+def _start_jvm(started: list[Popen[bytes]]) -> None:
     """Starts the JVM, and forwards its standard error to ``sys.stderr``.
 
     A progress bar there keeps other lines separate.
+
+    Args:
+        started: The JVM's process is added to it, before it is known whether the start succeeds.
     """
+
+    class Recorded(Popen[bytes]):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            started.append(self)  # first: an interrupt may come as soon as the process exists
+            super().__init__(*arguments, **named)
+
     if SparkContext._gateway is not None:
         return
     read_end, write_end = os.pipe()
     threading.Thread(target=_pass_on, args=(read_end,), daemon=True).start()
+    # launch_gateway does not return the process if it is interrupted.
+    setattr(java_gateway, "Popen", Recorded)  # noqa: B010
     try:
         gateway = launch_gateway(popen_kwargs={"stderr": write_end})  # type: ignore[no-untyped-call]
     finally:
+        setattr(java_gateway, "Popen", Popen)  # noqa: B010
         os.close(write_end)
     SparkContext._ensure_initialized(gateway=gateway)
 
@@ -111,6 +142,8 @@ def _builder(master: str | None, recommended: bool) -> Any:
         settings |= recommended_conf(image_bytes=_IMAGE_BYTES, executor_cores=1)
         # The user who submits the job chooses the size of executors.
         del settings["spark.executor.cores"], settings["spark.executor.memoryOverhead"]
+        if submitted.get("spark.submit.pyFiles"):  # the daemon starts before they are unpacked
+            settings.pop(DAEMON, None)
     for name, value in settings.items():
         if not submitted.contains(name):
             builder = builder.config(name, value)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from imagevec.errors import OptionError
 from imagevec.options import ENGINES, check_positive
 
 ARROW_RECORDS = "spark.sql.execution.arrow.maxRecordsPerBatch"
+DAEMON = "spark.python.daemon.module"
 ARROW_BYTES = "spark.sql.execution.arrow.maxBytesPerBatch"
 
 _ARROW_BATCH_BYTES = 16 << 20  # Spark holds a few Arrow batches per task, in the JVM and in Python
@@ -34,7 +37,8 @@ def recommended_conf(
         - ``spark.task.cpus`` and ``spark.executor.cores``: see above.
         - ``spark.python.worker.reuse``: without it, each task loads the model again.
         - ``spark.python.daemon.module``: each executor runs the imports once, and workers start
-          immediately.
+          immediately. Left out where this process imports imagevec from an archive, as with
+          ``--py-files``: workers unpack it later than the daemon starts.
         - ``spark.python.unix.domain.socket.enabled``: for Spark 4.1 and newer. A task ends 20 ms
           sooner than over TCP, which delays the acknowledgement of small packets.
         - ``spark.executor.memoryOverhead``: Python workers use memory outside the JVM's heap. Each
@@ -43,10 +47,13 @@ def recommended_conf(
         - ``spark.executor.resource.gpu.amount`` and ``spark.task.resource.gpu.amount``, with GPUs.
 
     Raises:
-        OptionError: A number is below 1, or the cores cannot be divided equally among the GPUs.
+        OptionError: A number is below 1, ``executor_gpus`` is below 0, or the cores cannot be
+            divided equally among the GPUs.
     """
     for name, value in (("image_bytes", image_bytes), ("executor_cores", executor_cores)):
         check_positive(name, value)
+    if executor_gpus < 0:
+        raise OptionError(f"executor_gpus={executor_gpus} is not valid: use 0 or a larger number")
     if executor_gpus and executor_cores % executor_gpus:
         raise OptionError(
             f"executor_cores={executor_cores} is not valid: "
@@ -61,7 +68,7 @@ def recommended_conf(
         "spark.task.cpus": str(task_cpus),
         "spark.executor.cores": str(executor_cores),
         "spark.python.worker.reuse": "true",
-        "spark.python.daemon.module": "imagevec.spark.daemon",
+        **({DAEMON: "imagevec.spark.daemon"} if Path(__file__).is_file() else {}),
         "spark.python.unix.domain.socket.enabled": "true",
         "spark.executor.memoryOverhead": f"{workers * _worker_memory_mb(executor_gpus)}m",
     }

@@ -1,15 +1,19 @@
-"""Workers, users and machines that lack what the driver has. Each script has a session of its own."""
+"""Workers, users and machines that lack what the driver has. Each script starts its session."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers.images import encode, photo
@@ -33,7 +37,8 @@ spark = builder.config("spark.ui.enabled", "false").getOrCreate()
 spark.sparkContext.setLogLevel("OFF")
 rows = [({encode(photo())!r},)] * 16
 df = spark.createDataFrame(rows, "content binary").coalesce(1)
-features = features_udf("content", model="resnet18", weights="random", **eval(os.environ["OPTIONS"]))
+options = eval(os.environ["OPTIONS"])
+features = features_udf("content", model="resnet18", weights="random", **options)
 try:
     with failures_in_words():
         print(len(df.select(features).collect()[0][0]))
@@ -102,3 +107,62 @@ def test_a_home_that_does_not_exist(tmp_path: Path) -> None:
     environment = {"HOME": "/dev/null/home", "XDG_CACHE_HOME": "", "TMPDIR": str(tmp_path)}
     assert run_job(tmp_path, DAEMON, **environment) == "512"
     assert (tmp_path / f"imagevec-{os.getuid()}" / "files").is_dir()
+
+
+@pytest.mark.skipif(not shutil.which("setpriv") or os.getuid() != 0, reason="needs root")
+def test_a_user_without_a_name_is_told_what_hadoop_needs(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    read = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    command = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups", *read]
+    command += [sys.executable, "-m", "imagevec", "extract", str(tmp_path), str(tmp_path / "d")]
+    message = last_line(command, tmp_path, HOME="/nonexistent", XDG_CACHE_HOME="")
+    assert "user id has no name" in message
+
+
+def test_extract_works_with_py_files(bare: Path, tmp_path: Path) -> None:
+    archive = shutil.make_archive(str(tmp_path / "imagevec"), "zip", ROOT, "imagevec")
+    (tmp_path / "a.png").write_bytes(encode(photo()))
+    command = [sys.executable, "-m", "imagevec", "extract", "a.png", "table", "--quiet"]
+    command += ["--model", "squeezenet1_1", "--weights", "random"]
+    arguments = f"--py-files {archive} pyspark-shell"
+    message = last_line(command, tmp_path, PYSPARK_PYTHON=str(bare), PYSPARK_SUBMIT_ARGS=arguments)
+    assert message.startswith("1 ")
+    assert list(tmp_path.glob("table/*.parquet"))
+
+
+def appears(jvm: psutil.Process) -> bool:
+    return True
+
+
+def runs_java(jvm: psutil.Process) -> bool:
+    return jvm.num_threads() > 15
+
+
+def listens(jvm: psutil.Process) -> bool:
+    return any(connection.status == "LISTEN" for connection in jvm.net_connections())
+
+
+@pytest.mark.parametrize("moment", [appears, runs_java, listens])
+def test_an_interrupt_while_spark_starts_leaves_no_jvm(
+    tmp_path: Path, moment: Callable[[psutil.Process], bool]
+) -> None:
+    code = "from imagevec.cli.session import spark_session\nwith spark_session(None): input()"
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        driver = psutil.Process(process.pid)
+        while not (jvms := driver.children()) or not moment(jvms[0]):
+            assert process.poll() is None and time.monotonic() < deadline
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) != 0
+        _, left = psutil.wait_procs(jvms, timeout=60)
+        assert left == []
+    finally:
+        process.kill()
+        process.communicate()
+        for jvm in jvms:
+            if jvm.is_running():
+                jvm.kill()

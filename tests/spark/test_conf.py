@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pandas as pd
@@ -8,7 +9,9 @@ import pytest
 from pyspark.sql.pandas.functions import pandas_udf
 
 from imagevec import OptionError, recommended_conf
-from imagevec.spark.conf import ARROW_BYTES
+from imagevec.spark.conf import ARROW_BYTES, DAEMON
+from tests.helpers.pipeline import run_python
+from tests.helpers.shared import ROOT
 
 
 def test_an_arrow_batch_is_bounded_in_bytes():
@@ -45,6 +48,17 @@ def test_workers_are_reused():
     assert recommended_conf()["spark.python.worker.reuse"] == "true"
 
 
+def test_there_is_no_daemon_in_an_archive(tmp_path):
+    """Workers unpack an archive of --py-files later than the daemon starts."""
+    assert recommended_conf()[DAEMON] == "imagevec.spark.daemon"
+    archive = shutil.make_archive(str(tmp_path / "archive"), "zip", ROOT, "imagevec")
+    printed = run_python(
+        "import imagevec; print(imagevec.__file__, imagevec.recommended_conf())", PYTHONPATH=archive
+    )
+    assert printed.startswith(archive)
+    assert DAEMON not in printed
+
+
 def test_a_gpu_serves_one_task():
     conf = recommended_conf(executor_cores=8, executor_gpus=2)
     assert conf["spark.executor.resource.gpu.amount"] == "2"
@@ -54,7 +68,13 @@ def test_a_gpu_serves_one_task():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"image_bytes": 0}, {"executor_cores": -1}, {"executor_cores": 3, "executor_gpus": 2}]
+    "wrong",
+    [
+        {"image_bytes": 0},
+        {"executor_cores": -1},
+        {"executor_gpus": -1},
+        {"executor_cores": 3, "executor_gpus": 2},
+    ],
 )
 def test_numbers_that_make_no_sense_are_refused(wrong):
     with pytest.raises(OptionError, match=next(iter(wrong))):
