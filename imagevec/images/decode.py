@@ -34,9 +34,10 @@ from imagevec.images.formats import unidentified
 # A task has one core. A worker that cannot start a thread could decode no AVIF otherwise.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
-# No decoder takes more memory: at most, WebP has two canvases of 4 bytes per pixel, and Pillow's
-# image and its conversion to RGB 3 or 4 each.
-_BYTES_PER_PIXEL = 16
+# What decoders that do not report a lack of memory as such take at most, in bytes per pixel: WebP
+# has two canvases of 4, progressive CMYK has coefficients of 8, and Pillow copies the result.
+_BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 16, "JPEG": 12, "MPO": 12}
+_BYTES_PER_PIXEL_OF_OTHERS = 4  # a buffer of libtiff
 
 _ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
 
@@ -84,7 +85,7 @@ def decode(
     try:
         return _decoded(data, image, min_side)
     except Exception as error:  # decoders raise more than OSError on malicious bytes
-        raise _bad_image(error, width * height) from error
+        raise _bad_image(error, width * height, image.format) from error
 
 
 def _opened(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
@@ -106,11 +107,11 @@ def _opened(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Image.Ima
         detail = f"{size[0] if size else error}, max_pixels={max_pixels}"
         raise ImageError("too_large", detail) from error
     except Exception as error:
-        raise _bad_image(error, math.prod(webp_size or ())) from error
+        raise _bad_image(error, math.prod(webp_size or (0,)), "WEBP") from error
     return image
 
 
-def _bad_image(error: Exception, num_pixels: int) -> ImageError:
+def _bad_image(error: Exception, num_pixels: int, format: str | None) -> ImageError:
     """Returns the error of an image that a decoder rejected, unless the worker is to blame.
 
     What an image needs is bounded by its size, which has been checked. So a ``MemoryError`` is the
@@ -121,9 +122,11 @@ def _bad_image(error: Exception, num_pixels: int) -> ImageError:
         MemoryError: The worker has too little memory for an image of this size.
         OSError: The operating system refused something, such as an open file.
     """
-    if isinstance(error, MemoryError) or not has_memory(num_pixels * _BYTES_PER_PIXEL):
+    needed = num_pixels * _BYTES_PER_PIXEL.get(str(format), _BYTES_PER_PIXEL_OF_OTHERS)
+    if isinstance(error, MemoryError) or not has_memory(needed):
+        size = f" of {num_pixels:,} pixels" if num_pixels else ""
         raise MemoryError(
-            f"the worker has too little memory for an image of {num_pixels:,} pixels: "
+            f"the worker has too little memory for an image{size}: "
             "increase its memory, or lower max_pixels"
         ) from error
     if _is_of_worker(error):

@@ -29,6 +29,7 @@ _MAX_RESIZED_RATIO = 32
 _U8X3 = 3
 _CONVOLUTION = 2
 _FILTERS = {"bilinear": 2, "bicubic": 3}  # cykooz_resizer.FilterType; 3 is catmull_rom
+_SMALL_BYTES = 1 << 20  # for the coefficients of the filter
 _SUPPORT = {"bilinear": 1, "bicubic": 2}  # radius of the filter in pixels, at scale 1
 
 
@@ -100,8 +101,8 @@ def _resized(
     interpolation: str,
 ) -> bytes:
     """Resizes a box (left, top, width, height) of an image to another (width, height)."""
-    # The library copies the image; where it gets no memory, it aborts the process.
-    if not has_memory(2 * len(image) + 6 * math.prod(new_size)):
+    # The library copies the image and has the result twice. Without memory, it aborts the process.
+    if not has_memory(len(image) + 6 * math.prod(new_size) + _SMALL_BYTES):
         raise MemoryError("the worker has too little memory to resize an image")
     rust: Any = rust_lib
     source = rust.Image(*size, _U8X3, image)
