@@ -86,7 +86,7 @@ def test_there_is_no_chunk_size(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["extract", "src", "dest", "--chunk-size", "4"])
     assert raised.value.code == 2
-    assert "unrecognized arguments: --chunk-size" in capsys.readouterr().err
+    assert "unknown option '--chunk-size'" in capsys.readouterr().err
 
 
 def test_names_are_separated_by_commas() -> None:
