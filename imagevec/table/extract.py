@@ -279,7 +279,7 @@ def _add_missing(
     Returns:
         The counts of ``ExtractReport``.
     """
-    source.prepare(f"{table.work}/listing")
+    source.prepare(f"{table.work}/listing/{lock.run}")
     survey, pending = _everything(source) if known is None else _pending(source, known, table, lock)
     if not survey.found:
         raise OptionError(f"no images found{_passed_over(source.skipped)}")
@@ -333,7 +333,7 @@ def _pending(source: Source, known: DataFrame, table: Dest, lock: Lock) -> tuple
     # are counted in the file, because AQE drops an observation together with an empty side.
     path = F.when(is_pending | (F.col("count") > 1), F.col("path")).otherwise("")
     columns = (is_pending.alias("is_pending"), (is_pending & is_known).alias("is_changed"))
-    folder = f"{table.work}/pending"
+    folder = f"{table.work}/pending/{lock.run}"
     keys = keys.select(path.alias("path"), "count", "partition", *columns)
     keys.write.mode("overwrite").parquet(folder)
     keys = spark.read.schema(_KEYS).parquet(escaped(folder))
