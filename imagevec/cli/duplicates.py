@@ -21,7 +21,7 @@ _LOOK_EVERY_SECONDS = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("features", help="table written by `imagevec extract`")
-    parser.add_argument("--out", required=True, help="output folder or URI, which must not exist")
+    parser.add_argument("--out", required=True, help="output folder or URI: empty, or not existing")
     parser.add_argument(
         "--min-cosine",
         type=float,

@@ -88,6 +88,8 @@ def _start_jvm(started: list[Popen[bytes]]) -> None:
 
     if SparkContext._gateway is not None:
         return
+    if os.environ.get("LC_ALL") in ("C", "POSIX"):  # there, Java cannot name a folder with an "é"
+        os.environ["LC_ALL"] = "C.UTF-8"
     read_end, write_end = os.pipe()
     threading.Thread(target=_pass_on, args=(read_end,), daemon=True).start()
     # launch_gateway does not return the process if it is interrupted.

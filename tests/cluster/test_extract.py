@@ -183,6 +183,34 @@ def test_what_spark_prints(tmp_path):
     assert "\tat " not in done.stderr and "Traceback" not in done.stderr
 
 
+SESSION = """
+import sys
+from pyspark.sql import SparkSession
+from imagevec import extract
+from imagevec.errors import OptionError
+
+spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
+try:
+    extract(sys.argv[1], "donn\\u00e9es", spark=spark, model="squeezenet1_1", weights="random")
+except OptionError as error:
+    print(error)
+"""
+
+
+def test_dest_that_is_not_ascii_in_the_posix_locale(photos, tmp_path):
+    """The command starts its JVM in another locale; a session that has started is refused."""
+    options = {"env": {**os.environ, "LC_ALL": "POSIX"}, "capture_output": True, "text": True}
+    command = [sys.executable, "-c", SESSION, str(photos)]
+    done = subprocess.run(command, cwd=tmp_path, **options)
+    assert "set the environment variable LC_ALL=C.UTF-8 before Spark starts" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    command = [sys.executable, "-m", "imagevec", "extract", str(photos), "données", *MODEL]
+    done = subprocess.run([*command, "--master", "local[1]"], cwd=tmp_path, **options)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "données"}
+    assert len(rows(tmp_path / "données")) == 8
+
+
 def test_a_table_of_images(capsys, tmp_path):
     images: list[Any]
     images = [(f"id{number}", encode(photo(seed=number)), number) for number in range(5)]
