@@ -44,8 +44,8 @@ def has_bfloat16(device: str) -> bool:
     import torch
 
     if device.startswith("cuda"):
-        with torch.cuda.device(device):
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        # As torch.cuda.is_bf16_supported does for the current device: since NVIDIA's Ampere.
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     # oneDNN alone also says yes if it emulates bfloat16, as on every CPU with AVX-512.
     return devices.has_bfloat16() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

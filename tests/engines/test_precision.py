@@ -72,6 +72,13 @@ def test_bfloat16_with_its_instructions_is_bfloat16(engine: str) -> None:
     assert float32 != bfloat16 == auto
 
 
+def test_each_gpu_is_asked_for_its_own_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {"cuda:0": (7, 5), "cuda:1": (9, 0)}  # a T4 and an H100
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    assert not backend("torch").has_bfloat16("cuda:0")
+    assert backend("torch").has_bfloat16("cuda:1")
+
+
 @pytest.mark.parametrize(
     ("instructions", "native"),
     [({"avx512f", "avx512_vnni"}, False), ({"avx2"}, False), ({"avx512_bf16"}, True)],
