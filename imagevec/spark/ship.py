@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from pyspark import SparkFiles
 from pyspark.sql import SparkSession
@@ -10,6 +13,9 @@ from pyspark.sql import SparkSession
 from imagevec import cache
 from imagevec.plan import Plan
 from imagevec.spark.sessions import is_connect
+
+_lock = threading.Lock()
+_shipped: WeakKeyDictionary[Any, set[Path]] = WeakKeyDictionary()  # by what keeps the files
 
 
 def ship(session: SparkSession, plan: Plan) -> None:
@@ -19,13 +25,27 @@ def ship(session: SparkSession, plan: Plan) -> None:
 
 
 def ship_file(session: SparkSession, path: Path) -> None:
-    """Makes a file available to every executor, under its name, which depends on its content."""
-    if is_connect(session):
-        session.addArtifacts(str(path), file=True)
-    else:
-        session.sparkContext.addFile(str(path))
+    """Makes a file available to every executor, under its name, which depends on its content.
+
+    It is sent once: Spark warns about files that are added again, and Connect sends their bytes.
+    """
+    keeper = session if is_connect(session) else session.sparkContext
+    with _lock:
+        sent = _shipped.setdefault(keeper, set())
+        if path in sent:
+            return
+        if is_connect(session):
+            session.addArtifacts(str(path), file=True)
+        else:
+            session.sparkContext.addFile(str(path))
+        sent.add(path)
 
 
 def shipped(name: str) -> Path:
     """Returns the path of a shipped file, on a worker."""
-    return Path(SparkFiles.get(name))
+    path = Path(SparkFiles.get(name))
+    if path.exists():
+        return path
+    # A stream under Connect runs in a clone of the session. Its files are in the clone's folder,
+    # but its workers get the folder above.
+    return next(path.parent.glob(f"*/{name}"), path)

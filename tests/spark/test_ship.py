@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+from pyspark import SparkContext
 from torch import nn
 
 from imagevec import ImageVectorizer, features_udf, make_features_udf
@@ -74,6 +76,23 @@ def test_a_file_is_shipped_once(spark, tmp_path):
     for _ in range(3):
         make_features_udf(model=tiny, weights=str(tmp_path / "weights.pth"), engine="torch")
     assert len(spark.sparkContext.listFiles) == before + 1
+
+
+def test_a_file_is_added_once(spark, tmp_path, monkeypatch):
+    """Spark warns about each file that is added again."""
+    added = []
+    add_file = SparkContext.addFile
+
+    def counted(context, path):
+        added.append(path)
+        add_file(context, path)
+
+    monkeypatch.setattr(SparkContext, "addFile", counted)
+    saved(tiny, tmp_path / "weights.pth", seed=8)
+    options = {"model": tiny, "weights": str(tmp_path / "weights.pth"), "engine": "torch"}
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: make_features_udf(**options), range(8)))
+    assert len(added) == 1
 
 
 def test_random_weights_need_no_file(spark):
