@@ -151,7 +151,7 @@ def extract(
     if spark is None:
         spark = src.sparkSession if isinstance(src, DataFrame) else active_session()
     check_has_jvm(spark)
-    timeout_seconds = checked({**DEFAULTS, **options})["read_timeout_seconds"]
+    limits = checked({**DEFAULTS, **options})
     kept = (keep,) if isinstance(keep, str) else tuple(keep)
     with failures_in_words():
         if not isinstance(src, DataFrame):
@@ -167,7 +167,8 @@ def extract(
             version,
             where,
             kept,
-            timeout_seconds,
+            limits["read_timeout_seconds"],
+            limits["max_bytes"],
         )
         table = Dest(spark, str(dest))
         table.check_is_table()
@@ -216,6 +217,7 @@ def _source(
     where: str | None,
     keep: tuple[str, ...],
     timeout_seconds: float,
+    max_bytes: int,
 ) -> Source:
     is_frame = isinstance(src, DataFrame)
     is_files = not is_frame and format is None and column is None
@@ -233,7 +235,12 @@ def _source(
     if format == "webdataset":
         _refuse(of_tables | {"column": column, "pattern": pattern}, "sources other than webdataset")
         return ShardSource(
-            spark, str(src), recursive=recursive, keep=keep, timeout_seconds=timeout_seconds
+            spark,
+            str(src),
+            recursive=recursive,
+            keep=keep,
+            timeout_seconds=timeout_seconds,
+            max_bytes=max_bytes,
         )
     _refuse(of_files, "files, not for tables")
     if column is None:

@@ -24,7 +24,13 @@ from pyspark.sql.types import BinaryType, StringType, StructField, StructType
 
 from imagevec.errors import OptionError
 from imagevec.spark.hadoop import upload
-from imagevec.spark.sessions import check_input_column, existing_column, find_column, quoted
+from imagevec.spark.sessions import (
+    binary_fields,
+    check_input_column,
+    existing_column,
+    find_column,
+    quoted,
+)
 from imagevec.storage.listing import check_exists, escaped, list_files
 from imagevec.table.webdataset import IMAGE_EXTENSIONS, read_shards, shards
 
@@ -265,6 +271,7 @@ class ShardSource:
         recursive: bool,
         keep: Sequence[str],
         timeout_seconds: float,
+        max_bytes: int,
     ) -> None:
         for name in keep:
             if name in IMAGE_EXTENSIONS:
@@ -275,7 +282,11 @@ class ShardSource:
         self._spark = spark
         self._shards = shards(src, recursive, timeout_seconds)
         self._read = functools.partial(
-            read_shards, spark, self._shards, timeout_seconds=timeout_seconds
+            read_shards,
+            spark,
+            self._shards,
+            timeout_seconds=timeout_seconds,
+            max_bytes=max_bytes,
         )
 
     def prepare(self, folder: str) -> None:
@@ -343,8 +354,7 @@ def _number_of_tasks(size: float, cores: int) -> int:
 
 def _length_of(image: Column, kind: object) -> Column:
     if isinstance(kind, StructType):
-        names = [name for name in ("bytes", "content", "data") if name in kind.names]
-        return F.octet_length(image[names[0]]).cast("long")
+        return F.octet_length(image[binary_fields(kind)[0]]).cast("long")
     if isinstance(kind, BinaryType):
         return F.octet_length(image).cast("long")
     return F.lit(None).cast("long")  # unknown for a path

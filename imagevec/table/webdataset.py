@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from imagevec.errors import ImageError, OptionError, ReadError
-from imagevec.options import DEFAULTS, MAX_BYTES
+from imagevec.options import DEFAULTS
 from imagevec.storage.listing import Listed, check_exists, list_files
 from imagevec.storage.location import Location
 from imagevec.storage.retry import retried
@@ -141,6 +141,7 @@ def read_shards(
     members: tuple[str, ...] = (),
     images: bool = True,
     timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
+    max_bytes: int = DEFAULTS["max_bytes"],
 ) -> DataFrame:
     """Returns the rows of some shards. If ``images`` is false, images are null and are not read."""
     paths = [shard.path for shard in found]
@@ -148,7 +149,7 @@ def read_shards(
     def rows(frames: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for frame in frames:
             for number in frame.column(0).to_pylist():
-                yield from batches(paths[number], members, images, timeout_seconds)
+                yield from batches(paths[number], members, images, timeout_seconds, max_bytes)
 
     # Each partition has one number, that of its shard.
     numbers = spark.range(0, len(paths), 1, len(paths))
@@ -160,8 +161,9 @@ def batches(
     members: tuple[str, ...] = (),
     images: bool = True,
     timeout_seconds: float = DEFAULTS["read_timeout_seconds"],
+    max_bytes: int = DEFAULTS["max_bytes"],
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of one shard, a few at a time.
+    """Yields the rows of one shard, a few at a time. Larger members than ``max_bytes`` are errors.
 
     Raises:
         ReadError: The shard cannot be opened, or the store fails while it is read.
@@ -172,7 +174,7 @@ def batches(
     )
     rows: list[dict[str, Any]] = []
     size = 0
-    for row in _rows(shard, members, images, timeout_seconds):
+    for row in _rows(shard, members, images, timeout_seconds, max_bytes):
         rows.append(row)
         size += sum(map(len, filter(None, row.values())))
         if len(rows) == _BATCH_ROWS or size >= _BATCH_BYTES:
@@ -183,14 +185,14 @@ def batches(
 
 
 def _rows(
-    shard: str, members: tuple[str, ...], images: bool, timeout_seconds: float
+    shard: str, members: tuple[str, ...], images: bool, timeout_seconds: float, max_bytes: int
 ) -> Iterator[dict[str, Any]]:
     count = 0
     try:
         location = Location.parse(shard)
         file = retried(location, lambda: store_of(location).open(location), timeout_seconds)
         with closing(file):
-            for row in _samples(_members_of(file, members, images), members):
+            for row in _samples(_members_of(file, members, images, max_bytes), members):
                 count += 1
                 row["__url__"] = shard
                 yield row if images and "error" not in row else {**row, "image": None}
@@ -224,7 +226,7 @@ def _samples(
 
 
 def _members_of(
-    file: Any, members: tuple[str, ...], images: bool
+    file: Any, members: tuple[str, ...], images: bool, max_bytes: int
 ) -> Iterator[tuple[str, str, _Content]]:
     """Yields each member's key, extension and content, which is ``None`` unless it is needed."""
     start = file.read(2)
@@ -244,7 +246,7 @@ def _members_of(
                     # on how it is read.
                     is_image = extension in IMAGE_EXTENSIONS
                     reads = extension in members or (is_image and (images or is_gzip))
-                    content = functools.partial(_content, stream, member, reads)
+                    content = functools.partial(_content, stream, member, reads, max_bytes)
                     yield match[1], extension, content if reads or is_image else lambda: None
                 # Else tarfile keeps all of them.
                 tar.members.clear()
@@ -258,14 +260,14 @@ def _members_of(
         raise tarfile.ReadError("the end-of-archive marker is missing")
 
 
-def _content(stream: _Stream, member: tarfile.TarInfo, reads: bool) -> bytes | None:
+def _content(stream: _Stream, member: tarfile.TarInfo, reads: bool, max_bytes: int) -> bytes | None:
     """Returns the content of the current member, or ``None`` unless it is read.
 
     Raises:
         ImageError: The member is too large, or sparse.
     """
-    if member.size > MAX_BYTES:
-        detail = f"{member.name} has {member.size} bytes, the maximum is {MAX_BYTES}"
+    if member.size > max_bytes:
+        detail = f"{member.name} has {member.size} bytes, max_bytes={max_bytes}"
         raise ImageError("too_large", detail)
     if member.issparse():  # a few bytes may become any number of zeros
         raise ImageError("unsupported_format", f"{member.name} is sparse")

@@ -52,8 +52,10 @@ def encoded(one: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rows(shard: Path, members: tuple[str, ...] = MEMBERS, images: bool = True) -> list[dict]:
-    found = (batch.to_pylist() for batch in batches(str(shard), members, images))
+def rows(
+    shard: Path, members: tuple[str, ...] = MEMBERS, images: bool = True, **options: int
+) -> list[dict]:
+    found = (batch.to_pylist() for batch in batches(str(shard), members, images, **options))
     return list(itertools.chain.from_iterable(found))
 
 
@@ -201,7 +203,7 @@ class Endless(io.RawIOBase):
 
 
 def test_a_shard_is_read_a_few_samples_at_a_time() -> None:
-    members = shards_module._members_of(Endless(), (), True)
+    members = shards_module._members_of(Endless(), (), True, 10_000)
     numbered = ((f"{n}", *member[1:]) for n, member in enumerate(members))
     samples = shards_module._samples(numbered, ())
     assert [next(samples)["__key__"] for _ in range(1000)] == [f"{n}" for n in range(1000)]
@@ -279,10 +281,7 @@ def test_sparse_members_are_error_rows(tmp_path: Path, make: Callable[[str, int]
     assert "b.png is sparse" in second["error"]
 
 
-def test_members_above_the_limit_are_error_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shards_module, "MAX_BYTES", 1000)
+def test_members_above_the_limit_are_error_rows(tmp_path: Path) -> None:
     members = [
         ("a.jpg", bytes(1000)),
         ("b.jpg", bytes(1001)),
@@ -292,11 +291,12 @@ def test_members_above_the_limit_are_error_rows(
     ]
     for name, mode in (("a.tar", "w"), ("a.tar.gz", "w:gz")):
         (tmp_path / name).write_bytes(tar_of(members, mode))
-        found = [(row["__key__"], row["error"], row["image"]) for row in rows(tmp_path / name)]
+        shard_rows = rows(tmp_path / name, max_bytes=1000)
+        found = [(row["__key__"], row["error"], row["image"]) for row in shard_rows]
         assert found == [
             ("a", None, bytes(1000)),
-            ("b", "too_large: b.jpg has 1001 bytes, the maximum is 1000", None),
-            ("c", "too_large: c.txt has 1001 bytes, the maximum is 1000", None),
+            ("b", "too_large: b.jpg has 1001 bytes, max_bytes=1000", None),
+            ("c", "too_large: c.txt has 1001 bytes, max_bytes=1000", None),
             ("d", None, None),
         ]
 
@@ -342,7 +342,7 @@ def test_a_header_without_an_end_is_damage() -> None:
     with pytest.raises(tarfile.ReadError, match="a header of more than"):
         list(
             shards_module._members_of(
-                Repeated(sparse("a.jpg", 1, True)[:512], endless_map), (), True
+                Repeated(sparse("a.jpg", 1, True)[:512], endless_map), (), True, 10_000
             )
         )
 
@@ -487,6 +487,9 @@ def test_a_member_that_is_not_read_is_an_error(spark: SparkSession, tmp_path: Pa
         assert report.found == 3 and report.features + sum(report.errors.values()) == new
     errors = table(tmp_path / "dest" / "_errors")
     assert errors["hole"]["error"].startswith("too_large: hole.jpg has ")
+    source = {"spark": spark, "format": "webdataset", "max_bytes": 10, **OPTIONS}
+    assert extract(folder, tmp_path / "limited", **source).errors["too_large"] == 2
+    assert "max_bytes=10" in table(tmp_path / "limited" / "_errors")["sample000"]["error"]
 
 
 def test_keys_that_are_there_twice(spark: SparkSession, tmp_path: Path) -> None:
