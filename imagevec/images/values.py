@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from imagevec.errors import ImageError, OptionError
 
 IMAGE_FIELDS = ("height", "width", "nChannels", "mode", "data")
-FILE_FIELDS = ("bytes", "content")  # one of them marks a struct that contains a file
+FILE_FIELDS = ("bytes", "content", "data")  # a binary one marks a struct that contains a file
 
 ACCEPTED = (
     "use a column of type binary (an image file's bytes) or string (a path or URI), "
-    "Spark's image struct, a row struct of the binaryFile source, or a struct of bytes and path"
+    "Spark's image struct, or a struct with a binary field bytes, content or data, such as a row "
+    "of the binaryFile source"
 )
+EXPLODE = "use pyspark.sql.functions.explode first, which makes a row of each image"
 
 
 class ImageStruct(NamedTuple):
@@ -49,19 +52,29 @@ def values_of(batch: pd.Series | pd.DataFrame) -> Iterator[Value]:
     """
     if isinstance(batch, pd.Series):
         for data in batch:
+            if isinstance(data, list | np.ndarray):
+                raise OptionError(f"the input is an array: {EXPLODE}")
             yield Value(data, data if isinstance(data, str) else None)
     elif set(IMAGE_FIELDS) <= set(batch.columns):
         structs = zip(*(batch[field] for field in IMAGE_FIELDS), strict=True)
         for struct, path in zip(structs, _paths(batch, "origin"), strict=True):
             yield Value(None if struct[-1] is None else ImageStruct(*struct), path)
-    elif "bytes" in batch.columns:  # as in Hugging Face's Parquet files
-        for data, path in zip(batch["bytes"], _paths(batch, "path"), strict=True):
-            yield Value(path if data is None else data, path)
-    elif "content" in batch.columns:
-        for data, path in zip(batch["content"], _paths(batch, "path"), strict=True):
-            yield Value(data, path)
+    elif columns := [batch[name] for name in FILE_FIELDS if _is_binary(batch, name)]:
+        has_path = "bytes" in batch.columns  # as in Hugging Face's Parquet files
+        for *files, path in zip(*columns, _paths(batch, "path"), strict=True):
+            data = next((file for file in files if isinstance(file, bytes)), None)
+            yield Value(path if data is None and has_path else data, path)
     else:
         raise OptionError(f"the input is a struct of {', '.join(batch.columns)}: {ACCEPTED}")
+
+
+def _is_binary(batch: pd.DataFrame, name: str) -> bool:
+    """Returns whether a field may be binary: whether all its values are bytes or null."""
+    return name in batch.columns and all(map(_is_bytes_or_null, batch[name]))
+
+
+def _is_bytes_or_null(value: object) -> bool:
+    return value is None or isinstance(value, bytes)
 
 
 def _paths(batch: pd.DataFrame, column: str) -> pd.Series:

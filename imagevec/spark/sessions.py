@@ -10,10 +10,10 @@ from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkContext
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
-from pyspark.sql.types import BinaryType, StringType, StructType
+from pyspark.sql.types import ArrayType, BinaryType, StringType, StructType
 
 from imagevec.errors import ImageVecError, OptionError, did_you_mean
-from imagevec.images.values import ACCEPTED, FILE_FIELDS, IMAGE_FIELDS
+from imagevec.images.values import ACCEPTED, EXPLODE, FILE_FIELDS, IMAGE_FIELDS
 
 _JAVA = ("java.", "javax.", "org.", "com.", "scala.", "py4j.")
 
@@ -87,6 +87,12 @@ def quoted(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
 
 
+def binary_fields(kind: StructType) -> list[str]:
+    """Returns the fields of a struct that can contain a file, in the order of preference."""
+    fields = {field.name: field.dataType for field in kind}
+    return [name for name in FILE_FIELDS if isinstance(fields.get(name), BinaryType)]
+
+
 def check_input_column(schema: StructType, name: str) -> str:
     """Returns the name of the column as in the schema.
 
@@ -95,9 +101,10 @@ def check_input_column(schema: StructType, name: str) -> str:
     """
     found = existing_column(schema.names, name)
     kind = schema[found].dataType
-    fields = {field.name: field.dataType for field in kind} if isinstance(kind, StructType) else {}
-    is_struct = fields.keys() >= set(IMAGE_FIELDS) or any(
-        isinstance(fields.get(name), BinaryType) for name in FILE_FIELDS
+    if isinstance(kind, ArrayType):
+        raise OptionError(f"column {found!r} is of type {kind.simpleString()}: {EXPLODE}")
+    is_struct = isinstance(kind, StructType) and (
+        set(kind.names) >= set(IMAGE_FIELDS) or bool(binary_fields(kind))
     )
     if not (isinstance(kind, BinaryType | StringType) or is_struct):
         raise OptionError(f"column {found!r} is of type {kind.simpleString()}: {ACCEPTED}")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -53,8 +54,21 @@ def test_the_values_of_the_rows_of_binary_file_have_their_path():
 
 
 def test_another_struct_is_refused_with_what_is_accepted():
-    with pytest.raises(OptionError, match=r"height, data.*binaryFile"):
-        list(values_of(pd.DataFrame({"height": [1], "data": [b""]})))
+    with pytest.raises(OptionError, match=r"height, path.*binaryFile"):
+        list(values_of(pd.DataFrame({"height": [1], "path": [""]})))
+
+
+def test_the_first_binary_field_of_a_struct_is_the_file():
+    for other in (1, None, "text"):
+        frame = pd.DataFrame({"bytes": [other, other], "content": [PNG, None], "data": [PNG, PNG]})
+        assert [value.data for value in values_of(frame)] == [PNG, PNG]
+    assert list(values_of(pd.DataFrame({"data": [PNG, None]}))) == [Value(PNG), Value(None)]
+
+
+@pytest.mark.parametrize("array", [[PNG], np.array([PNG], dtype=object), []])
+def test_an_array_says_explode(array):
+    with pytest.raises(OptionError, match="explode"):
+        list(values_of(series([None, array])))
 
 
 def test_a_struct_of_bytes_and_path_is_a_file_or_where_it_is():

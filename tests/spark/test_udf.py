@@ -221,6 +221,17 @@ def test_another_column_type_fails_with_what_is_accepted(frame):
         frame(IMAGES).select(features_udf("id", **TINY)).collect()
 
 
+def test_an_array_fails_with_explode(frame):
+    with pytest.raises(Exception, match="the input is an array: use .*explode"):
+        frame(IMAGES[:1]).select(features_udf(F.array("content"), **TINY)).collect()
+
+
+def test_the_binary_field_of_a_struct_is_the_image(frame, expected):
+    df = frame(IMAGES[:2]).select("id", F.struct(F.col("id").alias("bytes"), "content").alias("s"))
+    df = ImageVectorizer(**TINY).process_images(df, "s")
+    assert_vectors(vectors(df), [expected[image] for image in IMAGES[:2]])
+
+
 def test_it_can_be_registered_for_sql(spark, frame, expected):
     spark.udf.register("image_features", make_features_udf(**TINY))
     frame(IMAGES).createOrReplaceTempView("photos")
@@ -423,12 +434,21 @@ def test_a_device_that_is_not_there_is_refused_before_a_job_starts(frame, jobs_s
     [
         ("contnt", "'content'"),
         ("id", "of type int: use a column of type binary"),
-        ("ids", "of type array<int>: use a column of type binary"),
+        ("ids", "of type array<int>: use pyspark.sql.functions.explode"),
+        ("images", "of type array<binary>: use pyspark.sql.functions.explode"),
         ("row", "of type struct<id:int>: use a column of type binary"),
+        ("number", "of type struct<bytes:int>: use a column of type binary"),
     ],
 )
 def test_a_wrong_column_is_refused_before_a_job_starts(frame, jobs_started, column, fix):
-    df = frame(IMAGES[:1]).withColumns({"ids": F.array("id"), "row": F.struct("id")})
+    df = frame(IMAGES[:1]).withColumns(
+        {
+            "ids": F.array("id"),
+            "images": F.array("content"),
+            "row": F.struct("id"),
+            "number": F.struct(F.col("id").alias("bytes")),
+        }
+    )
     with pytest.raises(OptionError) as refused:
         ImageVectorizer(**TINY).process_images(df, column)
     assert repr(column) in str(refused.value)
