@@ -96,12 +96,13 @@ class Folder:
         conf.set("fs.file.impl.disable.cache", "true")
         self._raw = self._path(self.path).getFileSystem(conf)
 
-    def names(self, folder: str = "") -> list[str]:
+    def names(self, folder: str = "", only_files: bool = False) -> list[str]:
         """Returns the names in the folder, or in a subfolder; empty if it does not exist."""
         path = self._path(f"{self.path}/{folder}")
         if not self._fs.exists(path):
             return []
-        return [status.getPath().getName() for status in self._fs.listStatus(path)]
+        found = self._fs.listStatus(path)
+        return [one.getPath().getName() for one in found if one.isFile() or not only_files]
 
     def delete(self, path: str) -> None:
         """Deletes a file, or a folder and its contents, if it exists."""

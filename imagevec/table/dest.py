@@ -38,7 +38,7 @@ WORK = "_imagevec"
 KIND = "imagevec_kind"
 _LOCK = "lock.json"
 _PLACES = {"features": "", "errors": f"{ERRORS}/"}
-# The files of the table, of which Spark ignores those that start with a dot or an underscore.
+# The files of the table: Spark does not read those that start with a dot or an underscore.
 _FILE = re.compile(rf"({ERRORS}/)?[^/._][^/]*\.parquet", re.DOTALL)
 _ROW_GROUP_BYTES = 64 << 20
 
@@ -234,7 +234,8 @@ class Dest:
         return reader.parquet(f"{escaped(self.path)}/{place}")
 
     def _parquet_files(self, folder: str) -> list[str]:
-        return [name for name in self._folder.names(folder) if name.endswith(".parquet")]
+        names = self._folder.names(folder, only_files=True)
+        return [name for name in names if _FILE.fullmatch(name)]
 
 
 def check_outside(dest: str, src: str) -> None:

@@ -180,7 +180,6 @@ def extract(
             cache.store(file)  # `imagevec similar` finds it by its digest
         lock = table.lock(uuid.uuid4().hex)
         with lock.held():
-            lock.check()
             table.recover(lock.previous_run)
             if overwrite:
                 table.check_is_features()
@@ -252,15 +251,20 @@ def _source(
     elif format == "table":
         df = spark.read.table(str(src))
     else:
-        df = _loaded(spark, format or "parquet", hadoop_path(spark, str(src)))
+        df = _loaded(spark, format or "parquet", str(src))
     if where is not None:
         df = df.where(where)
     return TableSource(df, column=column, key=key, version=version, keep=keep)
 
 
+# Of other formats, the source may be a name that is not a path.
+_FILE_FORMATS = ("parquet", "orc", "avro", "json", "csv", "text", "binaryfile", "image", "delta")
+
+
 def _loaded(spark: SparkSession, format: str, src: str) -> DataFrame:
+    path = hadoop_path(spark, src) if format.lower() in _FILE_FORMATS else src
     try:
-        return spark.read.format(format).load(src)
+        return spark.read.format(format).load(path)
     except AnalysisException as error:
         if "[PATH_NOT_FOUND]" in str(error):
             raise OptionError(f"{src} does not exist") from error

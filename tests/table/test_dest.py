@@ -287,12 +287,15 @@ def test_what_lies_beside_a_table_is_spared(spark: SparkSession, tmp_path: Path)
     df = vectorizer.process_images(df, "image", "features")
     df.select("path", "features").write.parquet(str(tmp_path / "dest"))
     table = Dest(spark, str(tmp_path / "dest"))
-    (tmp_path / "dest" / "mine.txt").touch()
+    mine = {"mine.txt", "_mine.parquet", "mine.parquet/mine.parquet"}
+    for name in mine:
+        (tmp_path / "dest" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "dest" / name).touch()
     (tmp_path / "dest" / "_errors").mkdir()
     table.check_is_features()
     table.replace(table.files(), RUN)
     table.remove_work()
-    assert files(table) == {"mine.txt", "_SUCCESS"}
+    assert files(table) == {*mine, "_SUCCESS"}
     assert not (tmp_path / "dest" / "_errors").exists()
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.dataset as ds
@@ -19,6 +20,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from imagevec import ExtractReport, FingerprintError, ImageVecError, OptionError, extract
+from imagevec.table.extract import _loaded
 from imagevec.table.lock import _place
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
@@ -482,6 +484,14 @@ def test_relative_paths_start_from_the_folder_of_this_process(
     table.write.parquet(str(photos.parent / "table"))
     assert extract("table", "b", column="jpeg", key="id", **options).features == 2
     assert len(rows(photos.parent / "b")) == 2
+
+
+def test_name_that_is_no_path_is_given_to_its_format_unchanged() -> None:
+    given: list[str] = []
+    load = SimpleNamespace(load=given.append)
+    session: Any = SimpleNamespace(read=SimpleNamespace(format=lambda _: load))
+    _loaded(session, "huggingface", "user/photos")
+    assert given == ["user/photos"]
 
 
 def test_what_is_no_table_of_features_is_spared(
