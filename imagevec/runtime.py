@@ -92,8 +92,9 @@ def _has_bfloat16(backend_name: str, device: str) -> bool:
     native = backend(backend_name).has_bfloat16(device)
     if not native:  # once in a process
         logger.warning(
-            "this machine's %s has no bfloat16 instructions, so bfloat16 would be slower than "
-            "float32: computing in float32",
+            "%s finds no bfloat16 instructions to use on this machine's %s: computing in float32, "
+            "which is faster than emulating bfloat16",
+            backend_name,
             "CPU" if device == "cpu" else device,
         )
     return native
