@@ -124,15 +124,36 @@ def device_here(device: str, gpu_addresses: Sequence[str] = ()) -> str:
         return device
     import torch
 
-    if device == "cuda":
-        device = f"cuda:{gpu_addresses[0] if gpu_addresses else 0}"
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda":
+        device = f"cuda:{_gpu_index(gpu_addresses[0], found) if gpu_addresses else 0}"
     if int(device.partition(":")[2]) >= found:
         raise OptionError(
             f"device={device!r} is not available: PyTorch finds {found} CUDA devices on this "
             "machine; use 'cpu' or 'auto'"
         )
     return device
+
+
+def _gpu_index(address: str, found: int) -> int:
+    """Returns PyTorch's index of a GPU: of a number as it is, of a UUID among the visible GPUs.
+
+    Raises:
+        OptionError: No visible GPU has this UUID.
+    """
+    import torch
+
+    if address.isdigit():
+        return int(address)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    uuids = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(found)]
+    for known in (visible[:found], uuids):
+        if address in known:
+            return known.index(address)
+    raise OptionError(
+        f"Spark assigned the GPU {address!r}, but PyTorch finds {', '.join(uuids) or 'none'}: a "
+        "part of a GPU (MIG) is only found if CUDA_VISIBLE_DEVICES of the executor names it"
+    )
 
 
 def threads_here() -> int:

@@ -5,6 +5,7 @@ import functools
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,6 +194,24 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_gpus")
 def test_a_device_is_the_one_that_is_asked_for_or_assigned(device, addresses, expected):
     assert device_here(device, addresses) == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "address", "expected"),
+    [
+        ("", "GPU-b1", "cuda:1"),
+        ("GPU-b1,GPU-a0", "GPU-b1", "cuda:0"),
+        ("MIG-7", "MIG-7", "cuda:0"),
+    ],
+)
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_may_be_assigned_by_its_uuid(monkeypatch, visible, address, expected):
+    properties = [SimpleNamespace(uuid="a0"), SimpleNamespace(uuid="b1")]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device_here("cuda", (address,)) == expected
+    with pytest.raises(OptionError, match="'MIG-8'.*GPU-a0, GPU-b1.*CUDA_VISIBLE_DEVICES"):
+        device_here("cuda", ("MIG-8",))
 
 
 @pytest.mark.usefixtures("two_gpus")
