@@ -15,7 +15,7 @@ from imagevec.plan import Plan
 from imagevec.spark.sessions import is_connect
 
 _lock = threading.Lock()
-_shipped: WeakKeyDictionary[Any, set[Path]] = WeakKeyDictionary()  # by what keeps the files
+_shipped: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()  # names, by what keeps them
 
 
 def ship(session: SparkSession, plan: Plan) -> None:
@@ -32,13 +32,13 @@ def ship_file(session: SparkSession, path: Path) -> None:
     keeper = session if is_connect(session) else session.sparkContext
     with _lock:
         sent = _shipped.setdefault(keeper, set())
-        if path in sent:
+        if path.name in sent:
             return
         if is_connect(session):
             session.addArtifacts(str(path), file=True)
         else:
             session.sparkContext.addFile(str(path))
-        sent.add(path)
+        sent.add(path.name)
 
 
 def shipped(name: str) -> Path:
