@@ -239,7 +239,8 @@ def test_integers_of_numpy_become_integers():
     values = checked({"batch_size": np.int64(4), "max_pixels": np.uint32(9)})
     assert values == {"batch_size": 4, "max_pixels": 9}
     assert {type(value) for value in values.values()} == {int}
-    assert type(Preprocessing(crop_size=np.int16(8), resize_size=np.int64(9)).crop_size) is int
+    sizes: Any = {"crop_size": np.int16(8), "resize_size": np.int64(9)}
+    assert type(Preprocessing(**sizes).crop_size) is int
     for value in (True, np.bool_(True), np.float32(4), np.int64(0), "4"):
         with pytest.raises(OptionError, match="use an integer of at least 1"):
             checked({"max_pixels": value})

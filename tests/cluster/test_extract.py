@@ -199,7 +199,8 @@ except OptionError as error:
 
 def test_dest_that_is_not_ascii_in_the_posix_locale(photos, tmp_path):
     """The command starts its JVM in another locale; a session that has started is refused."""
-    options = {"env": {**os.environ, "LC_ALL": "POSIX"}, "capture_output": True, "text": True}
+    environment = {**os.environ, "LC_ALL": "POSIX"}
+    options: Any = {"env": environment, "capture_output": True, "text": True}
     command = [sys.executable, "-c", SESSION, str(photos)]
     done = subprocess.run(command, cwd=tmp_path, **options)
     assert "set the environment variable LC_ALL=C.UTF-8 before Spark starts" in done.stdout

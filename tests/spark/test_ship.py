@@ -89,7 +89,7 @@ def test_a_file_is_added_once(spark, tmp_path, monkeypatch):
 
     monkeypatch.setattr(SparkContext, "addFile", counted)
     saved(tiny, tmp_path / "weights.pth", seed=8)
-    options = {"model": tiny, "weights": str(tmp_path / "weights.pth"), "engine": "torch"}
+    options: Any = {"model": tiny, "weights": str(tmp_path / "weights.pth"), "engine": "torch"}
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: make_features_udf(**options), range(8)))
     assert len(added) == 1

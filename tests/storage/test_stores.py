@@ -17,7 +17,7 @@ from pyarrow import fs
 
 from imagevec.storage import hdfs, other, stores
 from imagevec.storage.location import Location, UnsupportedURIError
-from imagevec.storage.stores import SettingsError, store_of
+from imagevec.storage.stores import Entry, SettingsError, store_of
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,7 @@ def test_hdfs_lists_what_it_reads(tmp_path: Path, name: str) -> None:
     assert (place.host, entries[name].length) == ("user@host:1", 1)
     assert files.entry(place) == entries[name]
     with files.stream(place) as stream:
-        assert stream == (stream.read, 1) and stream.read(9) == b"1"
+        assert (stream.length, stream.read(9)) == (1, b"1")
     for missing in (files.entry, files.open):
         with pytest.raises(FileNotFoundError):
             missing(folder.sibling(f"{tmp_path}/none"))
@@ -196,7 +196,8 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> type[Forgetful]:
 def test_entry_of_fsspec_keeps_the_host(forgetful: type[Forgetful]) -> None:
     folder = Location.parse("forgetful://user@host/photos/")
     (file,) = store_of(folder).entries(folder)
-    assert file == ("forgetful://user@host/photos/a.png", "a.png", "file", 1, 1_500_000)
+    path = "forgetful://user@host/photos/a.png"
+    assert file == Entry(path, "a.png", "file", 1, 1_500_000)
     assert store_of(folder).entry(Location.parse(file.path)) == file
 
 

@@ -67,7 +67,7 @@ def table(spark: SparkSession, tmp_path: Path) -> Dest:
 
 def put(table: Dest, run: str, features: dict[str, str], errors: dict[str, str]) -> None:
     """Paths and their versions, as a job commits them."""
-    rows = [(*row, None, "features") for row in features.items()]
+    rows: list[Any] = [(*row, None, "features") for row in features.items()]
     rows += [(*row, "empty: 0 bytes", "errors") for row in errors.items()]
     schema = f"path string, version string, error string, {KIND} string"
     table.write(table._spark.createDataFrame(rows, schema).coalesce(1), run)

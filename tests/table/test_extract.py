@@ -545,7 +545,7 @@ def test_a_lock_of_another_machine(run: Extract, photos: Path, dest: Path) -> No
     lock = dest / "_imagevec" / "lock.json"
     process = subprocess.Popen(["true"])
     process.wait()
-    owner = {"run": "0a", "processes": [(process.pid, "1")] * 2, "user": "somebody"}
+    owner: dict[str, Any] = {"run": "0a", "processes": [(process.pid, "1")] * 2, "user": "somebody"}
     owner |= {"host": socket.gethostname(), "beat": time.time()}
     lock.write_text(json.dumps({**owner, "place": "another container"}))
     with pytest.raises(ImageVecError, match=f"is locked by process {process.pid} of somebody on "):
