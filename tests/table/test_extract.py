@@ -439,6 +439,22 @@ def test_interrupt_while_changed_rows_are_replaced_loses_no_row(
     assert not (dest / "_imagevec").exists()
 
 
+def test_interrupt_while_a_table_is_replaced_completes_the_replacement(
+    run: Extract, photos: Path, dest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(photos)
+
+    def interrupt() -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    stop_at("first deletion", interrupt, monkeypatch.setattr)
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, overwrite=True, normalize=True)
+    assert len(rows(dest)) == 4
+    assert run(photos, normalize=True).done_before == 4
+
+
 def test_source_that_is_empty_now(
     run: Extract, photos: Path, dest: Path, spark: SparkSession
 ) -> None:
