@@ -52,9 +52,12 @@ def test_there_is_no_daemon_in_an_archive(tmp_path):
     """Workers unpack an archive of --py-files later than the daemon starts."""
     assert recommended_conf()[DAEMON] == "imagevec.spark.daemon"
     archive = shutil.make_archive(str(tmp_path / "archive"), "zip", ROOT, "imagevec")
-    printed = run_python(
-        "import imagevec; print(imagevec.__file__, imagevec.recommended_conf())", PYTHONPATH=archive
-    )
+    printed = run_python(f"""
+import sys
+sys.path.insert(0, {archive!r})
+import imagevec
+print(imagevec.__file__, imagevec.recommended_conf())
+""")
     assert printed.startswith(archive)
     assert DAEMON not in printed
 
