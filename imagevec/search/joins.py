@@ -42,6 +42,7 @@ from imagevec.search.vectors import (
 )
 from imagevec.search.workspace import workspace
 from imagevec.spark.sessions import existing_column, is_connect
+from imagevec.spec import METADATA_KEY
 from imagevec.table.provenance import Provenance, check_same
 
 _ROWS = 8192  # per block of streamed vectors
@@ -217,10 +218,8 @@ def _check_comparable(queries: DataFrame, features: DataFrame, column: str) -> N
 
 
 def _provenance_of(df: DataFrame, column: str) -> Provenance | None:
-    try:
-        return Provenance.of_metadata(df.schema[existing_column(df.columns, column)].metadata)
-    except FingerprintError:
-        return None
+    metadata = df.schema[existing_column(df.columns, column)].metadata
+    return Provenance.of_metadata(metadata, column) if METADATA_KEY in metadata else None
 
 
 def _result(kind: DataType) -> StructType:

@@ -29,8 +29,6 @@ STALE_SECONDS = 60.0
 RUN_ID = re.compile(r"[0-9a-f]+")  # a run's ID becomes a part of paths
 _JVM_SECONDS = 30.0  # time for a JVM to exit after its driver
 _SETTLE_SECONDS = 0.5
-# Linux's monotonic clock stops while the machine sleeps.
-_CLOCK = time.CLOCK_BOOTTIME if sys.platform == "linux" else time.CLOCK_MONOTONIC
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +112,7 @@ class Lock:
             raise ImageVecError(f"another run took over {self._folder.path}: this one stops")
 
     def _take(self) -> None:
-        self._renewed = time.clock_gettime(_CLOCK)
+        self._renewed = _now()
         if not self._folder.write_text(self._file, self._text(), overwrite=False):
             text = self._folder.read_text(self._file)
             owner = Owner.of_text(text)
@@ -146,8 +144,8 @@ class Lock:
         logger.warning(
             "%s is locked by %s: waiting %.0f s for a heartbeat", path, who, STALE_SECONDS
         )
-        deadline = time.clock_gettime(_CLOCK) + STALE_SECONDS
-        while time.clock_gettime(_CLOCK) < deadline:
+        deadline = _now() + STALE_SECONDS
+        while _now() < deadline:
             time.sleep(1)
             if self._folder.read_text(self._file) != text:
                 raise ImageVecError(f"{path} is locked by {who}: wait until it ends")
@@ -160,7 +158,7 @@ class Lock:
                 self._write()
 
     def _write(self) -> None:
-        now = time.clock_gettime(_CLOCK)  # before: a slow store may have it only much later
+        now = _now()  # before: a slow store may have it only much later
         self._folder.write_text(self._file, self._text())
         self._renewed = now
 
@@ -170,7 +168,7 @@ class Lock:
             is_taken = self._folder.read_text(self._file) is None
         else:
             is_taken = owner.run != self.run
-        if is_taken or time.clock_gettime(_CLOCK) - self._renewed > STALE_SECONDS:
+        if is_taken or _now() - self._renewed > STALE_SECONDS:
             self._lost.set()
         return self._lost.is_set()
 
@@ -194,12 +192,19 @@ def _has_ended(owner: Owner) -> bool:
     if owner.place != _place() or _is_alive(*owner.processes[0]):
         return False
     # The driver was killed. Its tasks may still commit until its JVM exits.
-    deadline = time.clock_gettime(_CLOCK) + _JVM_SECONDS
+    deadline = _now() + _JVM_SECONDS
     while any(_is_alive(*process) for process in owner.processes):
-        if time.clock_gettime(_CLOCK) >= deadline:
+        if _now() >= deadline:
             return False
         time.sleep(0.2)
     return True
+
+
+def _now() -> float:
+    """Returns the seconds of a clock that is never set. Linux's monotonic one stops in sleep."""
+    if sys.platform == "linux":
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
 
 
 def _place() -> str:

@@ -314,6 +314,10 @@ def test_features_of_other_models(spark: SparkSession) -> None:
     with pytest.raises(FingerprintError, match="'features' of features has no provenance"):
         nearest(made_by(), features)
     assert nearest(made_by(), made_by(), 1).count() == 3
+    later = {"imagevec": {"fingerprint": "0", "imagevec": "9.1.0", "input_size": 224}}
+    unknown = features.withColumn("features", F.col("features").alias("", metadata=later))
+    with pytest.raises(FingerprintError, match="was written by imagevec 9.1.0"):
+        nearest(unknown, unknown)
 
 
 def clustered_vectors(count: int, seed: int = 0) -> np.ndarray:

@@ -78,7 +78,12 @@ class Clock:
         self.now += 0.001
         return self.now
 
+    CLOCK_BOOTTIME = 7
+
     def clock_gettime(self, clock: int) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
         return self.now
 
 
