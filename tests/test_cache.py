@@ -316,7 +316,7 @@ def test_a_chosen_cache_that_cannot_be_written_is_an_error(monkeypatch: pytest.M
 
 
 def test_a_download_that_cannot_be_stored_names_the_variable(
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", "/dev/null/torch")
     with pytest.raises(ImageVecError, match="Not a directory.*XDG_CACHE_HOME"):

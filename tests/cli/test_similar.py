@@ -114,7 +114,7 @@ def test_a_tag_is_remembered(clip, spark, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("folder", "message"),
-    [("nowhere", "does not exist: give the folder"), ("photos", "cannot be read as Parquet")],
+    [("nowhere", "does not exist: give the folder"), ("photos", "has no Parquet files")],
 )
 def test_texts_need_a_table(tmp_path, capsys, folder, message):
     (tmp_path / "photos").mkdir()

@@ -65,6 +65,7 @@ VALUES: dict[str, Any] = {
     "device": "cpu",
     "batchSize": 3,
     "maxPixels": 1000,
+    "maxBytes": 5000,
     "formats": ["PNG"],
     "allowedRoots": ["/photos"],
     "readTimeoutSeconds": 30,
@@ -367,6 +368,7 @@ def test_a_wrong_option_is_refused_before_a_job_starts(
     frame: Frame, jobs_started: Callable[[], int], option: dict[str, Any], fix: str
 ) -> None:
     names = {"batch_size": "batchSize", "max_pixels": "maxPixels", "on_error": "onError"}
+    names |= {"max_bytes": "maxBytes"}
     params = {names.get(name, name): value for name, value in option.items()}
     df = frame(IMAGES)
     with pytest.raises((OptionError, TypeError)) as refused:
