@@ -12,11 +12,11 @@ import os
 import re
 import urllib.parse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
 
+from imagevec.files import expanded
 from imagevec.storage.location import Location, UnsupportedURIError
 from imagevec.storage.stores import (
     CONNECT_SECONDS,
@@ -171,7 +171,7 @@ def _has_profile() -> bool:
     names = {"AWS_SHARED_CREDENTIALS_FILE": "credentials", "AWS_CONFIG_FILE": "config"}
     files = [os.environ.get(name) or f"~/.aws/{file}" for name, file in names.items()]
     profile = os.environ.get("AWS_PROFILE")
-    return bool(profile) or any(Path(file).expanduser().is_file() for file in files)
+    return bool(profile) or any(expanded(file).is_file() for file in files)
 
 
 def _boto3_credentials() -> Callable[[], dict[str, Any]]:

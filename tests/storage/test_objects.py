@@ -278,6 +278,16 @@ def test_profile_is_read_with_boto3(s3: Any, monkeypatch, tmp_path: Path) -> Non
     assert read("s3://photos/image.png") == PNG
 
 
+def test_user_without_a_home_has_no_profile(s3: Any, monkeypatch) -> None:
+    def nobody(user: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    for name in ("AWS_ACCESS_KEY_ID", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert not objects._has_profile()
+
+
 def test_settings_that_do_not_fit_are_named(s3: Any, monkeypatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "not base64!")
