@@ -93,8 +93,19 @@ def _s3(bucket: str, user: str, settings: dict[str, str]) -> Any:
     region = settings.get("region") or _environment("AWS_REGION", "AWS_DEFAULT_REGION")
     if region and not _NAME.fullmatch(region):
         raise UnsupportedURIError(f"{region!r} is not the name of a region")
-    given["region"] = region or ("us-east-1" if endpoint else fs.resolve_s3_region(bucket))
+    given["region"] = region or ("us-east-1" if endpoint else _region_of(bucket))
     return _made(S3Store, bucket, **given)
+
+
+def _region_of(bucket: str) -> str:
+    """Asks S3, which answers anybody."""
+    try:
+        region: str = fs.resolve_s3_region(bucket)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or "not found" in str(error):
+            raise SettingsError(f"the bucket {bucket!r} does not exist") from error
+        raise
+    return region
 
 
 def _gs(bucket: str, user: str) -> Any:
