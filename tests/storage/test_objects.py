@@ -120,6 +120,19 @@ def test_missing_bucket_is_not_an_image_error(s3: Any) -> None:
         read("s3://nobody/a.png")
 
 
+@pytest.mark.parametrize("error", [OSError("Bucket 'b' not found"), FileNotFoundError("b")])
+def test_missing_bucket_without_a_region_is_not_an_image_error(
+    s3: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(bucket: str) -> str:
+        raise error
+
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setattr(fs, "resolve_s3_region", fail)
+    with pytest.raises(ReadError, match=r"the bucket 'b' does not exist.*tries: 1"):
+        read("s3://b/a.png")
+
+
 @pytest.mark.parametrize(
     "endpoint", ["not a url", "127.0.0.1:9000", "http://", "ftp://h", "http://h:x"]
 )
