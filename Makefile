@@ -37,7 +37,7 @@ test-models: setup ## Build all models of torchvision, and four of open_clip
 	@IMAGEVEC_TEST_ALL_MODELS=1 $(PYTHON) -m pytest -n 2 -m models tests/models/test_torchvision.py tests/models/test_open_clip.py
 
 test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the command line
-	@$(WITH_JAVA) $(PYTHON) -m pytest -n 3 --dist loadfile tests/cluster # they mostly wait
+	@$(WITH_JAVA) $(PYTHON) -m pytest $(IN_TWO) tests/cluster
 	@$(WITH_JAVA) $(PYTHON) -m pytest tests/connect
 
 test-matrix: java setup ## Test the lowest versions of all dependencies, and other PySparks
