@@ -84,17 +84,17 @@ import numpy as np
 from tests.helpers.pipeline import engine_of
 
 engine = engine_of(model="squeezenet1_1", weights="random", engine="openvino")
-few, many, others = (np.full((n, 224, 224, 3), n, np.uint8) for n in (2, 64, 2))
+few, many, others = (np.full((n, 224, 224, 3), n, np.uint8) for n in (9, 64, 8))
+right = engine(others).copy()
 engine(few)
 used = re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
 resource.setrlimit(resource.RLIMIT_AS, (int(used) * 1024, resource.RLIM_INFINITY))
 for images in (many, others):
     try:
-        print(len(engine(images)))
-    except MemoryError as error:
-        print(error)
+        vectors = engine(images)
+    except Exception:  # MemoryError, or what the library raises where it does
+        print("error")
+    else:
+        print("right" if images is others and np.array_equal(vectors, right) else "wrong")
 """)
-    assert printed.splitlines() == [
-        "too little for a forward pass of 64 inputs",
-        "too little for a forward pass of 2 inputs",
-    ]
+    assert printed.splitlines() in (["error", "error"], ["error", "right"])
