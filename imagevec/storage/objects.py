@@ -127,7 +127,8 @@ def _azure(location: Location) -> Any:
     host = _AZURE_HOST.fullmatch(location.host)
     if host is None:
         return _made(AzureStore, location.host, **given)
-    given["account_name"] = host["account"]
+    if given.get("account_name") != host["account"]:  # the settings are those of another one
+        given = {"account_name": host["account"]}
     if "endpoint" not in given and host["suffix"] != "core.windows.net":  # another cloud
         given["endpoint"] = f"https://{host['account']}.blob.{host['suffix']}"
     return _made(AzureStore, host["container"], **given)

@@ -48,9 +48,7 @@ class WebStore:
                 _skip(response, start)
             yield Stream(response.read, response.length_remaining)
         finally:
-            if response.length_remaining:
-                response.close()  # an unread rest would spoil the connection
-            response.release_conn()
+            _end(response)
 
     def open(self, location: Location) -> Any:
         return buffered(lambda start: self.stream(location, start=start))
@@ -73,7 +71,7 @@ class WebStore:
             response = self._answer("HEAD", location)
         except (PermissionError, ConnectionError):  # presigned URLs allow only GET
             response = self._answer("GET", location)
-        response.close()
+        _end(response)
         return response.headers
 
     def entries(self, folder: Location) -> Iterator[Entry]:
@@ -119,8 +117,7 @@ class WebStore:
             if response.status not in _REDIRECTS:
                 _check_status(response, url)
                 return response
-            response.drain_conn()
-            response.release_conn()
+            _end(response)
             url = urllib.parse.urljoin(url, response.headers.get("Location", ""))
             target = Location.parse(url)
             if not target.is_web:
@@ -128,6 +125,13 @@ class WebStore:
             check_allowed(target, roots)
             _check_host(url)
         raise UnsupportedURIError(f"{location} is redirected more than {_MAX_REDIRECTS} times")
+
+
+def _end(response: Any) -> None:
+    """Gives the connection back, or closes it: an unread rest, of any length, would spoil it."""
+    if not response.closed:
+        response.close()
+    response.release_conn()
 
 
 def _check_host(url: str) -> None:
@@ -144,8 +148,7 @@ def _skip(response: Any, size: int) -> None:
 def _check_status(response: Any, url: str) -> None:
     if response.status in (200, 206):
         return
-    response.drain_conn()
-    response.release_conn()
+    _end(response)
     said = f"{url}: HTTP status {response.status} {response.reason or ''}".rstrip()
     if response.status in _NOT_FOUND:
         raise FileNotFoundError(said)

@@ -269,6 +269,11 @@ def made_by(monkeypatch: pytest.MonkeyPatch, uri: str) -> dict[str, Any]:
             {"AZURE_STORAGE_CONNECTION_STRING": "AccountName=x;AccountKey=eQ==;Other=1"},
             {"bucket": "c", "account_name": "x", "account_key": "eQ=="},
         ),
+        (
+            "abfss://c@account.dfs.core.windows.net/a",
+            {"AZURE_STORAGE_CONNECTION_STRING": "AccountName=account;AccountKey=eQ=="},
+            {"account_name": "account", "account_key": "eQ=="},
+        ),
     ],
 )
 def test_settings_of_a_client(
@@ -279,6 +284,13 @@ def test_settings_of_a_client(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert made_by(monkeypatch, uri).items() >= expected.items()
+
+
+def test_settings_of_another_account_are_not_used(s3: Any, monkeypatch) -> None:
+    text = "AccountName=other;AccountKey=eQ==;BlobEndpoint=http://127.0.0.1:1/other"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", text)
+    made = made_by(monkeypatch, "abfss://c@account.dfs.core.windows.net/a")
+    assert made == {"bucket": "c", "account_name": "account"}
 
 
 def test_profile_is_read_with_boto3(s3: Any, monkeypatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ class Site(BaseHTTPRequestHandler):
             self.answer(200, CONTENT)
         elif self.path.startswith("/status/"):
             self.answer(int(self.path.rpartition("/")[2]), b"no")
+        elif self.path.startswith("/endless/"):
+            self.endless(int(self.path.rpartition("/")[2]))
         elif self.path == "/apache/":
             self.answer(200, APACHE)
         else:
@@ -49,6 +52,15 @@ class Site(BaseHTTPRequestHandler):
             self.answer(403, b"")
         else:
             self.do_GET()
+
+    def endless(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Location", "/a.png")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the client leaves
+            while True:
+                self.wfile.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
 
     def answer(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
@@ -223,3 +235,19 @@ class Quiet(SimpleHTTPRequestHandler):
 def test_malformed_host_is_an_image_error(host: str) -> None:
     with pytest.raises(ImageError, match="unreadable_path"):
         read(f"http://{host}/a.png", timeout_seconds=0.1)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(200, "unsupported_format"), (404, "unreadable_path"), (302, None)]
+)
+def test_endless_answer_is_not_read_and_spoils_no_connection(
+    site: Any, status: int, code: str | None
+) -> None:
+    url = f"{site[0]}/endless/{status}"
+    for _ in range(2):
+        if code is None:
+            assert read(url, timeout_seconds=30) == PNG
+        else:
+            with pytest.raises(ImageError, match=code):
+                read(url, timeout_seconds=30)
+        assert read(f"{site[0]}/a.png", timeout_seconds=0.1) == PNG  # at once, without a retry
