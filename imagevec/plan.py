@@ -25,7 +25,7 @@ from imagevec._version import __version__
 from imagevec.engines import backend, saved_model
 from imagevec.errors import ImageVecError, OptionError, WeightsError
 from imagevec.files import digest_of, expanded, verified
-from imagevec.models.entry import REGISTERED, ModelSource
+from imagevec.models.source import REGISTERED, ModelSource
 from imagevec.models.registry import find_source, find_text_source
 from imagevec.options import DEFAULTS, ENGINES, WEIGHTS_SUFFIXES, Options, checked
 from imagevec.spec import ExecutionOptions, FeatureSpec, with_decode

@@ -35,6 +35,8 @@ class Preprocessing:
         std: The standard deviation of each RGB channel, on a scale from 0 to 1.
         interpolation: ``"bilinear"`` or ``"bicubic"``, both antialiased.
         squash: Whether to resize to a square of ``resize_size``, ignoring the aspect ratio.
+        crop_offset: How a crop offset of half a pixel is rounded: ``"round"`` to even as in
+            torchvision, or ``"floor"`` as in Hugging Face's image processors.
         decode: ``"exact"``, or ``"scaled"`` to decode JPEGs at the smallest scale of 1/1, 1/2, 1/4
             and 1/8 that keeps ``min_decoded_side`` pixels on both sides.
     """
@@ -46,6 +48,7 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     squash: bool = False
     decode: Literal["exact", "scaled"] = "exact"
+    crop_offset: Literal["round", "floor"] = "round"
 
     @property
     def input_size(self) -> int:
@@ -67,6 +70,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         check_choice("decode", self.decode, DECODES)
         check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
+        check_choice("crop_offset", self.crop_offset, ("round", "floor"))
         for option in ("crop_size", "resize_size"):
             object.__setattr__(self, option, check_positive(option, getattr(self, option)))
         if self.resize_size < self.crop_size:
@@ -137,6 +141,7 @@ class FeatureSpec:
         preprocessing: The preprocessing of images, or the tokenization of texts.
         precision: The lowest precision of the forward pass. Workers may compute in a higher one.
         normalize: Whether vectors are scaled to length 1.
+        code: A digest of a factory's code; empty for other models.
     """
 
     model: str
@@ -146,6 +151,7 @@ class FeatureSpec:
     preprocessing: Preprocessing | Tokenization
     precision: str
     normalize: bool
+    code: str = ""
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
@@ -162,8 +168,18 @@ class FeatureSpec:
         return dict(zip(self.layer, self.num_features, strict=True))
 
     def to_json(self) -> str:
-        """Returns the spec as JSON with sorted keys."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """Returns the spec as JSON with sorted keys.
+
+        Fields that were added later are omitted at their defaults, so that fingerprints remain.
+        """
+        fields = dataclasses.asdict(self)
+        for part, name, default in (
+            (fields, "code", ""),
+            (fields["preprocessing"], "crop_offset", "round"),
+        ):
+            if part.get(name) == default:
+                del part[name]
+        return json.dumps(fields, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> FeatureSpec:

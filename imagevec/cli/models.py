@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from imagevec.models.entry import ModelSource
+    from imagevec.models.source import ModelSource
 
 _MAX_OF_LIBRARY = 20  # timm has over a thousand, and each is built to count its features
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from imagevec.spec import FeatureSpec
 
 if TYPE_CHECKING:
-    from imagevec.models.entry import ModelSource
+    from imagevec.models.source import ModelSource
     from imagevec.models.features import FeatureModel
 
 

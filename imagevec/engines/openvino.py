@@ -25,7 +25,7 @@ from imagevec.errors import MissingExtraError
 from imagevec.spec import FeatureSpec, Tokenization
 
 if TYPE_CHECKING:
-    from imagevec.models.entry import ModelSource
+    from imagevec.models.source import ModelSource
     from imagevec.models.features import FeatureModel
 
 # int8 models compute in float32 outside their quantized layers.

@@ -13,7 +13,7 @@ from imagevec.spec import FeatureSpec
 
 if TYPE_CHECKING:
     from imagevec.engines import Engine
-    from imagevec.models.entry import ModelSource
+    from imagevec.models.source import ModelSource
     from imagevec.models.features import FeatureModel
 
 BUILDS_MODULE = True

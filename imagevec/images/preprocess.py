@@ -63,7 +63,7 @@ def resize_and_crop(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
 
 
 def _geometry(height: int, width: int, preprocessing: Preprocessing) -> _Geometry:
-    """Rounds like torchvision's ``Resize`` (down) and ``CenterCrop`` (to even)."""
+    """Rounds the size down, like torchvision's ``Resize``, and the offset by ``crop_offset``."""
     size, crop = preprocessing.resize_size, preprocessing.crop_size
     if preprocessing.squash:
         resized = (size, size)
@@ -71,7 +71,8 @@ def _geometry(height: int, width: int, preprocessing: Preprocessing) -> _Geometr
         resized = (size, int(size * width / height))
     else:
         resized = (int(size * height / width), size)
-    top, left = (round((side - crop) / 2) for side in resized)
+    rounded = round if preprocessing.crop_offset == "round" else math.floor
+    top, left = (rounded((side - crop) / 2) for side in resized)
     return _Geometry(*resized, top, left, crop)
 
 

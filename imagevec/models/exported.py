@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imagevec.errors import OptionError, WeightsError
 from imagevec.files import expanded
-from imagevec.models.entry import IMAGENET
+from imagevec.models.source import IMAGENET
 from imagevec.options import RANDOM
 from imagevec.spec import Preprocessing
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imagevec.errors import OptionError
-from imagevec.models.entry import IMAGENET, REGISTERED, ModelSource
+from imagevec.models.source import IMAGENET, REGISTERED, ModelSource
 from imagevec.options import ENGINES, RANDOM
 from imagevec.pickling import check_pickle, forbidden_kind
 from imagevec.spec import Preprocessing

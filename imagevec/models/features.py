@@ -11,7 +11,7 @@ from torch import nn
 
 from imagevec.files import digest_of
 from imagevec.models.content import content_digest
-from imagevec.models.entry import ModelSource
+from imagevec.models.source import ModelSource
 from imagevec.models.layers import infer_num_features, to_feature_model
 from imagevec.models.state_dict import save_state_dict
 from imagevec.options import RANDOM

@@ -14,7 +14,7 @@ from typing import Any, cast
 from imagevec.errors import OptionError
 from imagevec.files import expanded
 from imagevec.models import exported, factory, open_clip, timm, torchvision
-from imagevec.models.entry import IMAGENET, REGISTERED, ModelSource
+from imagevec.models.source import IMAGENET, REGISTERED, ModelSource
 from imagevec.models.factory import ModelFactory
 from imagevec.spec import Preprocessing
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from imagevec import cache
 from imagevec.errors import OptionError, WeightsError
 from imagevec.files import expanded
-from imagevec.models.entry import ModelSource
+from imagevec.models.source import ModelSource
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES
 
 OFFLINE = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
-from imagevec.models.entry import ModelSource
+from imagevec.models.source import ModelSource
 from imagevec.options import ENGINES, RANDOM
 from imagevec.spec import Preprocessing
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imagevec.errors import OptionError, WeightsError, did_you_mean
-from imagevec.models.entry import REGISTERED, ModelSource
+from imagevec.models.source import REGISTERED, ModelSource
 from imagevec.options import ENGINES, RANDOM, WEIGHTS_SUFFIXES
 from imagevec.spec import Preprocessing
 

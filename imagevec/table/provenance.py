@@ -34,6 +34,7 @@ class Provenance:
         preprocessing: How the pixels or texts were prepared for the model.
         precision: The lowest precision of the forward pass.
         normalize: Whether each vector has length 1.
+        code: A digest of a factory's code; empty for other models.
         imagevec: The version of imagevec that computed the features.
     """
 
@@ -45,6 +46,7 @@ class Provenance:
     preprocessing: Preprocessing | Tokenization
     precision: str
     normalize: bool
+    code: str
     imagevec: str
 
     @classmethod

@@ -7,7 +7,7 @@ import pytest
 from imagevec.cli import main
 from imagevec.cli.models import _found, models
 from imagevec.models import factory
-from imagevec.models.entry import REGISTERED
+from imagevec.models.source import REGISTERED
 from imagevec.models.factory import FactorySource
 from imagevec.models.registry import SOURCES
 from tests.helpers.factories import tiny

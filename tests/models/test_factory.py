@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from imagevec import ImageVectorizer, OptionError, Preprocessing, register_model
-from imagevec.models.entry import REGISTERED
+from imagevec.models.source import REGISTERED
 from imagevec.plan import make_plan
 from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import encode, photo

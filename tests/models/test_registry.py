@@ -11,7 +11,7 @@ from imagevec import (
     list_models,
     register_model,
 )
-from imagevec.models.entry import ModelSource
+from imagevec.models.source import ModelSource
 from imagevec.models.registry import find_source
 from imagevec.options import ENGINES
 from imagevec.plan import make_plan
@@ -91,7 +91,7 @@ def test_a_source_answers_everything():
 def test_finding_a_source_imports_no_pytorch():
     printed = run_python("""
 import sys
-from imagevec.models.entry import ModelSource
+from imagevec.models.source import ModelSource
 from imagevec.models.registry import find_source
 from imagevec.options import ENGINES
 print([find_source(name).name for name in ("resnet50", "timm/resnet18", "no model")])

@@ -29,7 +29,7 @@ import imagevec
 from benchmarks import report
 from imagevec import ImageVectorizer, cli, errors, explain_pickle, plan
 from imagevec.engines import quantization
-from imagevec.models.entry import REGISTERED, ModelSource
+from imagevec.models.source import REGISTERED, ModelSource
 from imagevec.models.factory import FactorySource
 from imagevec.models.features import example_input
 from imagevec.models.layers import infer_num_features, to_feature_model

@@ -34,7 +34,7 @@ from imagevec import (
 )
 from imagevec.engines import openvino, saved_model
 from imagevec.files import digest_of
-from imagevec.models.entry import REGISTERED
+from imagevec.models.source import REGISTERED
 from imagevec.models.features import FeatureModel
 from imagevec.models.registry import find_source
 from imagevec.options import DEFAULTS
