@@ -10,30 +10,26 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagevec import cache
-from imagevec._version import __version__
-from imagevec.engines import backend, saved_model
-from imagevec.errors import ImageVecError, OptionError, WeightsError
-from imagevec.files import digest_of, expanded, verified
-from imagevec.models.source import REGISTERED, ModelSource
-from imagevec.models.registry import find_source, find_text_source
-from imagevec.options import DEFAULTS, ENGINES, WEIGHTS_SUFFIXES, Options, checked
+from imagevec.engines import backend
+from imagevec.errors import OptionError, WeightsError
+from imagevec.files import verified
+from imagevec.models.features import FeatureModel
+from imagevec.models.registry import find_source
+from imagevec.models.source import ConversionError, ModelSource
+from imagevec.options import DEFAULTS, ENGINES, Options, checked
 from imagevec.spec import ExecutionOptions, FeatureSpec, with_decode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from imagevec.models.features import FeatureModel
 
 logger = logging.getLogger(__name__)
 
@@ -103,12 +99,12 @@ def _known_plan(key: Any) -> Plan | None:
 
 
 def _new_plan(key: Any, given: dict[str, Any], gpus: bool | None, texts: bool) -> Plan:
-    if saved_model.is_saved_model(given.get("model")) and not texts:
-        plan = _of_saved_model(expanded(given["model"]), given, gpus)
-    else:
-        chosen = {**checked(DEFAULTS), **given}
-        source = (find_text_source if texts else find_source)(chosen["model"])
-        plan = _of_source(source, chosen, gpus)
+    source = find_source(given.get("model", DEFAULTS["model"]))
+    if texts:
+        source = source.text_source()
+    chosen = {**checked(DEFAULTS), **source.defaults, **given}
+    chosen["precision"] = source.precision(chosen["precision"])
+    plan = _of_source(source, chosen, gpus)
     if key is not None:
         _plans[key] = plan
         while len(_plans) > _MAX_PLANS:
@@ -147,27 +143,27 @@ def _has_gpu_driver() -> bool:
 
 
 def _of_source(source: ModelSource, chosen: dict[str, Any], gpus: bool | None) -> Plan:
+    options = ("weights", "layer", "normalize", "decode")
+    model = FeatureModel(source, **{name: chosen[name] for name in options})
     execution = ExecutionOptions.of(chosen)
-    if chosen["precision"] == "auto":  # whatever this machine has: each worker looks for itself
-        chosen = {**chosen, "precision": "bfloat16"}
-    if chosen["precision"] == "int8":
-        raise OptionError(
-            "precision='int8' needs a saved model: create one with imagevec.quantize(images, "
-            "model=..., output=path), then use model=path"
-        )
-    model = functools.cache(functools.partial(_feature_model, source, chosen))
     for name, device in _candidates(source, chosen, gpus):
         try:
-            prepared = _prepared(source, chosen, name, model)
-        except _ConversionError as error:
+            prepared = source.prepare(backend(name), model)
+        except ConversionError as error:
             if chosen["engine"] != "auto":
                 raise OptionError(str(error)) from error.__cause__
             logger.warning("%s; using another engine", error)
             continue
-        return dataclasses.replace(
-            prepared,
-            spec=_with(prepared.spec, chosen["precision"], chosen["decode"]),
-            execution=dataclasses.replace(execution, device=device),
+        preprocessing = with_decode(prepared.spec.preprocessing, chosen["decode"])
+        return Plan(
+            dataclasses.replace(
+                prepared.spec, precision=chosen["precision"], preprocessing=preprocessing
+            ),
+            dataclasses.replace(execution, device=device),
+            name,
+            (*prepared.files, *preprocessing.files),
+            source if backend(name).BUILDS_MODULE else None,
+            prepared.content,
         )
     raise OptionError(f"no engine can run {source.name!r}: see the warnings above")
 
@@ -212,131 +208,24 @@ def _warn_once_that_it_is_missing(name: str) -> None:
     )
 
 
-class _ConversionError(Exception):
-    """A backend failed to convert a model that it should support."""
-
-
-def _prepared(
-    source: ModelSource, chosen: dict[str, Any], name: str, get_model: Callable[[], FeatureModel]
-) -> Plan:
-    """Returns a float32 plan. If it is cached, no model is built.
-
-    Raises:
-        _ConversionError: The backend cannot prepare the model.
-    """
-    parts = [chosen[option] for option in ("layer", "normalize")]
-    parts += [name, backend(name).version(), __version__, *map(_version, source.libraries)]
-    parts += [type(source).__name__]  # distinguishes the two towers of one model
-    content = ""
-    if source.identity == "name":
-        key = _digest(source.name, _weights_key(source, chosen["weights"]), *parts)
-    else:
-        model = get_model()
-        content = model.content if source.identity == "content" else ""
-        preprocessing = dataclasses.asdict(model.preprocessing)
-        key = _digest(source.name, model.weights_name, content, preprocessing, *parts)
-    record = cache.recall(key)
-    if record is None:
-        spec = get_model().spec
-        files = (*_prepared_files(name, get_model()), *spec.preprocessing.files)
-        record = {"spec": json.loads(spec.to_json()), "weights": chosen["weights"], "files": files}
-        cache.remember(key, record)
-    else:
-        spec = FeatureSpec.from_json(json.dumps(record["spec"]))
-        files = tuple(record["files"])
-    builds = backend(name).BUILDS_MODULE
-    execution = ExecutionOptions.of(chosen)
-    return Plan(spec, execution, name, files, source if builds else None, content if builds else "")
-
-
-def _prepared_files(name: str, model: FeatureModel) -> tuple[str, ...]:
-    try:
-        return tuple(path.name for path in backend(name).prepare(model))
-    except (ImageVecError, MemoryError):
-        raise
-    except Exception as error:  # converters and torch.jit raise arbitrary exceptions
-        raise _ConversionError(f"{name} cannot convert {model.source.name!r}: {error}") from error
-
-
-def _feature_model(source: ModelSource, chosen: dict[str, Any]) -> FeatureModel:
-    from imagevec.models.features import FeatureModel
-
-    names = ("weights", "layer", "normalize", "decode")
-    return FeatureModel(source, **{name: chosen[name] for name in names})
-
-
-def _of_saved_model(folder: Path, given: dict[str, Any], gpus: bool | None) -> Plan:
-    saved = saved_model.read(folder)
-    for name in ("layer", "normalize", "precision"):
-        value = getattr(saved.spec, name)
-        if given.get(name, value) not in (value, "auto"):
-            raise OptionError(f"{name}={given[name]!r} is not valid: {folder} uses {value!r}")
-    if "weights" in given:
-        raise OptionError(f"weights={given['weights']!r} is not valid: {folder} contains weights")
-    chosen = {**checked(DEFAULTS), **given}
-    runs_on = [
-        device
-        for device in ("cpu", "cuda")
-        if backend(saved.backend).why_not(saved.spec.precision, device) is None
-    ]
-    wanted = devices(chosen["device"], gpus)
-    usable = [device for device in wanted if device.partition(":")[0] in runs_on]
-    if chosen["engine"] not in ("auto", saved.backend) or not usable:
-        raise OptionError(
-            f"{folder} only runs with engine={saved.backend!r} and "
-            f"device={' or '.join(map(repr, runs_on))}"
-        )
-    spec = saved.spec
-    if "decode" in given:
-        spec = _with(spec, spec.precision, given["decode"])
-    return Plan(
-        spec,
-        dataclasses.replace(ExecutionOptions.of(chosen), device=usable[0]),
-        saved.backend,
-        tuple(path.name for path in saved_model.store(saved)),
-    )
-
-
-def _with(spec: FeatureSpec, precision: str, decode: Any) -> FeatureSpec:
-    preprocessing = with_decode(spec.preprocessing, decode)
-    return dataclasses.replace(spec, precision=precision, preprocessing=preprocessing)
-
-
-def _weights_key(source: ModelSource, weights: str) -> list[str]:
-    """Returns a weights name unchanged, or the digests of a file and its companion files."""
-    if not weights.endswith(WEIGHTS_SUFFIXES):
-        return [weights]
-    path = expanded(weights)
-    if not path.is_file():
-        return [weights]
-    files = [path, *map(path.with_name, source.beside_weights)]
-    return [digest_of(file) if file.is_file() else "" for file in files]
-
-
 def _process_key(given: dict[str, Any], gpus: bool | None, texts: bool) -> Any:
     """Returns the key of a plan in this process, or ``None`` for a factory.
 
     A factory can read globals and files. Only the module that it builds shows what it computes.
     """
-    model = given.get("model", DEFAULTS["model"])
-    weights = given.get("weights")
-    if callable(model) or model in REGISTERED:
+    source = find_source(given.get("model", DEFAULTS["model"]))
+    if source.identity == "content":
         return None
-    files = [_version_of_file(path) for path in (model, weights)]
-    if isinstance(model, str) and weights is not None and weights.endswith(WEIGHTS_SUFFIXES):
-        with suppress(OptionError):  # of a model that does not exist, or has weights: raised later
-            beside = find_source(model).beside_weights
-            files += [_version_of_file(Path(weights).with_name(name)) for name in beside]
-    spec_file = _version_of_file(Path(model) / saved_model.SPEC_FILE)
+    files = [(str(path), _version_of_file(path)) for path in source.files(given.get("weights", ""))]
     available = tuple(name for name in ENGINES if backend(name).is_available())
     options = tuple(sorted(given.items(), key=lambda item: item[0]))
-    return (options, *files, spec_file, available, gpus, texts)
+    return (source, options, *files, available, gpus, texts)
 
 
-def _version_of_file(path: Any) -> tuple[int, int] | None:
+def _version_of_file(path: Path) -> tuple[int, int] | None:
     try:
-        stat = expanded(path).stat()
-    except (OSError, TypeError, ValueError):
+        stat = path.stat()
+    except OSError:
         return None
     return stat.st_size, stat.st_mtime_ns
 
@@ -349,13 +238,6 @@ def _has_files(plan: Plan) -> bool:
     except WeightsError:
         return False
     return True
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _digest(*parts: Any) -> str:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from imagevec.models.source import ModelSource
+    from imagevec.spec import Preprocessing, Tokenization
 
 _MAX_OF_LIBRARY = 20  # timm has over a thousand, and each is built to count its features
 
@@ -79,7 +80,7 @@ def _described(name: str) -> dict[str, Any] | None:
     except OptionError:
         return None
     input_size = preprocessing.input_size
-    model = _built(source, input_size).eval()
+    model = _built(source, preprocessing).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     feature_model = to_feature_model(model, "pooled", normalize=False)
     device = "meta" if source.infers_shapes else "cpu"
@@ -94,7 +95,7 @@ def _described(name: str) -> dict[str, Any] | None:
     }
 
 
-def _built(source: ModelSource, input_size: int) -> nn.Module:
+def _built(source: ModelSource, preprocessing: Preprocessing | Tokenization) -> nn.Module:
     """Builds the model, without memory for its weights if possible."""
     from imagevec.errors import OptionError
     from imagevec.models.state_dict import no_memory
@@ -102,7 +103,7 @@ def _built(source: ModelSource, input_size: int) -> nn.Module:
     if source.infers_shapes:
         try:
             with no_memory():
-                return source.build(input_size)
+                return source.build(preprocessing)
         except (RuntimeError, OptionError):  # some models compute with weights while being built
             pass
-    return source.build(input_size)
+    return source.build(preprocessing)

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from imagevec.spec import FeatureSpec
 
 if TYPE_CHECKING:
-    from imagevec.models.source import ModelSource
     from imagevec.models.features import FeatureModel
+    from imagevec.models.source import ModelSource
 
 
 Inputs = npt.NDArray[Any]
@@ -35,6 +35,9 @@ class Engine(Protocol):
 
 class Backend(Protocol):
     """A library that runs forward passes. The backend's module imports the library on first use."""
+
+    NAME: str
+    """The name in ``imagevec.options.ENGINES``."""
 
     BUILDS_MODULE: bool
     """Whether workers build the model from its source with PyTorch instead of loading it."""

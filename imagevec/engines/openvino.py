@@ -25,14 +25,15 @@ from imagevec.errors import MissingExtraError
 from imagevec.spec import FeatureSpec, Tokenization
 
 if TYPE_CHECKING:
-    from imagevec.models.source import ModelSource
     from imagevec.models.features import FeatureModel
+    from imagevec.models.source import ModelSource
 
 # int8 models compute in float32 outside their quantized layers.
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
 _UNWRITTEN = 0x7FC0DEAD  # the bits of a NaN that no computation returns
 
+NAME = "openvino"
 BUILDS_MODULE = False
 WORKER_MEMORY_MB = 768
 

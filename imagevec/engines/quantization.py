@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from imagevec.engines import devices, openvino, saved_model
+from imagevec.engines import devices, openvino
 from imagevec.errors import ImageVecError, MissingExtraError, OptionError
 from imagevec.files import expanded
 from imagevec.images.decode import Pixels
 from imagevec.images.prepare import prepare
 from imagevec.images.reading import read_ahead
 from imagevec.images.values import Value
+from imagevec.models import saved as saved_model
 from imagevec.models.features import FeatureModel
 from imagevec.models.registry import find_source
 from imagevec.options import DEFAULTS, checked

@@ -13,9 +13,10 @@ from imagevec.spec import FeatureSpec
 
 if TYPE_CHECKING:
     from imagevec.engines import Engine
-    from imagevec.models.source import ModelSource
     from imagevec.models.features import FeatureModel
+    from imagevec.models.source import ModelSource
 
+NAME = "torch"
 BUILDS_MODULE = True
 WORKER_MEMORY_MB = 1_536
 

@@ -19,15 +19,16 @@ corruption, not tampering.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 from imagevec.errors import OptionError, WeightsError
 from imagevec.files import expanded
-from imagevec.models.source import IMAGENET
+from imagevec.models.source import IMAGENET, ModelSource
 from imagevec.options import RANDOM
-from imagevec.spec import Preprocessing
+from imagevec.spec import Preprocessing, Tokenization
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,25 +57,30 @@ def names(part: str = "") -> list[str]:
 
 
 @dataclass(frozen=True)
-class ExportedSource:
+class ExportedSource(ModelSource):
     """A file written by ``torch.export.save`` with a program that returns features."""
 
     path: Path
     preset: Preprocessing | None = None
     registered_name: str | None = None
 
-    backends: ClassVar[tuple[str, ...]] = ("torch",)  # tracing would fix the batch size
-    identity: ClassVar[Literal["file"]] = "file"
-    libraries: ClassVar[tuple[str, ...]] = ("torch",)
-    infers_shapes: ClassVar[bool] = False
-    beside_weights: ClassVar[tuple[str, ...]] = ()
+    backends = ("torch",)  # tracing would fix the batch size
+    identity = "file"
+    infers_shapes = False
 
     @property
     def name(self) -> str:
         return self.registered_name or f"pt2:{self.path.stem}"
 
-    def why_not_saved(self) -> str | None:
-        return f"a featurizer with model={str(self.path)!r} cannot be saved: it can contain code"
+    def files(self, weights: str) -> list[Path]:
+        return [self.path]
+
+    def to_save(
+        self, weights: str, own: Callable[[], Path | None]
+    ) -> tuple[dict[str, str], dict[str, Path]]:
+        raise OptionError(
+            f"a featurizer with model={str(self.path)!r} cannot be saved: it can contain code"
+        )
 
     def check(self, layer: str | tuple[str, ...]) -> None:
         if layer != "pooled":
@@ -103,10 +109,12 @@ class ExportedSource:
             )
         return self.preset
 
-    def build(self, crop_size: int) -> nn.Module:
+    def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
         return load(self.path)
 
-    def module(self, crop_size: int, weights: Path | None) -> nn.Module:
+    def module(
+        self, preprocessing: Preprocessing | Tokenization, weights: Path | None
+    ) -> nn.Module:
         return load(weights or self.path)  # on a worker the file has another path
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 from imagevec.errors import OptionError
 from imagevec.models.source import IMAGENET, REGISTERED, ModelSource
-from imagevec.options import ENGINES, RANDOM
+from imagevec.options import RANDOM
 from imagevec.pickling import check_pickle, forbidden_kind
-from imagevec.spec import Preprocessing
+from imagevec.spec import Preprocessing, Tokenization
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,18 +56,16 @@ def check(factory: Any) -> None:
 
 
 @dataclass(frozen=True)
-class FactorySource:
+class FactorySource(ModelSource):
     """A zero-argument factory that returns an ``nn.Module``."""
 
     factory: ModelFactory
     preset: Preprocessing = IMAGENET
     registered_name: str | None = None
 
-    backends: ClassVar[tuple[str, ...]] = ENGINES
-    identity: ClassVar[Literal["content"]] = "content"
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision")
-    infers_shapes: ClassVar[bool] = False  # the model's code may depend on pixel values
-    beside_weights: ClassVar[tuple[str, ...]] = ()
+    identity = "content"
+    libraries = ("torch", "torchvision")
+    infers_shapes = False  # the model's code may depend on pixel values
 
     @property
     def name(self) -> str:
@@ -76,10 +74,12 @@ class FactorySource:
         qualname = getattr(self.factory, "__qualname__", type(self.factory).__qualname__)
         return f"factory:{self.factory.__module__}.{qualname}"
 
-    def why_not_saved(self) -> str | None:
+    def to_save(
+        self, weights: str, own: Callable[[], Path | None]
+    ) -> tuple[dict[str, str], dict[str, Path]]:
         if self.registered_name:
-            return None
-        return (
+            return super().to_save(weights, own)
+        raise OptionError(
             f"a featurizer with a factory, model={self.factory!r}, cannot be saved, because "
             "loading it would run saved code: register the factory with register_model and use "
             "its name as model, or use the folder of a saved model"
@@ -93,7 +93,7 @@ class FactorySource:
 
         if option != "DEFAULT":
             return local_file(self.name, option)
-        return self.build(self.preset.crop_size)
+        return self.build(self.preset)
 
     def has_weights(self) -> bool:
         return True
@@ -101,7 +101,7 @@ class FactorySource:
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         return self.preset
 
-    def build(self, crop_size: int) -> nn.Module:
+    def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
         from torch import nn
 
         model = self.factory()
@@ -111,8 +111,3 @@ class FactorySource:
                 f"it returned {type(model).__name__}, not a torch.nn.Module"
             )
         return model
-
-    def module(self, crop_size: int, weights: Path | None) -> nn.Module:
-        from imagevec.models.state_dict import with_weights
-
-        return with_weights(self, crop_size, weights)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from imagevec.files import digest_of
-from imagevec.models.content import content_digest
-from imagevec.models.source import ModelSource
-from imagevec.models.layers import infer_num_features, to_feature_model
-from imagevec.models.state_dict import save_state_dict
 from imagevec.options import RANDOM
 from imagevec.spec import FeatureSpec, Preprocessing, Tokenization, with_decode
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from imagevec.models.source import ModelSource
+
 
 class FeatureModel:
-    """The model that options describe, on the driver. It is built once, on first use.
+    """The model that options describe, on the driver. Each part is computed on first use.
 
     Args:
         source: The model source.
@@ -28,14 +27,9 @@ class FeatureModel:
         normalize: The ``normalize`` option.
         decode: The ``decode`` option.
 
-    Attributes:
-        source: The model source.
-        weights_file: The path of the weights; ``None`` for random weights.
-        preprocessing: The preprocessing of the model's input.
-
     Raises:
-        OptionError: The model, its weights or the layer does not exist.
-        WeightsError: The weights cannot be loaded.
+        OptionError: On use: the model, its weights or the layer does not exist.
+        WeightsError: On use: the weights cannot be loaded.
     """
 
     def __init__(
@@ -47,30 +41,47 @@ class FeatureModel:
         normalize: bool,
         decode: Literal["exact", "scaled"],
     ) -> None:
-        source.check(layer)
         self.source = source
-        self._layer = layer
-        self._normalize = normalize
-        found = source.weights(weights)
-        if isinstance(found, nn.Module):
-            self._built: nn.Module | None = found
-            self.weights_file: Path | None = save_state_dict(found)
-        else:
-            self._built = None
-            self.weights_file = found
-        self._digest = digest_of(self.weights_file) if self.weights_file else None
-        self.preprocessing = with_decode(source.preprocessing(self._digest, weights), decode)
+        self.weights = weights
+        self.layer = layer
+        self.normalize = normalize
+        self._decode = decode
+        self._built: nn.Module | None = None
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """The options that prepared files depend on, apart from the weights."""
+        return (self.layer, self.normalize)
+
+    @functools.cached_property
+    def weights_file(self) -> Path | None:
+        """The path of the weights; ``None`` for random weights."""
+        self.source.check(self.layer)
+        found = self.source.weights(self.weights)
+        if found is None or isinstance(found, Path):
+            return found
+        from imagevec.models.state_dict import save_state_dict
+
+        self._built = found
+        return save_state_dict(found)
+
+    @functools.cached_property
+    def preprocessing(self) -> Preprocessing | Tokenization:
+        """The preprocessing of the model's input."""
+        digest = digest_of(self.weights_file) if self.weights_file else None
+        return with_decode(self.source.preprocessing(digest, self.weights), self._decode)
 
     @property
     def weights_name(self) -> str:
         """The value of ``FeatureSpec.weights``."""
-        return f"sha256:{self._digest}" if self._digest else RANDOM
+        return f"sha256:{digest_of(self.weights_file)}" if self.weights_file else RANDOM
 
     @functools.cached_property
     def content(self) -> str:
         """A digest of what the model computes, before layers are selected."""
-        if self._built is None:
-            self._built = self._with_weights()
+        from imagevec.models.content import content_digest
+
+        self._built = self._take_module()
         return content_digest(self._built)
 
     @functools.cached_property
@@ -81,13 +92,13 @@ class FeatureModel:
             OptionError: The layer does not exist. The message lists the nearest layers.
             WeightsError: The weights belong to another model.
         """
-        model, self._built = self._built, None
-        if model is None:
-            model = self._with_weights()
-        return to_feature_model(model, self._layer, self._normalize)
+        example = functools.partial(example_input, self.preprocessing)
+        return self.source.to_features(self._take_module(), self.layer, self.normalize, example)
 
-    def _with_weights(self) -> nn.Module:
-        return self.source.module(self.preprocessing.input_size, self.weights_file)
+    def _take_module(self) -> nn.Module:
+        preprocessing, file = self.preprocessing, self.weights_file
+        built, self._built = self._built, None
+        return built if built is not None else self.source.module(preprocessing, file)
 
     @functools.cached_property
     def spec(self) -> FeatureSpec:
@@ -96,28 +107,33 @@ class FeatureModel:
         Raises:
             OptionError: The model's output is not a two-dimensional tensor.
         """
+        from imagevec.models.layers import infer_num_features
+
         device = "meta" if self.source.infers_shapes else "cpu"
         example = example_input(self.preprocessing, 1).to(device)
         sizes = infer_num_features(self.module, example)
         return FeatureSpec(
             model=self.source.name,
             weights=self.weights_name,
-            layer=self._layer,
-            num_features=sizes if isinstance(self._layer, tuple) else sizes[0],
+            layer=self.layer,
+            num_features=sizes if isinstance(self.layer, tuple) else sizes[0],
             preprocessing=self.preprocessing,
             precision="float32",
-            normalize=self._normalize,
+            normalize=self.normalize,
         )
 
 
 def feature_module(source: ModelSource, spec: FeatureSpec, weights_file: Path | None) -> nn.Module:
     """Builds the module of a spec on a worker, from ``example_input`` to ``(N, D)``."""
-    model = source.module(spec.preprocessing.input_size, weights_file)
-    return to_feature_model(model, spec.layer, spec.normalize)
+    model = source.module(spec.preprocessing, weights_file)
+    example = functools.partial(example_input, spec.preprocessing)
+    return source.to_features(model, spec.layer, spec.normalize, example)
 
 
 def example_input(preprocessing: Preprocessing | Tokenization, count: int) -> torch.Tensor:
     """Returns zeros in the shape of the input: float32 ``(N, 3, S, S)`` or int32 ``(N, L)``."""
+    import torch
+
     if isinstance(preprocessing, Tokenization):
         return torch.zeros(count, preprocessing.context_length, dtype=torch.int32)
     return torch.zeros(count, 3, preprocessing.crop_size, preprocessing.crop_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,12 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from imagevec.errors import OptionError, did_you_mean
 
 
-def to_feature_model(model: nn.Module, layer: str | tuple[str, ...], normalize: bool) -> nn.Module:
+def to_feature_model(
+    model: nn.Module,
+    layer: str | tuple[str, ...],
+    normalize: bool,
+    example: Callable[[int], torch.Tensor] | None = None,
+) -> nn.Module:
     """Turns a classifier into a model that returns feature vectors. Modifies the classifier.
 
     Returns:

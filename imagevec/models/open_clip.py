@@ -10,12 +10,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 from imagevec import cache
 from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
 from imagevec.files import expanded
-from imagevec.options import ENGINES, RANDOM, WEIGHTS_SUFFIXES
+from imagevec.models.source import ModelSource
+from imagevec.options import RANDOM, WEIGHTS_SUFFIXES
 from imagevec.spec import Preprocessing, Tokenization
 
 if TYPE_CHECKING:
@@ -55,27 +56,20 @@ def names(part: str = "") -> list[str]:
 
 
 @dataclass(frozen=True)
-class OpenClipSource:
+class OpenClipSource(ModelSource):
     """The image tower of an open_clip model; ``clip_name`` has no prefix."""
 
     clip_name: str
 
-    backends: ClassVar[tuple[str, ...]] = ENGINES
-    identity: ClassVar[Literal["name"]] = "name"
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "timm", "open_clip_torch")
-    infers_shapes: ClassVar[bool] = True
-    beside_weights: ClassVar[tuple[str, ...]] = (_CONFIG, _TOKENIZER, "tokenizer_config.json")
+    libraries = ("torch", "timm", "open_clip_torch")
+    beside_weights = (_CONFIG, _TOKENIZER, "tokenizer_config.json")
 
     @property
     def name(self) -> str:
         return PREFIX + self.clip_name
 
     def text_source(self) -> OpenClipTextSource:
-        """Returns the source of the model's text tower."""
         return OpenClipTextSource(self.clip_name)
-
-    def why_not_saved(self) -> str | None:
-        return None
 
     def check(self, layer: str | tuple[str, ...]) -> None:
         _ = self._config
@@ -92,10 +86,9 @@ class OpenClipSource:
             return local_file(self.name, option)
         return _downloaded(self.name, self._tag(option))
 
-    def has_weights(self) -> bool:
-        return False  # only the Hugging Face hub's cache may contain them
-
-    def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
+    def preprocessing(
+        self, weights_digest: str | None, weights: str = RANDOM
+    ) -> Preprocessing | Tokenization:
         """Returns the preprocessing of the tag, or of the configuration next to a weights file.
 
         Random weights and files without a configuration use that of the first tag that fits.
@@ -117,10 +110,12 @@ class OpenClipSource:
             squash=wanted["resize_mode"] == "squash",
         )
 
-    def build(self, crop_size: int) -> nn.Module:
-        return self.module(crop_size, None)
+    def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
+        return self.module(preprocessing, None)
 
-    def module(self, crop_size: int, weights: Path | None) -> nn.Module:
+    def module(
+        self, preprocessing: Preprocessing | Tokenization, weights: Path | None
+    ) -> nn.Module:
         from imagevec.models.towers import image_tower
 
         return image_tower(self.name, self._config, weights)
@@ -193,9 +188,7 @@ class OpenClipSource:
 class OpenClipTextSource(OpenClipSource):
     """The text tower of an open_clip model."""
 
-    def preprocessing(  # type: ignore[override]
-        self, weights_digest: str | None, weights: str = RANDOM
-    ) -> Tokenization:
+    def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Tokenization:
         """Returns the steps of the model's tokenizer, and stores its vocabulary in the cache.
 
         Raises:
@@ -232,7 +225,9 @@ class OpenClipTextSource(OpenClipSource):
             reads_padding=self._reads_padding,
         )
 
-    def module(self, crop_size: int, weights: Path | None) -> nn.Module:
+    def module(
+        self, preprocessing: Preprocessing | Tokenization, weights: Path | None
+    ) -> nn.Module:
         from imagevec.models.towers import text_tower
 
         return text_tower(self.name, self._config, weights, self._reads_padding)

@@ -9,17 +9,17 @@ config, the configuration of open_clip's tag, or the registered preprocessing.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from imagevec.errors import OptionError
 from imagevec.files import expanded
-from imagevec.models import exported, factory, open_clip, timm, torchvision
-from imagevec.models.source import IMAGENET, REGISTERED, ModelSource
+from imagevec.models import exported, factory, open_clip, saved, timm, torchvision
 from imagevec.models.factory import ModelFactory
+from imagevec.models.source import IMAGENET, REGISTERED, ModelSource
 from imagevec.spec import Preprocessing
 
 # In the order of the search; torchvision accepts any remaining name.
-SOURCES = (factory, exported, timm, open_clip, torchvision)
+SOURCES = (factory, saved, exported, timm, open_clip, torchvision)
 
 
 def list_models() -> list[str]:
@@ -91,6 +91,30 @@ def find_source(model: str | Path | ModelFactory) -> ModelSource:
     raise OptionError(f"model={str(model)!r}: no such folder")
 
 
+def named(model: str, precision: str, origin: str) -> str:
+    """Returns the ``model`` option of the features of a table, if it is a name.
+
+    Args:
+        model: ``FeatureSpec.model``.
+        precision: ``FeatureSpec.precision``.
+        origin: The table, for the message.
+
+    Raises:
+        OptionError: The option was a path or a factory.
+    """
+    kind, is_kind, _ = model.partition(":")
+    if kind == "factory" and is_kind:
+        raise OptionError(
+            f"the table was made with a function, {model!r}: only its own images can be queries"
+        )
+    if precision == "int8" or (is_kind and kind.isidentifier()):
+        raise OptionError(
+            f"the table was made with {model!r}, a file or folder: give it as --model"
+        )
+    check_is_name(model, origin)
+    return model
+
+
 def check_is_name(model: str, origin: str) -> None:
     """Checks that a ``model`` option that was read from data is a name, not a path.
 
@@ -114,18 +138,3 @@ def check_is_name(model: str, origin: str) -> None:
             f"the model {model!r} of {origin} is not a name: models are only loaded from paths "
             "that you pass yourself, as model"
         )
-
-
-def find_text_source(model: Any) -> ModelSource:
-    """Returns the source of the text tower of a ``model`` option.
-
-    Raises:
-        OptionError: The model has no text tower.
-    """
-    source = open_clip.find(model)
-    if source is None:
-        raise OptionError(
-            f"model={model!r} cannot encode text: use an open_clip model, "
-            "for example 'open_clip/ViT-B-32'"
-        )
-    return cast(ModelSource, source.text_source())

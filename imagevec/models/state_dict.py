@@ -22,6 +22,7 @@ from imagevec.errors import OptionError, WeightsError
 from imagevec.files import expanded
 from imagevec.models.source import ModelSource
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES
+from imagevec.spec import Preprocessing, Tokenization
 
 OFFLINE = (
     "Downloads are stored in ~/.cache, or in XDG_CACHE_HOME. Without a network, use "
@@ -49,12 +50,12 @@ def local_file(model_name: str, option: str) -> Path | None:
     return path
 
 
-def with_weights(source: ModelSource, crop_size: int, weights: Path | None) -> nn.Module:
+def with_weights(source: ModelSource, preprocessing: Preprocessing | Tokenization, weights: Path | None) -> nn.Module:
     """Builds a model with its weights.
 
     Args:
         source: The source that builds the model.
-        crop_size: The side of the model's input, in pixels.
+        preprocessing: The preprocessing of the model's input.
         weights: The weights file; ``None`` for random weights, identical on every machine.
 
     Raises:
@@ -62,10 +63,10 @@ def with_weights(source: ModelSource, crop_size: int, weights: Path | None) -> n
     """
     if weights is None:
         with seeded():
-            return source.build(crop_size)
+            return source.build(preprocessing)
     state_dict = load_state_dict(weights)
     with no_random_init():
-        model = source.build(crop_size)
+        model = source.build(preprocessing)
     if isinstance(model, torchvision.models.DenseNet):
         # torchvision's files use the original names: norm.1 is now norm1.
         state_dict = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
 from imagevec.models.source import ModelSource
-from imagevec.options import ENGINES, RANDOM
-from imagevec.spec import Preprocessing
+from imagevec.options import RANDOM
+from imagevec.spec import Preprocessing, Tokenization
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,23 +35,16 @@ def names(part: str = "") -> list[str]:
 
 
 @dataclass(frozen=True)
-class TimmSource:
+class TimmSource(ModelSource):
     """A timm model; ``timm_name`` has no prefix."""
 
     timm_name: str
 
-    backends: ClassVar[tuple[str, ...]] = ENGINES
-    identity: ClassVar[Literal["name"]] = "name"
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "timm")
-    infers_shapes: ClassVar[bool] = True
-    beside_weights: ClassVar[tuple[str, ...]] = ()
+    libraries = ("torch", "timm")
 
     @property
     def name(self) -> str:
         return PREFIX + self.timm_name
-
-    def why_not_saved(self) -> str | None:
-        return None
 
     def check(self, layer: str | tuple[str, ...]) -> None:
         timm = _timm()
@@ -75,9 +68,6 @@ class TimmSource:
             ) from error
         return model
 
-    def has_weights(self) -> bool:
-        return False  # only the caches of the Hugging Face hub and torch.hub may contain them
-
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         """Converts timm's data config, of ``timm/data/config.py`` and ``transforms_factory.py``."""
         pretrained_cfg = _timm().get_pretrained_cfg(self.timm_name).to_dict()
@@ -97,15 +87,10 @@ class TimmSource:
             squash=config["crop_mode"] == "squash",
         )
 
-    def build(self, crop_size: int) -> nn.Module:
+    def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
         """Builds the model for the input size in timm's data config."""
         model: nn.Module = _timm().create_model(self.timm_name, pretrained=False)
         return model
-
-    def module(self, crop_size: int, weights: Path | None) -> nn.Module:
-        from imagevec.models.state_dict import with_weights
-
-        return with_weights(self, crop_size, weights)
 
 
 def _timm() -> Any:

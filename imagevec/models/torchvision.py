@@ -6,12 +6,12 @@ import os
 import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 from imagevec.errors import OptionError, WeightsError, did_you_mean
 from imagevec.models.source import REGISTERED, ModelSource
-from imagevec.options import ENGINES, RANDOM, WEIGHTS_SUFFIXES
-from imagevec.spec import Preprocessing
+from imagevec.options import RANDOM, WEIGHTS_SUFFIXES
+from imagevec.spec import Preprocessing, Tokenization
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,16 +36,16 @@ def names(part: str = "") -> list[str]:
 
 
 @dataclass(frozen=True)
-class TorchvisionSource:
+class TorchvisionSource(ModelSource):
     """A model of ``torchvision.models``."""
 
-    name: str
+    torchvision_name: str
 
-    backends: ClassVar[tuple[str, ...]] = ENGINES
-    identity: ClassVar[Literal["name"]] = "name"
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision")
-    infers_shapes: ClassVar[bool] = True
-    beside_weights: ClassVar[tuple[str, ...]] = ()
+    libraries = ("torch", "torchvision")
+
+    @property
+    def name(self) -> str:
+        return self.torchvision_name
 
     @property
     def weights_enum(self) -> Any:
@@ -53,9 +53,6 @@ class TorchvisionSource:
         import torchvision.models
 
         return torchvision.models.get_model_weights(self.name)
-
-    def why_not_saved(self) -> str | None:
-        return None
 
     def check(self, layer: str | tuple[str, ...]) -> None:
         known = names()
@@ -101,7 +98,7 @@ class TorchvisionSource:
             interpolation=preset.interpolation.value,
         )
 
-    def build(self, crop_size: int) -> nn.Module:
+    def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
         import torchvision.models
 
         kwargs: dict[str, Any] = {}
@@ -109,14 +106,9 @@ class TorchvisionSource:
             # torchvision sets these to load its weights, which expect another input scale.
             kwargs = {"transform_input": True, "init_weights": False}
         elif self.name.startswith("vit_"):
-            kwargs = {"image_size": crop_size}
+            kwargs = {"image_size": preprocessing.input_size}
         model: nn.Module = torchvision.models.get_model(self.name, weights=None, **kwargs)
         return model
-
-    def module(self, crop_size: int, weights: Path | None) -> nn.Module:
-        from imagevec.models.state_dict import with_weights
-
-        return with_weights(self, crop_size, weights)
 
     def _downloaded(self, entry: Any) -> Path:
         """Returns the weights file in torch.hub's folder, and downloads it if needed."""

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from imagevec.cache import find, weights_option
-from imagevec.errors import FingerprintError, OptionError
+from imagevec.errors import FingerprintError
 from imagevec.files import digest_of, expanded
 from imagevec.images.parallel import map_ahead
-from imagevec.models.registry import check_is_name
+from imagevec.models.registry import check_is_name, named
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES, Options, check_positive
 from imagevec.search.neighbours import Vectors, nearest
 from imagevec.spec import Preprocessing
@@ -160,19 +160,9 @@ def _vectors_computed(
     if isinstance(made_of.preprocessing, Preprocessing):
         options["decode"] = made_of.preprocessing.decode
     if model is None:
-        name = made_of.model
-        if made_of.precision == "int8" or name.startswith("pt2:"):
-            raise OptionError(
-                f"the table was made with {name!r}, a file or folder: give it as --model"
-            )
-        if name.startswith("factory:"):
-            raise OptionError(
-                f"the table was made with a function, {name!r}: only its own images can be queries"
-            )
-        check_is_name(name, features)
-        options |= {"model": name, "weights": weights or _weights_at_hand(made_of)}
-    else:
-        options |= {"model": model, "weights": weights} if weights else {"model": model}
+        model = named(made_of.model, made_of.precision, features)
+        weights = weights or _weights_at_hand(made_of)
+    options |= {"model": model, "weights": weights} if weights else {"model": model}
     vectorizer = ImageVectorizer(**cast(Options, options))
     check_same(made_of, Provenance.of(vectorizer.spec))
     return {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
@@ -27,13 +26,12 @@ from pyspark.sql.functions import col, when
 from pyspark.sql.types import ArrayType, FloatType, StructField, StructType
 
 from imagevec import cache
-from imagevec.engines import saved_model
 from imagevec.errors import OptionError, WeightsError, did_you_mean
-from imagevec.files import PREFIX, digest_of, expanded, verified
+from imagevec.files import PREFIX, verified
+from imagevec.models import saved
 from imagevec.models.registry import check_is_name, find_source
 from imagevec.options import (
     OPTIONS,
-    RANDOM,
     WEIGHTS_SUFFIXES,
     Option,
     Options,
@@ -272,7 +270,8 @@ class ImageFeaturizer(
         options = self._options()
         if self._resolved is None or self._resolved.options != options:
             vectorizer = ImageVectorizer(**options)
-            weights = self._own_weights(vectorizer.spec) if self._has_own_weights() else None
+            source = find_source(self.getModel())
+            weights = source.own_weights(self.getWeights(), vectorizer.spec)
             self._resolved = _Resolved(options, weights, vectorizer)
         return self._resolved
 
@@ -289,18 +288,6 @@ class ImageFeaturizer(
                 if self.isSet(name) or self.getOrDefault(name) != _DEFAULTS[name]
             },
         )
-
-    def _has_own_weights(self) -> bool:
-        """Returns whether the weights are custom: from a file or a factory, not a library."""
-        model, weights = self.getModel(), self.getWeights()
-        if saved_model.is_saved_model(model) or weights == RANDOM:
-            return False
-        return weights.endswith(WEIGHTS_SUFFIXES) or find_source(model).identity != "name"
-
-    def _own_weights(self, spec: FeatureSpec) -> Path:
-        """Returns a copy of the custom weights of this spec."""
-        stored = cache.find(spec.weights.removeprefix("sha256:"))
-        return stored or cache.store(expanded(self.getWeights()))
 
     def write(self) -> MLWriter:
         """Returns a writer, for example for ``featurizer.write().overwrite().save(path)``.
@@ -334,32 +321,12 @@ class _Writer(MLWriter):
 
     def __init__(self, featurizer: ImageFeaturizer) -> None:
         super().__init__()
-        model = featurizer.getModel()
+        source = find_source(featurizer.getModel())
+        options, self._files = source.to_save(
+            featurizer.getWeights(), lambda: featurizer._resolve().weights
+        )
         self._saved = featurizer.copy()
-        self._files: dict[str, Path] = {}  # from the name in the subfolder to the local file
-        if saved_model.is_saved_model(model):
-            folder = Path(str(model))
-            files = saved_model.read(folder).files
-            spec_file = cache.store(folder / saved_model.SPEC_FILE)
-            self._files = {f"{spec_file.stem}/{path.name}": path for path in files}
-            self._files[f"{spec_file.stem}/{saved_model.SPEC_FILE}"] = spec_file
-            self._saved.setModel(spec_file.stem)
-            return
-        source = find_source(model)
-        reason = source.why_not_saved()
-        if reason is not None:
-            raise OptionError(reason)
-        given = expanded(featurizer.getWeights())
-        for name in source.beside_weights:
-            if featurizer._has_own_weights() and given.with_name(name).is_file():
-                raise OptionError(
-                    f"a featurizer with weights={str(given)!r} cannot be saved, because the model "
-                    f"also reads {name} next to them: use the name of pretrained weights"
-                )
-        if featurizer._has_own_weights():
-            weights = cast(Path, featurizer._resolve().weights)
-            self._files = {weights.name: weights}
-            self._saved.setWeights(weights.name)
+        self._saved._set(**options)
 
     def saveImpl(self, path: str) -> None:
         session = self.sparkSession
@@ -400,12 +367,18 @@ class _Reader(MLReader[ImageFeaturizer]):
         DefaultParamsReader.getAndSetParams(featurizer, metadata)
         model, weights = featurizer.getModel(), featurizer.getWeights()
         if _SAVED_NAME.fullmatch(str(model)):
-            featurizer.setModel(str(_load_saved_model(session, path, str(model))))
+            origin = f"{path}/{_FILES}/{model}"
+            download = functools.partial(_download, session, origin)
+            featurizer.setModel(str(saved.copy_to_cache(str(model), origin, download)))
         else:
             check_is_name(str(model), path)
         if weights.endswith(WEIGHTS_SUFFIXES):
             featurizer.setWeights(str(_load_weights(session, path, weights)))
         return featurizer
+
+
+def _download(session: SparkSession, folder: str, name: str, to: Path) -> None:
+    hadoop.download(session, f"{folder}/{name}", to)
 
 
 def _load_weights(session: SparkSession, folder: str, name: str) -> Path:
@@ -415,29 +388,3 @@ def _load_weights(session: SparkSession, folder: str, name: str) -> Path:
     with cache.temporary_folder() as temporary:
         hadoop.download(session, f"{folder}/{_FILES}/{name}", temporary / name)
         return cache.store(verified(temporary / name), move=True)
-
-
-def _load_saved_model(session: SparkSession, folder: str, name: str) -> Path:
-    """Copies the saved model of a saved featurizer to the cache. Its name is its spec's digest."""
-    cached = cache.folder("saved_models") / name
-    cache.use(cached)
-    source = f"{folder}/{_FILES}/{name}"
-    with cache.temporary_folder() as temporary:
-        copy = temporary / name
-        spec_file = copy / saved_model.SPEC_FILE
-        hadoop.download(session, f"{source}/{spec_file.name}", spec_file)
-        found, expected = digest_of(spec_file), name.removeprefix(PREFIX)
-        if found != expected:
-            raise WeightsError(
-                f"{source}/{spec_file.name} was altered: its SHA-256 is {found}, not {expected}"
-            )
-        for file in saved_model.file_names(copy):
-            hadoop.download(session, f"{source}/{file}", copy / file)
-        saved_model.read(copy)
-        try:
-            saved_model.read(cached)
-        except WeightsError:  # missing or damaged
-            shutil.rmtree(cached, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process was first
-                copy.rename(cached)
-    return cached

@@ -11,6 +11,7 @@ from imagevec.engines.torch_engine import TorchEngine
 from imagevec.images.decode import Pixels
 from imagevec.models.layers import to_feature_model
 from imagevec.models.registry import find_source
+from imagevec.models.source import IMAGENET
 from tests.helpers.factories import Tiny
 from tests.helpers.images import cosine, photo
 from tests.helpers.pipeline import engine_of, pixels_of
@@ -83,7 +84,7 @@ def test_its_input_is_left_as_it_is(engine):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_it_is_the_model_itself(model):
-    plain = to_feature_model(find_source(model).module(224, None), "pooled", normalize=False)
+    plain = to_feature_model(find_source(model).module(IMAGENET, None), "pooled", normalize=False)
     mean = torch.tensor(Preprocessing().mean).view(3, 1, 1)
     std = torch.tensor(Preprocessing().std).view(3, 1, 1)
     batch = images(3)
@@ -164,7 +165,7 @@ def test_cuda_gives_the_vectors_of_the_cpu(precision, lowest):
     source = find_source("resnet18")
     engines = [
         TorchEngine(
-            to_feature_model(source.module(224, None), "pooled", normalize=False),
+            to_feature_model(source.module(IMAGENET, None), "pooled", normalize=False),
             Preprocessing(),
             device,
             precision if device == "cuda" else "float32",

@@ -27,7 +27,8 @@ from imagevec.engines.torch_engine import normalize
 from imagevec.images.preprocess import resize_and_crop
 from imagevec.models import open_clip as module
 from imagevec.models.open_clip import OpenClipSource
-from imagevec.models.registry import find_source, find_text_source
+from imagevec.models.registry import find_source
+from imagevec.models.source import IMAGENET
 from tests.helpers.clip import TINY, built, encoded, write_tokenizer
 from tests.helpers.factories import Tiny
 from tests.helpers.images import cosine, encode, photo
@@ -208,11 +209,11 @@ def test_files_beside_the_weights_say_how_to_use_them(clip, tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": own}))
     after: Any = ImageVectorizer(**options).spec.preprocessing
     assert (after.squash, after.mean, after.interpolation) == (True, (0.5, 0.5, 0.5), "bilinear")
-    theirs = find_text_source(name).preprocessing(None, str(options["weights"]))
+    theirs = find_source(name).text_source().preprocessing(None, str(options["weights"]))
     write_tokenizer(tmp_path)
     text = (tmp_path / "tokenizer.json").read_text().replace('"single": [', '"single":  [')
     (tmp_path / "tokenizer.json").write_text(text)
-    beside = find_text_source(name).preprocessing(None, str(options["weights"]))
+    beside = find_source(name).text_source().preprocessing(None, str(options["weights"]))
     assert beside == theirs  # the same tokenizer, read from another place
 
 
@@ -280,7 +281,7 @@ def test_without_a_network_it_says_what_to_fetch(clip, monkeypatch):
     with pytest.raises(WeightsError, match=r"download timm/ViT-B-16-SigLIP on .*weights='<folder>"):
         ImageVectorizer(model="open_clip/ViT-B-16-SigLIP")
     with pytest.raises(WeightsError, match="put its tokenizer.json and tokenizer_config.json"):
-        find_text_source("open_clip/ViT-B-16-SigLIP").preprocessing(None)
+        find_source("open_clip/ViT-B-16-SigLIP").text_source().preprocessing(None)
 
 
 def test_without_open_clip(monkeypatch):
@@ -319,7 +320,7 @@ def test_it_is_quantized_and_exported_like_others(clip, tmp_path):
     int8 = ImageVectorizer(model=tmp_path / "int8")
     assert int8.spec.model == name
     assert cosine(int8.extract_features(PNG), exact.extract_features(PNG)) >= 0.9
-    tower = find_source(name).module(64, None).eval()
+    tower = find_source(name).module(IMAGENET, None).eval()
     example = (torch.zeros(2, 3, 64, 64),)
     program = torch.export.export(tower, example, dynamic_shapes=({0: torch.export.Dim("n")},))
     torch.export.save(program, tmp_path / "tower.pt2")

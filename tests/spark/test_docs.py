@@ -29,12 +29,12 @@ import imagevec
 from benchmarks import report
 from imagevec import ImageVectorizer, cli, errors, explain_pickle, plan
 from imagevec.engines import quantization
-from imagevec.models.source import REGISTERED, ModelSource
 from imagevec.models.factory import FactorySource
 from imagevec.models.features import example_input
 from imagevec.models.layers import infer_num_features, to_feature_model
 from imagevec.models.open_clip import OpenClipSource, OpenClipTextSource
 from imagevec.models.registry import find_source
+from imagevec.models.source import REGISTERED, ModelSource
 from imagevec.models.torchvision import TorchvisionSource
 from imagevec.options import OPTIONS, RANDOM
 from imagevec.spark import featurizer
@@ -143,7 +143,6 @@ def reader(
         save_file(tiny().state_dict(), tmp_path / f"{name}.safetensors")
     for module in (plan, featurizer, quantization):
         monkeypatch.setattr(module, "find_source", find_small_source)
-    monkeypatch.setattr(plan, "find_text_source", find_small_text_source)
     monkeypatch.setattr(plan, "_plans", {})
     monkeypatch.setattr(SparkSession.Builder, "getOrCreate", lambda builder: spark)
     monkeypatch.chdir(tmp_path)
@@ -210,12 +209,6 @@ def find_small_source(model: Any) -> ModelSource:
     if source.name in REAL:
         return Untrained(source.name)
     return FactorySource(tiny, registered_name=source.name)
-
-
-def find_small_text_source(model: Any) -> OpenClipTextSource:
-    source = find_small_source(model)
-    assert isinstance(source, OpenClipSource)
-    return source.text_source()
 
 
 def in_folder(code: str, folder: Path) -> str:
@@ -416,7 +409,7 @@ def test_the_models_are_as_told() -> None:
         preprocessing = source.preprocessing(None)
         input_size = preprocessing.input_size
         with torch.device("meta"):
-            model = to_feature_model(source.build(input_size), "pooled", normalize=False)
+            model = to_feature_model(source.build(preprocessing), "pooled", normalize=False)
         num_features = int(features.replace(",", ""))
         example = example_input(preprocessing, 1).to("meta")
         assert infer_num_features(model, example) == (num_features,), quoted

@@ -32,11 +32,12 @@ from imagevec import (
     provenance,
     register_model,
 )
-from imagevec.engines import openvino, saved_model
+from imagevec.engines import openvino
 from imagevec.files import digest_of
-from imagevec.models.source import REGISTERED
+from imagevec.models import saved as saved_model
 from imagevec.models.features import FeatureModel
 from imagevec.models.registry import find_source
+from imagevec.models.source import REGISTERED
 from imagevec.options import DEFAULTS
 from tests.helpers.clip import built
 from tests.helpers.factories import Tiny, tiny
