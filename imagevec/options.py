@@ -158,6 +158,22 @@ def check_positive(option: str, value: object) -> int:
     return int(value)
 
 
+def check_size(option: str, value: object) -> int | tuple[int, int]:
+    """Returns a size in pixels: an ``int`` for a square, else ``(height, width)``.
+
+    Raises:
+        OptionError: The value is neither an integer of at least 1 nor two of them.
+    """
+    if not isinstance(value, list | tuple):
+        return check_positive(option, value)
+    if len(value) != 2:
+        raise OptionError(
+            f"{option}={value!r} is not valid: use an integer, or two: (height, width)"
+        )
+    height, width = (check_positive(option, side) for side in value)
+    return height if height == width else (height, width)
+
+
 def check_bool(option: str, value: object) -> None:
     """Raises ``OptionError`` unless ``value`` is a boolean."""
     if not isinstance(value, bool):

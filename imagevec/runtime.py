@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import gc
 import logging
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -168,7 +169,7 @@ def _auto_batch_size(
     if isinstance(preprocessing, Tokenization):
         return _AUTO_BATCH_TEXTS["cuda" if on_gpu else "cpu"]
     pixels = _AUTO_BATCH_PIXELS["cuda"] if on_gpu else _AUTO_BATCH_PIXELS["cpu"] * task_cpus
-    return max(1, pixels // preprocessing.crop_size**2)
+    return max(1, pixels // math.prod(preprocessing.input_shape))
 
 
 def get_tokenizer(plan: Plan, locate: Callable[[str], Path]) -> Tokenizer:

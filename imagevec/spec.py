@@ -16,33 +16,44 @@ from typing import Any, Literal
 
 from imagevec._version import __version__
 from imagevec.errors import OptionError
-from imagevec.options import DECODES, PRECISIONS, check_bool, check_choice, check_positive, checked
+from imagevec.options import (
+    DECODES,
+    PRECISIONS,
+    check_bool,
+    check_choice,
+    check_positive,
+    check_size,
+    checked,
+)
 
 METADATA_KEY = "imagevec"
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The steps from a file to float32 ``(3, crop_size, crop_size)``.
+    """The steps from a file to float32 ``(3, H, W)``, where H and W are those of ``crop_size``.
 
     They are: decode, resize, centre crop, normalise. The defaults match torchvision's
     ``ImageClassification`` preset.
 
     Attributes:
-        resize_size: The shorter side after the resize, in pixels, at least ``crop_size``.
-        crop_size: The side of the centre crop, in pixels: the model's ``input_size``.
+        resize_size: The size after the resize, in pixels, at least ``crop_size``. An integer is the
+            length of the shorter side, as in torchvision. With ``(height, width)``, the image is
+            the smallest of its aspect ratio that covers them, as in timm.
+        crop_size: The size of the centre crop, in pixels: the side of a square, or
+            ``(height, width)``. It is the size of the model's input.
         mean: The mean of each RGB channel, on a scale from 0 to 1.
         std: The standard deviation of each RGB channel, on a scale from 0 to 1.
         interpolation: ``"bilinear"`` or ``"bicubic"``, both antialiased.
-        squash: Whether to resize to a square of ``resize_size``, ignoring the aspect ratio.
+        squash: Whether to resize to exactly ``resize_size``, ignoring the aspect ratio.
         crop_offset: How a crop offset of half a pixel is rounded: ``"round"`` to even as in
             torchvision, or ``"floor"`` as in Hugging Face's image processors.
         decode: ``"exact"``, or ``"scaled"`` to decode JPEGs at the smallest scale of 1/1, 1/2, 1/4
             and 1/8 that keeps ``min_decoded_side`` pixels on both sides.
     """
 
-    resize_size: int = 256
-    crop_size: int = 224
+    resize_size: int | tuple[int, int] = 256
+    crop_size: int | tuple[int, int] = 224
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -51,9 +62,14 @@ class Preprocessing:
     crop_offset: Literal["round", "floor"] = "round"
 
     @property
-    def input_size(self) -> int:
-        """The side of the model's input, in pixels."""
+    def input_size(self) -> int | tuple[int, int]:
+        """The size of the model's input, in pixels: the side of a square, or (height, width)."""
         return self.crop_size
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """The height and width of the model's input, in pixels."""
+        return height_and_width(self.crop_size)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -65,15 +81,33 @@ class Preprocessing:
         """Twice the resize target. The lowest cosines to exact decoding in
         ``benchmarks/fidelity.py`` are 0.9991 (SqueezeNet) and 0.9986 (EfficientNet-Lite0).
         """
-        return 2 * self.resize_size if self.decode == "scaled" else None
+        target = max(height_and_width(self.resize_size))
+        return 2 * target if self.decode == "scaled" else None
+
+    def with_input_size(self, input_size: int | tuple[int, int]) -> Preprocessing:
+        """Returns the preprocessing for another input size.
+
+        Each side of ``resize_size`` keeps its ratio to that of ``crop_size``, and is rounded down.
+        """
+        if input_size == self.crop_size:
+            return self
+        sides = zip(
+            height_and_width(input_size),
+            height_and_width(self.resize_size),
+            self.input_shape,
+            strict=True,
+        )
+        height, width = (new * resize // crop for new, resize, crop in sides)
+        return dataclasses.replace(self, resize_size=(height, width), crop_size=input_size)
 
     def __post_init__(self) -> None:
         check_choice("decode", self.decode, DECODES)
         check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
         check_choice("crop_offset", self.crop_offset, ("round", "floor"))
         for option in ("crop_size", "resize_size"):
-            object.__setattr__(self, option, check_positive(option, getattr(self, option)))
-        if self.resize_size < self.crop_size:
+            object.__setattr__(self, option, check_size(option, getattr(self, option)))
+        resized = height_and_width(self.resize_size)
+        if any(side < crop for side, crop in zip(resized, self.input_shape, strict=True)):
             raise OptionError(
                 f"resize_size={self.resize_size} is not valid: "
                 f"use at least crop_size={self.crop_size}"
@@ -82,6 +116,11 @@ class Preprocessing:
             value = getattr(self, option)
             if not isinstance(value, tuple) or len(value) != 3:
                 raise OptionError(f"{option} is not valid: use a tuple of 3 numbers, R, G and B")
+
+
+def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Returns the sides of a size in pixels; an integer is the side of a square."""
+    return size if isinstance(size, tuple) else (size, size)
 
 
 @dataclass(frozen=True)
@@ -186,7 +225,8 @@ class FeatureSpec:
         """Builds a spec from the result of ``to_json``."""
         fields: dict[str, Any] = json.loads(text)
         pre: dict[str, Any] = fields.pop("preprocessing")
-        for part, names in ((pre, ("mean", "std")), (fields, ("layer", "num_features"))):
+        sizes = ("resize_size", "crop_size")
+        for part, names in ((pre, ("mean", "std", *sizes)), (fields, ("layer", "num_features"))):
             for name in names:
                 if isinstance(part.get(name), list):
                     part[name] = tuple(part[name])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
@@ -36,6 +37,54 @@ def test_a_spec_of_several_layers_survives_json(spec):
     assert FeatureSpec.from_json(layers.to_json()) == layers
     assert list(layers.layer_sizes.items()) == [("pooled", 8), ("a.b", 3)]
     assert spec.layer_sizes is None
+
+
+def test_a_spec_of_a_non_square_input_survives_json(spec):
+    preprocessing = Preprocessing(resize_size=(182, 109), crop_size=(160, 96))
+    wide = dataclasses.replace(spec, preprocessing=preprocessing)
+    assert FeatureSpec.from_json(wide.to_json()) == wide
+    assert wide.fingerprint != spec.fingerprint
+
+
+def test_equal_sides_are_a_square():
+    preprocessing = Preprocessing(resize_size=[256, 256], crop_size=(np.int64(224), 224))
+    assert preprocessing == Preprocessing()
+    assert (preprocessing.resize_size, preprocessing.crop_size) == (256, 224)
+    assert preprocessing.input_shape == (224, 224)
+    assert Preprocessing(crop_size=(160, 96)).input_shape == (160, 96)
+
+
+@pytest.mark.parametrize("option", ["crop_size", "resize_size"])
+@pytest.mark.parametrize("size", [0, -1, True, 2.5, "224", None, (), (1,), (1, 2, 3), (0, 2)])
+def test_a_wrong_size_is_refused(option, size):
+    with pytest.raises(OptionError, match=f"{option}=.* is not valid: use an integer"):
+        Preprocessing(**{option: size})
+
+
+@pytest.mark.parametrize(
+    ("resize_size", "crop_size"), [(223, 224), ((182, 95), (160, 96)), (160, (160, 161))]
+)
+def test_a_resize_below_the_crop_is_refused(resize_size, crop_size):
+    with pytest.raises(OptionError, match="use at least crop_size="):
+        Preprocessing(resize_size=resize_size, crop_size=crop_size)
+
+
+@pytest.mark.parametrize(
+    ("resize_size", "crop_size", "input_size", "resized"),
+    [
+        (256, 224, 320, 365),  # 365.7
+        (232, 224, 112, 116),
+        (232, 224, (160, 96), (165, 99)),  # 165.7 and 99.4
+        ((165, 99), (160, 96), (320, 192), (330, 198)),
+        ((165, 99), (160, 96), 160, (165, 165)),
+        (224, 224, 225, 225),
+        (170, (160, 96), (160, 96), 170),
+    ],
+)
+def test_another_input_size_keeps_the_ratio(resize_size, crop_size, input_size, resized):
+    preprocessing = Preprocessing(resize_size=resize_size, crop_size=crop_size, std=(1, 1, 1))
+    expected = dataclasses.replace(preprocessing, resize_size=resized, crop_size=input_size)
+    assert preprocessing.with_input_size(input_size) == expected
 
 
 def test_a_fingerprint_stays_what_it_was():

@@ -23,8 +23,8 @@ class Row(NamedTuple):
     """An input row, prepared for the forward pass.
 
     Attributes:
-        input: The input of the forward pass: pixels, uint8 ``(S, S, 3)``, or the tokens of a text,
-            int32 ``(L,)``; ``None`` for a null or a bad image.
+        input: The input of the forward pass: pixels, uint8 ``(H, W, 3)`` in the model's size, or
+            the tokens of a text, int32 ``(L,)``; ``None`` for a null or a bad image.
         width: The width of the image as displayed, in pixels.
         height: The height of the image as displayed, in pixels.
         error: The error of a bad image; ``None`` for a null.

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from imagevec.images.decode import Pixels, has_memory
-from imagevec.spec import Preprocessing
+from imagevec.spec import Preprocessing, height_and_width
 
 try:  # the Rust crate fast_image_resize takes a quarter of Pillow's time
     from cykooz_resizer import rust_lib
@@ -41,18 +41,20 @@ class _Geometry(NamedTuple):
         width: The width of the resized image.
         top: The top of the crop.
         left: The left edge of the crop.
-        size: The side of the crop.
+        crop_height: The height of the crop.
+        crop_width: The width of the crop.
     """
 
     height: int
     width: int
     top: int
     left: int
-    size: int
+    crop_height: int
+    crop_width: int
 
 
 def resize_and_crop(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
-    """Converts uint8 ``(H, W, 3)`` to uint8 ``(S, S, 3)``, where S is ``crop_size``.
+    """Converts uint8 ``(H, W, 3)`` to uint8 ``(*input_shape, 3)``.
 
     Only the pixels of the crop are computed: resizing a whole 3000x1 image to a shorter side of 256
     would take 590 MB for a crop of 224x224.
@@ -63,17 +65,21 @@ def resize_and_crop(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
 
 
 def _geometry(height: int, width: int, preprocessing: Preprocessing) -> _Geometry:
-    """Rounds the size down, like torchvision's ``Resize``, and the offset by ``crop_offset``."""
-    size, crop = preprocessing.resize_size, preprocessing.crop_size
+    """Rounds the size like torchvision's ``Resize`` or timm's, and the offset by ``crop_offset``."""
+    size = preprocessing.resize_size
     if preprocessing.squash:
-        resized = (size, size)
+        resized = height_and_width(size)
+    elif isinstance(size, tuple):  # timm's ResizeKeepRatio, in timm/data/transforms.py
+        ratio = min(height / size[0], width / size[1])
+        resized = (round(height / ratio), round(width / ratio))
     elif height <= width:
         resized = (size, int(size * width / height))
     else:
         resized = (int(size * height / width), size)
+    crop = preprocessing.input_shape
     rounded = round if preprocessing.crop_offset == "round" else math.floor
-    top, left = (rounded((side - crop) / 2) for side in resized)
-    return _Geometry(*resized, top, left, crop)
+    top, left = (rounded((side - part) / 2) for side, part in zip(resized, crop, strict=True))
+    return _Geometry(*resized, top, left, *crop)
 
 
 def _by_cykooz(pixels: Pixels, to: _Geometry, interpolation: str) -> Pixels:
@@ -81,17 +87,16 @@ def _by_cykooz(pixels: Pixels, to: _Geometry, interpolation: str) -> Pixels:
     scale_y, scale_x = height / to.height, width / to.width  # source pixels per output pixel
     reach = _SUPPORT[interpolation] * max(scale_y, 1) + 1
     first = max(0, math.floor(to.top * scale_y - reach))  # first row that the crop needs
-    last = min(height, math.ceil((to.top + to.size) * scale_y + reach))
+    last = min(height, math.ceil((to.top + to.crop_height) * scale_y + reach))
     rows = last - first
     # A rounding error must not make the box wider than the image.
     left, top = to.left * scale_x, to.top * scale_y - first
-    box = (left, 0, min(to.size * scale_x, width - left), rows)
-    image = _resized(
-        pixels[first:last].tobytes(), (width, rows), box, (to.size, rows), interpolation
-    )
-    box = (0, top, to.size, min(to.size * scale_y, rows - top))
-    image = _resized(image, (to.size, rows), box, (to.size, to.size), interpolation)
-    return np.frombuffer(image, np.uint8).reshape(to.size, to.size, 3)
+    box = (left, 0, min(to.crop_width * scale_x, width - left), rows)
+    narrow = (to.crop_width, rows)
+    image = _resized(pixels[first:last].tobytes(), (width, rows), box, narrow, interpolation)
+    box = (0, top, to.crop_width, min(to.crop_height * scale_y, rows - top))
+    image = _resized(image, narrow, box, (to.crop_width, to.crop_height), interpolation)
+    return np.frombuffer(image, np.uint8).reshape(to.crop_height, to.crop_width, 3)
 
 
 def _resized(
@@ -117,10 +122,10 @@ def _resized(
 def _by_pillow(pixels: Pixels, to: _Geometry, interpolation: str) -> Pixels:
     image = Image.fromarray(pixels)
     resample = Image.Resampling[interpolation.upper()]
-    left, top, right, bottom = to.left, to.top, to.left + to.size, to.top + to.size
-    if to.height * to.width <= _MAX_RESIZED_RATIO * to.size**2:
+    left, top, right, bottom = to.left, to.top, to.left + to.crop_width, to.top + to.crop_height
+    if to.height * to.width <= _MAX_RESIZED_RATIO * to.crop_height * to.crop_width:
         whole = image.resize((to.width, to.height), resample)
         return np.asarray(whole)[top:bottom, left:right]
     scale_y, scale_x = image.height / to.height, image.width / to.width
     box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
-    return np.asarray(image.resize((to.size, to.size), resample, box=box))
+    return np.asarray(image.resize((to.crop_width, to.crop_height), resample, box=box))

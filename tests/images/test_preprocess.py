@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode
+from timm.data.transforms import ResizeKeepRatio
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms._presets import ImageClassification
 
 from imagevec import Preprocessing
@@ -218,3 +221,98 @@ def test_normalize_leaves_its_input():
     images = torch.full((1, 3, 4, 4), 7, dtype=torch.uint8)
     normalize(images, Preprocessing())
     assert (images == 7).all()
+
+
+NON_SQUARE = Preprocessing(resize_size=(182, 109), crop_size=(160, 96))
+ODD_SIZES = [(500, 375), (375, 500), (161, 97), (333, 200), (200, 333), (95, 61), (31, 47), (1, 1)]
+
+
+def covering(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """timm's ResizeKeepRatio and the middle of its result, by Pillow, as int."""
+    (height, width), (crop_height, crop_width) = preprocessing.resize_size, preprocessing.crop_size
+    resize = ResizeKeepRatio((height, width), interpolation=preprocessing.interpolation)
+    crop = CenterCrop((crop_height, crop_width))
+    return np.asarray(crop(resize(image))).astype(int)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.usefixtures("either_way")
+def test_non_square_sizes_are_covered_as_by_timm(wide, interpolation):
+    preprocessing = dataclasses.replace(NON_SQUARE, interpolation=interpolation)
+    if wide:
+        preprocessing = dataclasses.replace(
+            preprocessing, resize_size=(131, 262), crop_size=(131, 250)
+        )
+    differences = []
+    for seed, size in enumerate(ODD_SIZES):
+        image = photo(*size, seed)
+        ours = resize_and_crop(pixels_of(image), preprocessing)
+        assert ours.shape == (*preprocessing.crop_size, 3)
+        differences.append(np.abs(ours - covering(image, preprocessing)))
+    assert np.max(differences) <= 2
+    assert np.count_nonzero(differences) <= 0.01 * np.size(differences)
+
+
+@pytest.mark.parametrize("size", ODD_SIZES, ids=str)
+@pytest.mark.usefixtures("either_way")
+def test_squash_resizes_to_a_rectangle(size):
+    preprocessing = dataclasses.replace(NON_SQUARE, squash=True)
+    image = photo(*size)
+    rectangle = np.asarray(image.resize((109, 182), Image.Resampling.BILINEAR)).astype(int)
+    ours = resize_and_crop(pixels_of(image), preprocessing)
+    # (182 - 160) / 2 and (109 - 96) / 2, which is 6.5 and is rounded to even
+    assert np.abs(ours - rectangle[11:171, 6:102]).max() <= 2
+
+
+@pytest.mark.parametrize("size", ODD_SIZES, ids=str)
+@pytest.mark.usefixtures("either_way")
+def test_shorter_side_of_a_non_square_crop_is_as_in_torchvision(size):
+    preprocessing = Preprocessing(resize_size=170, crop_size=(160, 96))
+    image = photo(*size)
+    theirs = np.asarray(CenterCrop((160, 96))(Resize(170)(image))).astype(int)
+    assert np.abs(resize_and_crop(pixels_of(image), preprocessing) - theirs).max() <= 2
+
+
+@pytest.mark.parametrize("resize_size", [256, (182, 239)], ids=str)
+@pytest.mark.parametrize("size", [*ODD_SIZES, (3000, 1999), (1, 3000), (7, 2999)], ids=str)
+@pytest.mark.usefixtures("either_way")
+def test_any_size_becomes_a_non_square_crop(size, resize_size):
+    preprocessing = Preprocessing(resize_size=resize_size, crop_size=(160, 224))
+    cropped = resize_and_crop(pixels_of(photo(*size)), preprocessing)
+    assert cropped.dtype == np.uint8
+    assert cropped.shape == (160, 224, 3)
+
+
+@pytest.mark.parametrize("size", [(301, 200), (200, 301), (259, 257), (500, 375)], ids=str)
+def test_floored_offset_is_bit_exact_without_cykooz(size, monkeypatch):
+    monkeypatch.setattr(module, "rust_lib", None)
+    image = photo(*size)
+    width, height = (255 * side // min(size) for side in size)
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    for crop in (224, (224, 192), 255):
+        preprocessing = Preprocessing(
+            resize_size=255, crop_size=crop, interpolation="bicubic", crop_offset="floor"
+        )
+        crop_height, crop_width = preprocessing.input_shape
+        top, left = (height - crop_height) // 2, (width - crop_width) // 2
+        expected = resized[top : top + crop_height, left : left + crop_width]
+        assert np.array_equal(resize_and_crop(pixels_of(image), preprocessing), expected)
+
+
+@needs_cykooz
+@pytest.mark.parametrize("size", [(301, 200), (200, 301), (259, 257), (500, 375)], ids=str)
+def test_floored_offset_moves_the_crop_of_cykooz(size):
+    image = photo(*size)
+    width, height = (255 * side // min(size) for side in size)
+    top, left = (height - 224) // 2, (width - 224) // 2
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).astype(int)
+    preprocessing = Preprocessing(resize_size=255, crop_size=224, crop_offset="floor")
+    ours = resize_and_crop(pixels_of(image), preprocessing)
+    assert np.abs(ours - resized[top : top + 224, left : left + 224]).max() <= 2
+
+
+@pytest.mark.parametrize("resize_size", [(182, 109), 182])
+def test_scaled_decoding_keeps_twice_the_longer_target(resize_size):
+    preprocessing = Preprocessing(resize_size=resize_size, crop_size=(160, 96), decode="scaled")
+    assert preprocessing.min_decoded_side == 364
