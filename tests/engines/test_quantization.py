@@ -55,6 +55,8 @@ def test_convolutions_are_not_quantized_as_a_transformer(saved_model: Path) -> N
 class Products(nn.Module):
     """Multiplies the matrix of an image's mean colours by itself, or by constants."""
 
+    constant: torch.Tensor
+
     def __init__(self, squared: bool, einsum: bool = False) -> None:
         super().__init__()
         self.squared, self.einsum = squared, einsum
