@@ -86,9 +86,7 @@ class OpenClipSource(ModelSource):
             return local_file(self.name, option)
         return _downloaded(self.name, self._tag(option))
 
-    def preprocessing(
-        self, weights_digest: str | None, weights: str = RANDOM
-    ) -> Preprocessing | Tokenization:
+    def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         """Returns the preprocessing of the tag, or of the configuration next to a weights file.
 
         Random weights and files without a configuration use that of the first tag that fits.
@@ -188,7 +186,9 @@ class OpenClipSource(ModelSource):
 class OpenClipTextSource(OpenClipSource):
     """The text tower of an open_clip model."""
 
-    def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Tokenization:
+    def preprocessing(  # type: ignore[override]
+        self, weights_digest: str | None, weights: str = RANDOM
+    ) -> Tokenization:
         """Returns the steps of the model's tokenizer, and stores its vocabulary in the cache.
 
         Raises:

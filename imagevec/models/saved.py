@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from imagevec import cache
 from imagevec.errors import OptionError, WeightsError
@@ -174,16 +174,17 @@ class SavedSource(ModelSource):
         return {"layer": spec.layer, "normalize": spec.normalize, "precision": spec.precision}
 
     def precision(self, option: str) -> str:
-        return self._fixed("precision", self.saved.spec.precision if option == "auto" else option)
+        if option != "auto":
+            self._check_fixed("precision", option)
+        return self.saved.spec.precision
 
-    def _fixed(self, option: str, value: Any) -> Any:
+    def _check_fixed(self, option: str, value: Any) -> None:
         expected = getattr(self.saved.spec, option)
         if value != expected:
             raise OptionError(f"{option}={value!r} is not valid: {self.folder} uses {expected!r}")
-        return value
 
     def check(self, layer: str | tuple[str, ...]) -> None:
-        self._fixed("layer", layer)
+        self._check_fixed("layer", layer)
 
     def weights(self, option: str) -> Path | nn.Module | None:
         if option != "DEFAULT":
@@ -207,10 +208,8 @@ class SavedSource(ModelSource):
         files = {f"{name}/{path.name}": path for path in self.saved.files}
         return {"model": name}, {**files, f"{name}/{SPEC_FILE}": spec_file}
 
-    def preprocessing(
-        self, weights_digest: str | None, weights: str = RANDOM
-    ) -> Preprocessing | Tokenization:
-        return self.saved.spec.preprocessing
+    def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
+        return cast(Preprocessing, self.saved.spec.preprocessing)  # quantize takes images only
 
     def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
         raise OptionError(f"{self.folder} is a saved model: {self.saved.backend} runs its files")
@@ -218,6 +217,6 @@ class SavedSource(ModelSource):
     def prepare(self, backend: Backend, model: FeatureModel) -> Prepared:
         """Stores the files in the user's cache, from which they are shipped to workers."""
         self.check(model.layer)
-        self._fixed("normalize", model.normalize)
+        self._check_fixed("normalize", model.normalize)
         self.weights(model.weights)
         return Prepared(self.saved.spec, tuple(cache.store(x).name for x in self.saved.files))

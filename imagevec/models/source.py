@@ -179,10 +179,10 @@ class ModelSource(ABC):
         return {"weights": copy.name}, {copy.name: copy}
 
     @abstractmethod
-    def preprocessing(
-        self, weights_digest: str | None, weights: str = RANDOM
-    ) -> Preprocessing | Tokenization:
+    def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         """Returns the preprocessing that the weights were trained with.
+
+        The source of a text tower returns a ``Tokenization``.
 
         Args:
             weights_digest: The SHA-256 of the weights file.

@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -178,7 +178,7 @@ def write_other_sources(folder: Path) -> None:
 class Untrained(TorchvisionSource):
     """A model of torchvision whose default weights are random ones."""
 
-    identity: ClassVar[Any] = "content"  # its plans are not those of its name
+    identity = "content"  # its plans are not those of its name
 
     def weights(self, option: str) -> Path | torch.nn.Module | None:
         return super().weights(RANDOM if option == "DEFAULT" else option)
