@@ -9,8 +9,6 @@ from imagevec._version import __version__ as __version__
 from imagevec.errors import pyspark_required as _pyspark_required
 
 if TYPE_CHECKING:
-    from imagevec.engines.quantization import QuantizationReport as QuantizationReport
-    from imagevec.engines.quantization import quantize as quantize
     from imagevec.errors import FingerprintError as FingerprintError
     from imagevec.errors import ImageError as ImageError
     from imagevec.errors import ImageVecError as ImageVecError
@@ -24,6 +22,8 @@ if TYPE_CHECKING:
     from imagevec.pickling import CapturedObject as CapturedObject
     from imagevec.pickling import PickleReport as PickleReport
     from imagevec.pickling import explain_pickle as explain_pickle
+    from imagevec.quantization import QuantizationReport as QuantizationReport
+    from imagevec.quantization import quantize as quantize
     from imagevec.search.joins import near_duplicates as near_duplicates
     from imagevec.search.joins import nearest as nearest
     from imagevec.spark.conf import recommended_conf as recommended_conf
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     name: module
     for module, names in {
-        "engines.quantization": ("QuantizationReport", "quantize"),
         "errors": (
             "FingerprintError",
             "ImageError",
@@ -62,6 +61,7 @@ _MODULE_OF = {
         ),
         "models.registry": ("list_models", "register_model"),
         "pickling": ("CapturedObject", "PickleReport", "explain_pickle"),
+        "quantization": ("QuantizationReport", "quantize"),
         "search.joins": ("near_duplicates", "nearest"),
         "spark.conf": ("recommended_conf",),
         "spark.featurizer": ("ImageFeaturizer",),

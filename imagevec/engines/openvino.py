@@ -83,9 +83,7 @@ def load(
     device: str,
     threads: int,
 ) -> OpenVINOEngine:
-    graph, weights = files
-    model = _openvino().Core().read_model(graph, weights)
-    return OpenVINOEngine(model, spec.precision, threads)
+    return OpenVINOEngine(read(files), spec.precision, threads)
 
 
 def convert(model: FeatureModel) -> Any:
@@ -100,7 +98,7 @@ def convert(model: FeatureModel) -> Any:
         example = torch.zeros(2, how.context_length, dtype=torch.int32)
         shape = [-1, how.context_length if how.reads_padding else -1]
     else:
-        example = torch.zeros(2, how.crop_size, how.crop_size, 3, dtype=torch.uint8)
+        example = torch.zeros(2, *how.input_shape, 3, dtype=torch.uint8)
         shape = [-1, *example.shape[1:]]
         module = PixelModel(module, how).eval()
     with (
@@ -126,6 +124,12 @@ def save(model: Any, folder: Path) -> tuple[Path, ...]:
     graph = folder / "model.xml"
     _openvino().save_model(model, graph, compress_to_fp16=False)
     return graph, graph.with_suffix(".bin")
+
+
+def read(files: Sequence[Path]) -> Any:
+    """Reads an ``openvino.Model`` from the two files."""
+    graph, weights = files
+    return _openvino().Core().read_model(graph, weights)
 
 
 class OpenVINOEngine:

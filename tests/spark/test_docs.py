@@ -28,7 +28,6 @@ from safetensors.torch import save_file
 import imagevec
 from benchmarks import report
 from imagevec import ImageVectorizer, cli, errors, explain_pickle, plan
-from imagevec.engines import quantization
 from imagevec.models.factory import FactorySource
 from imagevec.models.features import example_input
 from imagevec.models.layers import infer_num_features, to_feature_model
@@ -141,7 +140,7 @@ def reader(
     write_other_sources(tmp_path)
     for name in ("lite0", "efficientnet_lite0"):
         save_file(tiny().state_dict(), tmp_path / f"{name}.safetensors")
-    for module in (plan, featurizer, quantization):
+    for module in (plan, featurizer):
         monkeypatch.setattr(module, "find_source", find_small_source)
     monkeypatch.setattr(plan, "_plans", {})
     monkeypatch.setattr(SparkSession.Builder, "getOrCreate", lambda builder: spark)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
+from imagevec import cache
 from imagevec.engines import devices, openvino
 from imagevec.errors import ImageVecError, MissingExtraError, OptionError
 from imagevec.files import expanded
@@ -24,11 +25,9 @@ from imagevec.images.decode import Pixels
 from imagevec.images.prepare import prepare
 from imagevec.images.reading import read_ahead
 from imagevec.images.values import Value
-from imagevec.models import saved as saved_model
-from imagevec.models.features import FeatureModel
-from imagevec.models.registry import find_source
-from imagevec.options import DEFAULTS, checked
-from imagevec.spec import ExecutionOptions, Preprocessing
+from imagevec.models import saved
+from imagevec.plan import Plan, make_plan
+from imagevec.spec import Preprocessing
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -92,18 +91,19 @@ def quantize(
         raise OptionError(f"output={str(output)!r} is not valid: it already exists")
     _check_cosine(min_median_cosine)
     values = _values(images)
-    options = {"model": model, "weights": weights, "layer": layer, "normalize": normalize}
-    chosen = checked({**options, "decode": DEFAULTS["decode"]})
-    source = find_source(chosen.pop("model"))
-    if "openvino" not in source.backends:
-        raise OptionError(f"model={source.name!r} is not valid: OpenVINO cannot run it")
-    exact = FeatureModel(source, **chosen)
-    pixels, bad_images = _pixels(values, cast(Preprocessing, exact.preprocessing))
+    plan = make_plan(
+        model=model,
+        weights=weights,
+        layer=layer,
+        normalize=normalize,
+        engine="openvino",
+        device="cpu",
+    )
+    pixels, bad_images = _pixels(values, plan)
     held_out = pixels[::_HELD_OUT_EVERY]
     calibration = [image for i, image in enumerate(pixels) if i % _HELD_OUT_EVERY]
-    spec = exact.spec
     with devices.within_quota() as threads, openvino.without_telemetry():
-        converted = openvino.convert(exact)
+        converted = openvino.read([cache.stored(name) for name in plan.files])
         vectors = _vectors(converted, "float32", held_out, threads)
         quantized = nncf.quantize(
             converted,
@@ -127,8 +127,8 @@ def quantize(
         )
     with _folder_whole(folder) as unfinished:
         files = openvino.save(quantized, unfinished)
-        int8 = dataclasses.replace(spec, precision="int8")
-        saved_model.write(unfinished, int8, "openvino", files)
+        int8 = dataclasses.replace(plan.spec, precision="int8")
+        saved.write(unfinished, int8, plan.backend, files)
     return report
 
 
@@ -159,10 +159,10 @@ def _values(images: Any) -> list[Value]:
     return [Value(row[0]) for row in images.limit(_MAX_IMAGES).collect()]
 
 
-def _pixels(values: list[Value], preprocessing: Preprocessing) -> tuple[list[Pixels], int]:
+def _pixels(values: list[Value], plan: Plan) -> tuple[list[Pixels], int]:
     """Returns the crops of decodable images, uint8 ``(S, S, 3)``, and the number of bad images."""
-    execution = ExecutionOptions.of(DEFAULTS)
-    rows = [prepare(value, preprocessing, execution) for value in read_ahead(values)]
+    preprocessing = cast(Preprocessing, plan.spec.preprocessing)
+    rows = [prepare(value, preprocessing, plan.execution) for value in read_ahead(values)]
     pixels = [row.input for row in rows if row.input is not None]
     if len(pixels) < _MIN_IMAGES:
         raise OptionError(

@@ -12,8 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from imagevec import ImageVecError, ImageVectorizer, OptionError, WeightsError, quantize
-from imagevec.engines import openvino, quantization
+from imagevec import (
+    ImageVecError,
+    ImageVectorizer,
+    OptionError,
+    WeightsError,
+    quantization,
+    quantize,
+)
+from imagevec.engines import openvino
 from imagevec.models.features import FeatureModel
 from imagevec.models.registry import find_source
 from imagevec.plan import make_plan
