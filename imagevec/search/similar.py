@@ -13,7 +13,7 @@ from imagevec.cache import find, weights_option
 from imagevec.errors import FingerprintError
 from imagevec.files import digest_of, expanded
 from imagevec.images.parallel import map_ahead
-from imagevec.models.registry import check_is_name, named
+from imagevec.models.registry import named
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES, Options, check_positive
 from imagevec.search.neighbours import Vectors, nearest
 from imagevec.spec import Preprocessing
@@ -65,7 +65,7 @@ def similar(
     if missing:
         vectors |= _vectors_computed(features, missing, model, weights)
     query_vectors = [vectors[name] for name in names]  # (D,) each
-    query_vectors += _vectors_of_texts(features, texts, weights) if texts else []
+    query_vectors += _vectors_of_texts(features, texts, model, weights) if texts else []
     paths_to_skip = [own[name] for name in names] + [[] for _ in texts]
     found = _nearest(features, np.stack(query_vectors), k, paths_to_skip)
     return [
@@ -159,10 +159,8 @@ def _vectors_computed(
     }
     if isinstance(made_of.preprocessing, Preprocessing):
         options["decode"] = made_of.preprocessing.decode
-    if model is None:
-        model = named(made_of.model, made_of.precision, features)
-        weights = weights or _weights_at_hand(made_of)
-    options |= {"model": model, "weights": weights} if weights else {"model": model}
+        options["input_size"] = made_of.preprocessing.input_size
+    options |= _model_options(made_of, features, model, weights)
     vectorizer = ImageVectorizer(**cast(Options, options))
     check_same(made_of, Provenance.of(vectorizer.spec))
     return {
@@ -171,14 +169,15 @@ def _vectors_computed(
     }
 
 
-def _vectors_of_texts(features: str, texts: Sequence[str], weights: str | None) -> list[Vectors]:
+def _vectors_of_texts(
+    features: str, texts: Sequence[str], model: str | None, weights: str | None
+) -> list[Vectors]:
     """Computes the vectors of texts, in order, with the text tower of the table's model."""
     from imagevec.spark.text import text_features, text_plan
     from imagevec.table.provenance import Provenance, check_same
 
     made_of = _provenance_of(features)
-    check_is_name(made_of.model, features)
-    options: Any = {"model": made_of.model, "weights": weights or _weights_at_hand(made_of)}
+    options: Any = _model_options(made_of, features, model, weights)
     check_same(made_of, Provenance.of(text_plan(**options).spec))
     return list(text_features(texts, **options))
 
@@ -190,6 +189,16 @@ def _provenance_of(features: str) -> Provenance:
     if not metadata:
         raise FingerprintError(f"{features} has no provenance in its metadata")
     return Provenance.of_metadata(metadata)
+
+
+def _model_options(
+    made_of: Provenance, features: str, model: str | None, weights: str | None
+) -> dict[str, str]:
+    """Returns the options ``model`` and ``weights`` of the table, or those that are given."""
+    if model is None:
+        model = named(made_of.model, made_of.precision, features)
+        weights = weights or _weights_at_hand(made_of)
+    return {"model": model, "weights": weights} if weights else {"model": model}
 
 
 def _weights_at_hand(made_of: Provenance) -> str:
