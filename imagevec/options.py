@@ -7,6 +7,7 @@ the table.
 from __future__ import annotations
 
 import numbers
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ class Options(TypedDict, total=False):
     """``"pooled"`` (the input of the classifier's last linear layer), ``"logits"``, or a node name
     from ``torchvision.models.feature_extraction.get_graph_node_names``. Several layers are computed
     in one forward pass and return a struct with one vector per layer. Default ``"pooled"``."""
+    input_size: int | Sequence[int] | None
+    """The size of the model's input, in pixels: the side of a square, or ``(height, width)``.
+    Default ``None``: the size that the weights were trained for."""
     normalize: bool
     """L2-normalise each vector. Default ``False``."""
     precision: Literal["float32", "bfloat16", "float16", "int8", "auto"]
@@ -127,7 +131,16 @@ class Option:
     name: str
     default: Any
     kind: Literal[
-        "model", "path", "layer", "names", "flag", "choice", "text", "auto_or_count", "count"
+        "model",
+        "path",
+        "layer",
+        "size",
+        "names",
+        "flag",
+        "choice",
+        "text",
+        "auto_or_count",
+        "count",
     ]
     check: Callable[[Option, Any], Any]
     help: str
@@ -139,6 +152,11 @@ class Option:
         if not self.choices:
             return self.help
         return f"{self.help}: {', '.join(self.choices[:-1])} or {self.choices[-1]}"
+
+
+def names_file(weights: str) -> bool:
+    """Returns whether a ``weights`` option is a path or URI, not the name of weights."""
+    return "/" in weights or os.sep in weights or weights.lower().endswith(WEIGHTS_SUFFIXES)
 
 
 def check_choice(option: str, value: object, choices: Sequence[str]) -> None:
@@ -215,6 +233,10 @@ def _layer(option: Option, value: Any) -> str | tuple[str, ...]:
     return tuple(value)
 
 
+def _size(option: Option, value: Any) -> int | tuple[int, int] | None:
+    return None if value is None else check_size(option.name, value)
+
+
 def _flag(option: Option, value: Any) -> bool:
     check_bool(option.name, value)
     return cast(bool, value)
@@ -289,6 +311,13 @@ OPTIONS = (
         "layer",
         _layer,
         "pooled, logits, or a node name; several layers return a struct",
+    ),
+    Option(
+        "input_size",
+        None,
+        "size",
+        _size,
+        "size of the model's input in pixels: the side of a square, or the height and width",
     ),
     Option("normalize", False, "flag", _flag, "scale each vector to length 1"),
     Option(

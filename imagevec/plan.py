@@ -143,7 +143,7 @@ def _has_gpu_driver() -> bool:
 
 
 def _of_source(source: ModelSource, chosen: dict[str, Any], gpus: bool | None) -> Plan:
-    options = ("weights", "layer", "normalize", "decode")
+    options = ("weights", "layer", "normalize", "decode", "input_size")
     model = FeatureModel(source, **{name: chosen[name] for name in options})
     execution = ExecutionOptions.of(chosen)
     for name, device in _candidates(source, chosen, gpus):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -64,6 +64,7 @@ def quantize(
     model: str | ModelFactory = "resnet50",
     weights: str | Path = "DEFAULT",
     layer: str = "pooled",
+    input_size: int | Sequence[int] | None = None,
     normalize: bool = False,
     min_median_cosine: float = 0.98,
 ) -> QuantizationReport:
@@ -76,6 +77,7 @@ def quantize(
         model: As in ``imagevec.options.Options``.
         weights: As in ``imagevec.options.Options``.
         layer: As in ``imagevec.options.Options``.
+        input_size: As in ``imagevec.options.Options``.
         normalize: As in ``imagevec.options.Options``.
         min_median_cosine: The median cosine from -1 to 1 below which the model is not saved.
 
@@ -95,6 +97,7 @@ def quantize(
         model=model,
         weights=weights,
         layer=layer,
+        input_size=input_size,
         normalize=normalize,
         engine="openvino",
         device="cpu",
@@ -107,7 +110,7 @@ def quantize(
         vectors = _vectors(converted, "float32", held_out, threads)
         quantized = nncf.quantize(
             converted,
-            nncf.Dataset([image[None] for image in calibration]),  # (1, S, S, 3)
+            nncf.Dataset([image[None] for image in calibration]),  # (1, H, W, 3)
             subset_size=len(calibration),
             model_type=nncf.ModelType.TRANSFORMER if _has_attention(converted) else None,
         )
@@ -160,7 +163,7 @@ def _values(images: Any) -> list[Value]:
 
 
 def _pixels(values: list[Value], plan: Plan) -> tuple[list[Pixels], int]:
-    """Returns the crops of decodable images, uint8 ``(S, S, 3)``, and the number of bad images."""
+    """Returns the crops of decodable images, uint8 ``(H, W, 3)``, and the number of bad images."""
     preprocessing = cast(Preprocessing, plan.spec.preprocessing)
     rows = [prepare(value, preprocessing, plan.execution) for value in read_ahead(values)]
     pixels = [row.input for row in rows if row.input is not None]

@@ -153,6 +153,11 @@ class Tokenization:
         return self.context_length
 
     @property
+    def input_shape(self) -> tuple[int]:
+        """The number of tokens of the model's input."""
+        return (self.context_length,)
+
+    @property
     def files(self) -> tuple[str, ...]:
         """The names of the content-addressed files that this step needs."""
         return (self.vocabulary,)

@@ -87,7 +87,7 @@ def test_an_engine_is_a_module_with_the_functions_of_a_backend(name: str) -> Non
 
 
 def test_each_option_is_of_the_spec_or_of_the_execution() -> None:
-    execution, spec = fields_of(ExecutionOptions), fields_of(FeatureSpec) | {"decode"}
+    execution, spec = fields_of(ExecutionOptions), fields_of(FeatureSpec) | {"decode", "input_size"}
     assert execution <= set(NAMES)
     assert not execution & spec
     # The engine is decided for the plan: it is its backend.
@@ -131,7 +131,7 @@ def test_extract_has_a_flag_for_each_option() -> None:
 def test_the_flags_of_extract_are_options_that_are_valid() -> None:
     words = "extract SRC DEST --model resnet18 --weights random --layer logits --normalize"
     words += " --precision bfloat16 --engine torch --device cpu --batch-size 4 --max-pixels 99"
-    words += " --max-bytes 98"
+    words += " --max-bytes 98 --input-size 160x96"
     words += " --formats JPEG,PNG --allowed-roots /a,s3://b --decode scaled --isolate"
     words += " --read-timeout-seconds 9"
     parsed = parser().parse_args(words.split())
@@ -141,6 +141,7 @@ def test_the_flags_of_extract_are_options_that_are_valid() -> None:
         "model": "resnet18",
         "weights": "random",
         "layer": "logits",
+        "input_size": (160, 96),
         "normalize": True,
         "precision": "bfloat16",
         "engine": "torch",
@@ -178,6 +179,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "model": [[], {}, None, 5, ("resnet18",)],
     "weights": [[], {}, None, 5, lambda: None],
     "layer": [{"a"}, {}, 5, None, [], [5], [["pooled"]]],
+    "input_size": [{}, 2.5, "224", True, [], [224], [1, 2, 3], [224, None], (2.5, 2), b"224"],
     "normalize": [1, "yes", None, []],
     "precision": [[], {}, 16, None, ("float32",)],
     "engine": [[], {}, 5, None],
@@ -233,6 +235,21 @@ def test_an_unknown_option_gets_a_suggestion(name: str) -> None:
     near = name.replace("-", "_").lower().replace("batchsize", "batch_size")
     with pytest.raises(OptionError, match=f"did you mean '{near}'"):
         checked({name: 1})
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(224, 224), ((224, 224), 224), ([160, 96], (160, 96)), (np.int64(8), 8), (None, None)],
+)
+def test_input_size_is_normalised(size: Any, expected: Any) -> None:
+    assert checked({"input_size": size}) == {"input_size": expected}
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "big", "1x2x3", "160x", "axb", "2.5"])
+def test_a_wrong_input_size_of_the_command_line_is_refused(text: str) -> None:
+    parsed = parser().parse_args(["extract", "SRC", "DEST", f"--input-size={text}"])
+    with pytest.raises(OptionError, match="^input_size=.* is not valid: use an integer"):
+        checked({"input_size": parsed.input_size})
 
 
 def test_integers_of_numpy_become_integers():

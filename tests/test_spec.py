@@ -47,7 +47,8 @@ def test_a_spec_of_a_non_square_input_survives_json(spec):
 
 
 def test_equal_sides_are_a_square():
-    preprocessing = Preprocessing(resize_size=[256, 256], crop_size=(np.int64(224), 224))
+    sizes: Any = {"resize_size": [256, 256], "crop_size": (np.int64(224), 224)}
+    preprocessing = Preprocessing(**sizes)
     assert preprocessing == Preprocessing()
     assert (preprocessing.resize_size, preprocessing.crop_size) == (256, 224)
     assert preprocessing.input_shape == (224, 224)

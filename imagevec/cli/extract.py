@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             settings["choices"] = option.choices
         elif option.kind == "names":
             settings |= {"type": _names, "metavar": "A,B"}
+        elif option.kind == "size":
+            settings |= {"type": _size, "metavar": "SIDE|HEIGHTxWIDTH"}
         elif option.kind in ("count", "auto_or_count"):
             settings["type"] = _count
         parser.add_argument(f"--{option.name.replace('_', '-')}", **settings)
@@ -162,7 +164,12 @@ def _in_flags(message: str) -> str:
 def _shown(default: Any) -> str:
     if isinstance(default, tuple):
         return ",".join(default) or "none"
-    return {False: "no"}.get(default, str(default)) if isinstance(default, bool) else str(default)
+    return {False: "no", None: "the model's own"}.get(default, str(default))
+
+
+def _size(text: str) -> int | str | list[int | str]:
+    sides = [_count(side) for side in text.split("x")]
+    return sides[0] if len(sides) == 1 else sides
 
 
 def _names(text: str) -> list[str]:

@@ -65,7 +65,7 @@ def resize_and_crop(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
 
 
 def _geometry(height: int, width: int, preprocessing: Preprocessing) -> _Geometry:
-    """Rounds the size like torchvision's ``Resize`` or timm's, and the offset by ``crop_offset``."""
+    """Rounds the size like torchvision or timm, and the offset by ``crop_offset``."""
     size = preprocessing.resize_size
     if preprocessing.squash:
         resized = height_and_width(size)

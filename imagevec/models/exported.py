@@ -1,6 +1,6 @@
 """``.pt2`` files written by ``torch.export.save``, which contain a model's graph and weights.
 
-``model="path/to/model.pt2"`` runs a file. Its program takes normalised float32 ``(N, 3, S, S)`` for
+``model="path/to/model.pt2"`` runs a file. Its program takes normalised float32 ``(N, 3, H, W)`` for
 any N and returns features ``(N, D)``. It runs on PyTorch, not on OpenVINO. Export the model in
 evaluation mode:
 
@@ -18,7 +18,6 @@ corruption, not tampering.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,16 +97,21 @@ class ExportedSource(ModelSource):
 
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         """Returns the registered preprocessing, or torchvision's preset in the input size."""
-        size = input_size(self.path)
+        size = _input_size(self.path)
         if self.preset is None:
-            crop_size = size or IMAGENET.crop_size
-            # the ratio of torchvision's preset, 256 to 224
-            return Preprocessing(resize_size=math.floor(crop_size / 0.875), crop_size=crop_size)
+            return IMAGENET.with_input_size(size or IMAGENET.crop_size)
         if size not in (None, self.preset.crop_size):
             raise OptionError(
                 f"crop_size={self.preset.crop_size} is not valid: {self.path.name} takes {size}"
             )
         return self.preset
+
+    def resized(
+        self, preprocessing: Preprocessing, input_size: int | tuple[int, int]
+    ) -> Preprocessing:
+        if _input_size(self.path) is not None:
+            return super().resized(preprocessing, input_size)
+        return preprocessing.with_input_size(input_size)
 
     def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
         return load(self.path)
@@ -118,11 +122,11 @@ class ExportedSource(ModelSource):
         return load(weights or self.path)  # on a worker the file has another path
 
 
-def input_size(path: Path) -> int | None:
-    """Returns the side S of a program's input in pixels, or ``None`` if it accepts any.
+def _input_size(path: Path) -> int | tuple[int, int] | None:
+    """Returns the size of a program's input in pixels, or ``None`` if it accepts any.
 
     Raises:
-        OptionError: The input is not float32 ``(N, 3, S, S)`` for any N.
+        OptionError: The input is not float32 ``(N, 3, H, W)`` for any N.
         WeightsError: The file was not written by ``torch.export.save``.
     """
     import torch
@@ -134,7 +138,7 @@ def input_size(path: Path) -> int | None:
         if node.name in program.graph_signature.user_inputs
     ]
     if [(value.dtype, value.ndim) for value in inputs] != [(torch.float32, 4)]:
-        raise OptionError(f"{path.name} is not valid: its input is not one float32 (N, 3, S, S)")
+        raise OptionError(f"{path.name} is not valid: its input is not one float32 (N, 3, H, W)")
     count, channels, height, width = inputs[0].shape
     shape = tuple(inputs[0].shape)
     if isinstance(count, int):
@@ -142,9 +146,11 @@ def input_size(path: Path) -> int | None:
             f"{path.name} only takes batches of {count}: export it with "
             "dynamic_shapes=({0: torch.export.Dim('batch')},)"
         )
+    if channels != 3:
+        raise OptionError(f"{path.name} is not valid: its input is {shape}, not (N, 3, H, W)")
     sides = [side for side in (height, width) if isinstance(side, int)]
-    if channels != 3 or len(set(sides)) > 1:
-        raise OptionError(f"{path.name} is not valid: its input is {shape}, not (N, 3, S, S)")
+    if len(set(sides)) == 2:
+        return height, width
     return sides[0] if sides else None
 
 

@@ -101,6 +101,11 @@ class FactorySource(ModelSource):
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         return self.preset
 
+    def resized(
+        self, preprocessing: Preprocessing, input_size: int | tuple[int, int]
+    ) -> Preprocessing:
+        return preprocessing.with_input_size(input_size)
+
     def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
         from torch import nn
 

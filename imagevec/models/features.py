@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from imagevec.errors import ImageVecError, OptionError
 from imagevec.files import digest_of
 from imagevec.options import RANDOM
 from imagevec.spec import FeatureSpec, Preprocessing, Tokenization, with_decode
@@ -26,9 +27,11 @@ class FeatureModel:
         layer: The ``layer`` option.
         normalize: The ``normalize`` option.
         decode: The ``decode`` option.
+        input_size: The ``input_size`` option.
 
     Raises:
-        OptionError: On use: the model, its weights or the layer does not exist.
+        OptionError: On use: the model, its weights or the layer does not exist, or the model does
+            not take inputs of this size.
         WeightsError: On use: the weights cannot be loaded.
     """
 
@@ -40,18 +43,20 @@ class FeatureModel:
         layer: str | tuple[str, ...],
         normalize: bool,
         decode: Literal["exact", "scaled"],
+        input_size: int | tuple[int, int] | None = None,
     ) -> None:
         self.source = source
         self.weights = weights
         self.layer = layer
         self.normalize = normalize
         self._decode = decode
+        self._input_size = input_size
         self._built: nn.Module | None = None
 
     @property
     def options(self) -> tuple[Any, ...]:
         """The options that prepared files depend on, apart from the weights."""
-        return (self.layer, self.normalize)
+        return (self.layer, self.normalize, self._input_size)
 
     @functools.cached_property
     def weights_file(self) -> Path | None:
@@ -68,8 +73,16 @@ class FeatureModel:
     @functools.cached_property
     def preprocessing(self) -> Preprocessing | Tokenization:
         """The preprocessing of the model's input."""
+        own = self._own_preprocessing
+        if self._input_size is not None and own.input_size != self._input_size:
+            own = self.source.resized(own, self._input_size)
+            self._built = None  # its size is the model's own
+        return with_decode(own, self._decode)
+
+    @functools.cached_property
+    def _own_preprocessing(self) -> Preprocessing:
         digest = digest_of(self.weights_file) if self.weights_file else None
-        return with_decode(self.source.preprocessing(digest, self.weights), self._decode)
+        return self.source.preprocessing(digest, self.weights)
 
     @property
     def weights_name(self) -> str:
@@ -98,7 +111,30 @@ class FeatureModel:
     def _take_module(self) -> nn.Module:
         preprocessing, file = self.preprocessing, self.weights_file
         built, self._built = self._built, None
-        return built if built is not None else self.source.module(preprocessing, file)
+        if built is not None:
+            return built
+        if preprocessing.input_size == self._own_preprocessing.input_size:
+            return self.source.module(preprocessing, file)
+        return self._resized_module()
+
+    def _resized_module(self) -> nn.Module:
+        """Builds the model for an input size that is not its own, and runs it once."""
+        import torch
+
+        try:
+            module = self.source.module(self.preprocessing, self.weights_file)
+            with torch.no_grad():
+                module.eval()(example_input(self.preprocessing, 1))
+        except ImageVecError:
+            raise
+        except Exception as error:  # models raise arbitrary exceptions
+            first = str(error).strip().partition("\n")[0][:200]
+            raise OptionError(
+                f"input_size={self._input_size!r} is not valid: {self.source.name!r} cannot run "
+                f"it ({type(error).__name__}: {first}); its own size is "
+                f"{self._own_preprocessing.input_size}"
+            ) from error
+        return module
 
     @functools.cached_property
     def spec(self) -> FeatureSpec:
@@ -131,9 +167,9 @@ def feature_module(source: ModelSource, spec: FeatureSpec, weights_file: Path | 
 
 
 def example_input(preprocessing: Preprocessing | Tokenization, count: int) -> torch.Tensor:
-    """Returns zeros in the shape of the input: float32 ``(N, 3, S, S)`` or int32 ``(N, L)``."""
+    """Returns zeros in the shape of the input: float32 ``(N, 3, H, W)`` or int32 ``(N, L)``."""
     import torch
 
     if isinstance(preprocessing, Tokenization):
         return torch.zeros(count, preprocessing.context_length, dtype=torch.int32)
-    return torch.zeros(count, 3, preprocessing.crop_size, preprocessing.crop_size)
+    return torch.zeros(count, 3, *preprocessing.input_shape)

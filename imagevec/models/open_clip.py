@@ -6,7 +6,9 @@ of texts the result of ``encode_text``: the vectors after the projection, not no
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,8 @@ from imagevec import cache
 from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
 from imagevec.files import expanded
 from imagevec.models.source import ModelSource
-from imagevec.options import RANDOM, WEIGHTS_SUFFIXES
-from imagevec.spec import Preprocessing, Tokenization
+from imagevec.options import RANDOM, WEIGHTS_SUFFIXES, names_file
+from imagevec.spec import Preprocessing, Tokenization, height_and_width
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +38,7 @@ _DEFAULTS = {  # from open_clip.transform.PreprocessCfg
     "resize_mode": "shortest",
 }
 _IMAGE_SIZE = 224  # from open_clip.model.CLIPVisionCfg
+_PATCH_SIZE = 16  # from open_clip.model.CLIPVisionCfg
 _CONTEXT_LENGTH = 77  # from open_clip.model.CLIPTextCfg
 
 
@@ -108,6 +111,27 @@ class OpenClipSource(ModelSource):
             squash=wanted["resize_mode"] == "squash",
         )
 
+    def resized(
+        self, preprocessing: Preprocessing, input_size: int | tuple[int, int]
+    ) -> Preprocessing:
+        """Follows ``image_transform`` of ``open_clip/transform.py``."""
+        vision_cfg = self._config["vision_cfg"]
+        patch = vision_cfg.get("patch_size") or _PATCH_SIZE
+        grids = (preprocessing.input_shape, height_and_width(input_size))
+        own, new = ((height // patch, width // patch) for height, width in grids)
+        is_mistaken = own != new and math.prod(own) == math.prod(new)  # for the model's own grid
+        if "timm_model_name" not in vision_cfg and (
+            is_mistaken or isinstance(vision_cfg["layers"], list)
+        ):
+            raise OptionError(
+                f"input_size={input_size!r} is not valid: open_clip cannot resize the position "
+                f"embeddings of {self.name!r} for it; its own size is {preprocessing.input_size}"
+            )
+        resized = preprocessing.with_input_size(input_size)
+        if preprocessing.squash or isinstance(input_size, int):
+            return resized
+        return dataclasses.replace(resized, interpolation="bicubic")  # whatever the tag's is
+
     def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
         return self.module(preprocessing, None)
 
@@ -116,7 +140,15 @@ class OpenClipSource(ModelSource):
     ) -> nn.Module:
         from imagevec.models.towers import image_tower
 
-        return image_tower(self.name, self._config, weights)
+        size = preprocessing.input_size
+        vision_cfg = self._config["vision_cfg"]
+        config = {**self._config, "vision_cfg": {**vision_cfg, "image_size": size}}
+        tower = image_tower(self.name, config, weights)
+        if "timm_model_name" in vision_cfg and size != vision_cfg.get("image_size", _IMAGE_SIZE):
+            # as in open_clip.create_model with force_image_size; CNNs have nothing to resize
+            timm_model: Any = tower.tower
+            timm_model.set_input_size(size)
+        return tower
 
     @property
     def _config(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ detect corruption, not tampering.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -219,4 +220,5 @@ class SavedSource(ModelSource):
         self.check(model.layer)
         self._check_fixed("normalize", model.normalize)
         self.weights(model.weights)
-        return Prepared(self.saved.spec, tuple(cache.store(x).name for x in self.saved.files))
+        spec = dataclasses.replace(self.saved.spec, preprocessing=model.preprocessing)
+        return Prepared(spec, tuple(cache.store(x).name for x in self.saved.files))

@@ -189,6 +189,23 @@ class ModelSource(ABC):
             weights: The ``weights`` option.
         """
 
+    def resized(
+        self, preprocessing: Preprocessing, input_size: int | tuple[int, int]
+    ) -> Preprocessing:
+        """Returns the preprocessing for another input size than the model's own.
+
+        Args:
+            preprocessing: The result of ``preprocessing``.
+            input_size: The size: the side of a square, or the height and width.
+
+        Raises:
+            OptionError: The model only takes its own size, or is not known to take this one.
+        """
+        raise OptionError(
+            f"input_size={input_size!r} is not valid: {self.name!r} only takes "
+            f"{preprocessing.input_size}"
+        )
+
     @abstractmethod
     def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
         """Builds a model for inputs of this preprocessing, in training or evaluation mode.
@@ -207,6 +224,24 @@ class ModelSource(ABC):
         from imagevec.models.state_dict import with_weights
 
         return with_weights(self, preprocessing, weights)
+
+    def fitted(
+        self,
+        tensors: dict[str, torch.Tensor],
+        model: nn.Module,
+        preprocessing: Preprocessing | Tokenization,
+    ) -> dict[str, torch.Tensor]:
+        """Resamples the weights of a file, such as position embeddings, for another input size.
+
+        Args:
+            tensors: The weights, by the names in ``model``.
+            model: The result of ``build``.
+            preprocessing: The argument of ``build``.
+
+        Raises:
+            OptionError: The library cannot resample the weights.
+        """
+        return tensors
 
     def to_features(
         self,

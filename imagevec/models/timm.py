@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
 from imagevec.models.source import ModelSource
 from imagevec.options import RANDOM
-from imagevec.spec import Preprocessing, Tokenization
+from imagevec.spec import Preprocessing, Tokenization, height_and_width
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 PREFIX = "timm/"
@@ -70,17 +71,26 @@ class TimmSource(ModelSource):
 
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         """Converts timm's data config, of ``timm/data/config.py`` and ``transforms_factory.py``."""
-        pretrained_cfg = _timm().get_pretrained_cfg(self.timm_name).to_dict()
-        config = _timm().data.resolve_data_config(pretrained_cfg=pretrained_cfg)
-        _, height, width = config["input_size"]
-        if height != width or config["crop_mode"] not in ("center", "squash"):
+        return self._preprocessing({})
+
+    def resized(
+        self, preprocessing: Preprocessing, input_size: int | tuple[int, int]
+    ) -> Preprocessing:
+        return self._preprocessing({"input_size": (3, *height_and_width(input_size))})
+
+    def _preprocessing(self, options: dict[str, Any]) -> Preprocessing:
+        """Returns the preprocessing of ``resolve_data_config`` with these options."""
+        config = _timm().data.resolve_data_config(options, self._pretrained_cfg.to_dict())
+        if config["crop_mode"] not in ("center", "squash"):
             raise OptionError(
                 f"the data config of {self.name!r} is not supported ({config}): only models with "
-                "a square input and a crop_mode of 'center' or 'squash' are"
+                "a crop_mode of 'center' or 'squash' are"
             )
+        _, *crop_size = config["input_size"]
+        height, width = (math.floor(side / config["crop_pct"]) for side in crop_size)
         return Preprocessing(
-            resize_size=math.floor(height / config["crop_pct"]),
-            crop_size=height,
+            resize_size=(height, width),
+            crop_size=tuple(crop_size),
             mean=config["mean"],
             std=config["std"],
             interpolation=config["interpolation"],
@@ -88,9 +98,53 @@ class TimmSource(ModelSource):
         )
 
     def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
-        """Builds the model for the input size in timm's data config."""
-        model: nn.Module = _timm().create_model(self.timm_name, pretrained=False)
+        return self._created(preprocessing, pretrained=False)
+
+    def fitted(
+        self,
+        tensors: dict[str, torch.Tensor],
+        model: nn.Module,
+        preprocessing: Preprocessing | Tokenization,
+    ) -> dict[str, torch.Tensor]:
+        """Resamples the weights as timm does when it loads pretrained ones."""
+        if not self._size_options(preprocessing):
+            return tensors
+        own, head = model.state_dict(), self._pretrained_cfg.classifier
+        heads = (head,) if isinstance(head, str) else tuple(head or ())
+        known = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name in own and name.rpartition(".")[0] not in heads  # it may have other classes
+        }
+        overlay = {"state_dict": {**own, **known}, "source": "", "custom_load": False}
+        try:
+            resampled = self._created(
+                preprocessing, pretrained=True, pretrained_cfg_overlay=overlay
+            ).state_dict()
+        except RuntimeError as error:
+            first = " ".join(str(error).splitlines()[1:2]).strip()
+            raise OptionError(
+                f"input_size={preprocessing.input_size!r} is not valid: timm cannot resize the "
+                f"weights of {self.name!r}, which take {self.preprocessing(None).input_size} "
+                f"({first})"
+            ) from error
+        return {**tensors, **{name: resampled[name] for name in known}}
+
+    def _created(self, preprocessing: Preprocessing | Tokenization, **options: Any) -> nn.Module:
+        options |= self._size_options(preprocessing)
+        model: nn.Module = _timm().create_model(self.timm_name, **options)
         return model
+
+    def _size_options(self, preprocessing: Preprocessing | Tokenization) -> dict[str, Any]:
+        """Returns timm's option for another input size. Other models take any size as they are."""
+        is_own = preprocessing.input_size == self.preprocessing(None).input_size
+        if is_own or not self._pretrained_cfg.fixed_input_size:
+            return {}
+        return {"img_size": preprocessing.input_shape}
+
+    @property
+    def _pretrained_cfg(self) -> Any:
+        return _timm().get_pretrained_cfg(self.timm_name)
 
 
 def _timm() -> Any:

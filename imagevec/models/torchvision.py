@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import urllib.error
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from imagevec.options import RANDOM, WEIGHTS_SUFFIXES
 from imagevec.spec import Preprocessing, Tokenization
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -98,6 +100,21 @@ class TorchvisionSource(ModelSource):
             interpolation=preset.interpolation.value,
         )
 
+    def resized(
+        self, preprocessing: Preprocessing, input_size: int | tuple[int, int]
+    ) -> Preprocessing:
+        """Keeps the ratio of the preset's ``resize_size`` to its ``crop_size``.
+
+        A shorter side that keeps the ratio would not cover every crop that is not square. So the
+        resized image covers both sides, as in timm.
+        """
+        if self.name.startswith("vit_") and isinstance(input_size, tuple):
+            raise OptionError(
+                f"input_size={input_size!r} is not valid: {self.name!r} only takes squares, such "
+                f"as {preprocessing.input_size}; timm's Vision Transformers take other sizes"
+            )
+        return preprocessing.with_input_size(input_size)
+
     def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
         import torchvision.models
 
@@ -107,8 +124,27 @@ class TorchvisionSource(ModelSource):
             kwargs = {"transform_input": True, "init_weights": False}
         elif self.name.startswith("vit_"):
             kwargs = {"image_size": preprocessing.input_size}
+        elif self.name.startswith("maxvit_"):
+            kwargs = {"input_size": preprocessing.input_shape}
         model: nn.Module = torchvision.models.get_model(self.name, weights=None, **kwargs)
         return model
+
+    def fitted(
+        self,
+        tensors: dict[str, torch.Tensor],
+        model: nn.Module,
+        preprocessing: Preprocessing | Tokenization,
+    ) -> dict[str, torch.Tensor]:
+        own_size = self.preprocessing(None).input_size
+        if "encoder.pos_embedding" not in tensors or preprocessing.input_size == own_size:
+            return tensors
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
+        patch_size: Any = model.patch_size
+        size: Any = preprocessing.input_size  # of a square
+        fitted: dict[str, torch.Tensor]
+        fitted = interpolate_embeddings(size, patch_size, OrderedDict(tensors))
+        return fitted
 
     def _downloaded(self, entry: Any) -> Path:
         """Returns the weights file in torch.hub's folder, and downloads it if needed."""

@@ -82,6 +82,7 @@ class FeaturizerParams(TypedDict, total=False):
     model: str | ModelFactory
     weights: str
     layer: str
+    inputSize: int | list[int] | None
     normalize: bool
     precision: str
     engine: str
@@ -114,6 +115,12 @@ def _to_layer(value: Any) -> str:
     return TypeConverters.toString(value)
 
 
+def _to_size(value: Any) -> int | list[int]:
+    if isinstance(value, list | tuple):
+        return TypeConverters.toListInt(value)
+    return TypeConverters.toInt(value)
+
+
 def _to_count_or_auto(value: Any) -> int | str:
     return "auto" if value == "auto" else TypeConverters.toInt(value)
 
@@ -122,6 +129,7 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "model": _to_model,
     "path": _to_path,
     "layer": _to_layer,
+    "size": _to_size,
     "names": TypeConverters.toListString,
     "flag": TypeConverters.toBoolean,
     "choice": TypeConverters.toString,

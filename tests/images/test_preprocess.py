@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +153,7 @@ print(peak_bytes() - before)
 def resized_whole(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Pillow's resize of all, and the middle of that, as int."""
     to, crop = preprocessing.resize_size, preprocessing.crop_size
+    assert isinstance(to, int) and isinstance(crop, int)
     width, height = (to * side // min(image.size) for side in image.size)
     size = (width, height)
     left, top = (round((side - crop) / 2) for side in size)
@@ -229,10 +231,8 @@ ODD_SIZES = [(500, 375), (375, 500), (161, 97), (333, 200), (200, 333), (95, 61)
 
 def covering(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """timm's ResizeKeepRatio and the middle of its result, by Pillow, as int."""
-    (height, width), (crop_height, crop_width) = preprocessing.resize_size, preprocessing.crop_size
-    resize = ResizeKeepRatio((height, width), interpolation=preprocessing.interpolation)
-    crop = CenterCrop((crop_height, crop_width))
-    return np.asarray(crop(resize(image))).astype(int)
+    resize = ResizeKeepRatio(preprocessing.resize_size, interpolation=preprocessing.interpolation)
+    return np.asarray(CenterCrop(preprocessing.input_shape)(resize(image))).astype(int)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -248,7 +248,7 @@ def test_non_square_sizes_are_covered_as_by_timm(wide, interpolation):
     for seed, size in enumerate(ODD_SIZES):
         image = photo(*size, seed)
         ours = resize_and_crop(pixels_of(image), preprocessing)
-        assert ours.shape == (*preprocessing.crop_size, 3)
+        assert ours.shape == (*preprocessing.input_shape, 3)
         differences.append(np.abs(ours - covering(image, preprocessing)))
     assert np.max(differences) <= 2
     assert np.count_nonzero(differences) <= 0.01 * np.size(differences)
@@ -290,7 +290,8 @@ def test_floored_offset_is_bit_exact_without_cykooz(size, monkeypatch):
     image = photo(*size)
     width, height = (255 * side // min(size) for side in size)
     resized = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-    for crop in (224, (224, 192), 255):
+    crops: list[Any] = [224, (224, 192), 255]
+    for crop in crops:
         preprocessing = Preprocessing(
             resize_size=255, crop_size=crop, interpolation="bicubic", crop_offset="floor"
         )

@@ -87,8 +87,10 @@ def test_preprocessing_follows_the_digest_of_the_weights(version, resize_size):
 @pytest.mark.parametrize("name", TESTED)
 def test_every_model_yields_what_it_declares(name):
     plan, engine = plan_and_engine(model=name, weights="random")
-    size = plan.spec.preprocessing.input_size
-    vectors = engine(pixels_of(photo(size, size))[None])
+    preprocessing = plan.spec.preprocessing
+    assert isinstance(preprocessing, Preprocessing)
+    height, width = preprocessing.input_shape
+    vectors = engine(pixels_of(photo(width, height))[None])
     assert vectors.dtype == np.float32
     assert vectors.shape == (1, plan.spec.num_features)
     assert np.isfinite(vectors).all()
