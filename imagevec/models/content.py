@@ -1,4 +1,4 @@
-"""A digest of what a module computes, equal in every process.
+"""Digests of what a factory and its module compute, equal in every process.
 
 A digest of the pickle would not work: in each process, cloudpickle names a class of ``__main__``
 differently, and sets are pickled in a different order.
@@ -7,158 +7,387 @@ differently, and sets are pickled in a different order.
 from __future__ import annotations
 
 import contextlib
+import dis
+import enum
 import functools
 import hashlib
 import importlib.metadata
+import inspect
+import logging
 import os
+import random
 import sys
 import types
-from collections.abc import Iterator
-from pathlib import Path
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
-from imagevec.pickling import captured_by
+from imagevec.models.syntax import syntax_of
+from imagevec.pickling import captured_by, imported_by, is_installed, names_in
 
-_INSTALLED = {"site-packages", "dist-packages"}  # the second is Debian's
-_ATOMS = (type(None), type(...), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_ATOMS = (type(None), type(...), bool, int, float, complex, str, bytes) + (
+    torch.device,
+    torch.dtype,
+    torch.layout,
+    torch.memory_format,
+)
+# These differ between processes or machines, and do not determine a model's output.
+_WITHOUT_STATE = (PurePath, logging.Logger, logging.Handler, torch.Generator, random.Random) + (
+    (np.random.Generator, np.random.RandomState, np.random.BitGenerator, weakref.ref)
+    + (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
+)
+# Set on modules by timm and transformers to describe weights, on classes by Python and PyTorch.
+_METADATA = ("default_cfg", "pretrained_cfg", "transformers_version", "_name_or_path")
+_GENERATED = ("__dict__", "__weakref__", "__annotate__", "__annotate_func__", "_backward_cls")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_pre_hooks")
+_OF_ANY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
+_GRAPH = ("_code", "_graph", "_tracer_cls", "meta")
+
+# Models of these libraries are identified by name, so a factory in one of them is, too.
+_NAMED = ("open_clip", "timm", "torch", "torchvision", "transformers")
 
 
-def content_digest(module: nn.Module) -> str:
+def content_digest(value: Any) -> str:
     """Returns the SHA-256 of a module's classes, code, attributes and tensors as 64 hex digits.
 
     Classes and functions of installed libraries are hashed by name and version, all others by their
     code. Objects that cannot be inspected change the digest on every call.
     """
-    hasher = _Hasher()
-    hasher.add(module)
-    return hasher.sha256.hexdigest()
+    return _Hasher(exact=True).digest(value)
+
+
+def code_digest(factory: Any, module: nn.Module) -> str:
+    """Returns a digest of what a factory and its module compute, besides the weights.
+
+    The weights are the tensors of the state dict. Everything else counts: functions and classes
+    with what they read and capture, attributes, hooks, and other tensors. The digest is the same in
+    each process and on each machine, and in each version of Python for code that has a source.
+
+    These do not count: comments, docstrings, annotations, layout, the names of modules, paths,
+    loggers, random generators, and what a function itself changes, such as a cache. Of objects that
+    cannot be inspected, such as locks and objects of C extensions, only the class counts.
+
+    Classes and functions of installed libraries count by name, without the version. The package of
+    the factory counts by its code, even if it is installed.
+
+    Returns:
+        16 hex digits.
+    """
+    weights = frozenset(map(id, _weights_of(module)))
+    hasher = _Hasher(exact=False, package=_package_of(factory), weights=weights)
+    return hasher.digest((factory, module))[:16]
 
 
 class _Hasher:
-    def __init__(self) -> None:
-        self.sha256 = hashlib.sha256()
-        self._seen: dict[int, tuple[int, Any]] = {}  # keeps values alive, so that ids stay unique
+    """Hashes a value and all that it refers to. References are hashed as numbers.
 
-    def add(self, value: Any) -> None:
-        if isinstance(value, _ATOMS):
+    Args:
+        exact: Whether to hash weights, versions of libraries, and random bytes for what cannot be
+            inspected.
+        package: An installed package that counts by its code.
+        weights: The ids of tensors that only count by shape.
+    """
+
+    def __init__(
+        self, *, exact: bool, package: str = "", weights: frozenset[int] = frozenset()
+    ) -> None:
+        self._exact = exact
+        self._package = package
+        self._weights = weights
+        self._sha256 = hashlib.sha256()
+        self._numbers: dict[int, tuple[int, Any]] = {}  # keeps values alive: ids stay unique
+        self._pending: deque[Any] = deque()
+
+    def digest(self, value: Any) -> str:
+        self._add(value)
+        while self._pending:  # without recursion: chains of objects can be long
+            self._add(tuple(self._parts(self._pending.popleft())))
+        return self._sha256.hexdigest()
+
+    def _add(self, value: Any) -> None:
+        if type(value) in _ATOMS:
             self._text(f"{type(value).__name__} {value!r}")
-        elif id(value) in self._seen:
-            self._text(f"the same as {self._seen[id(value)][0]}")
+        elif type(value) in (tuple, torch.Size):
+            self._text(f"tuple {len(value)}")
+            for item in value:
+                self._add(item)
         else:
-            self._seen[id(value)] = (len(self._seen), value)
-            self._add_new(value)
+            if id(value) not in self._numbers:
+                self._numbers[id(value)] = len(self._numbers), value
+                self._pending.append(value)
+            self._text(f"object {self._numbers[id(value)][0]}")
 
     def _text(self, text: str) -> None:
-        self.sha256.update(f"{len(text)}:{text}".encode())
+        self._sha256.update(f"{len(text)}:{text}".encode(errors="surrogatepass"))
 
-    def _add_new(self, value: Any) -> None:
+    def _parts(self, value: Any) -> Iterable[Any]:
+        """Returns what determines a value, in an order that is the same in every process."""
         if isinstance(value, torch.Tensor):
-            self._add_tensor(value)
-        elif isinstance(value, np.ndarray) and value.dtype != object:
-            self._text(f"array {value.dtype} {value.shape}")
-            self.sha256.update(np.ascontiguousarray(value).data)
-        elif isinstance(value, types.ModuleType):
-            self._text(f"module {value.__name__} {_version(value.__name__)}")
-        elif isinstance(value, types.CodeType):
-            self._text("code")
-            self.sha256.update(value.co_code)
-            self._add_all(value.co_names + value.co_varnames + value.co_freevars)
-            self._add_all(value.co_consts)
-        elif isinstance(value, types.FunctionType | type) and _is_of_a_library(value):
-            self._text(f"library {value.__module__} {value.__qualname__}")
-            self._text(_version(value.__module__))
-        elif isinstance(value, types.FunctionType):
-            self._text(f"function {value.__qualname__}")
-            self.add(value.__code__)
-            captured = list(captured_by(value, ""))
-            self._add_all(item for pair in captured for item in pair)
-            self._add_members([item for _, item in captured], sorted(_names(value.__code__)))
-        elif isinstance(value, types.MethodType):
-            self._add_all((value.__self__, value.__func__))
-        elif isinstance(value, type):
-            self._text(f"class {value.__qualname__}")
-            self._add_all(value.__bases__)
-            hidden = ("__dict__", "__weakref__", "__module__", "__doc__", "__annotations__")
-            self._add_all(
-                item for pair in vars(value).items() if pair[0] not in hidden for item in pair
-            )
-        elif isinstance(value, functools.partial):
-            self._add_all((value.func, value.args, value.keywords))
-        elif type(value) in (list, tuple, dict):
-            self._text(f"{type(value).__name__} {len(value)}")
-            pairs = value.items() if isinstance(value, dict) else zip(value, strict=True)
-            self._add_all(item for pair in pairs for item in pair)
-        elif type(value) in (set, frozenset):
-            self._text(f"set {sorted(map(repr, value))}")
-        elif isinstance(value, staticmethod | classmethod):
-            self.add(value.__func__)
-        elif isinstance(value, property):
-            self._add_all((value.fget, value.fset, value.fdel))
-        else:
-            self._add_reduced(value)
+            return self._tensor(value)
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, np.ndarray) and value.dtype != object:
+            return "array", str(value.dtype), value.shape, _sha256(value.tobytes())
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, type):
+            return self._class(value)
+        if isinstance(value, types.ModuleType):
+            is_library = self._is_library(value)
+            return ("module", *(self._by_name(value.__name__, "") if is_library else ()))
+        if isinstance(value, types.MethodType):
+            return "method", value.__self__, value.__func__
+        if isinstance(value, functools.partial):
+            return "partial", value.func, value.args, *sorted(value.keywords.items())
+        if isinstance(value, functools._lru_cache_wrapper):
+            return "cached", value.__wrapped__
+        if isinstance(value, staticmethod | classmethod):
+            return type(value).__name__, value.__func__
+        if isinstance(value, property):
+            return "property", value.fget, value.fset, value.fdel
+        if isinstance(value, functools.cached_property):
+            return "property", value.func
+        if isinstance(value, enum.Enum):
+            return "member", type(value), value.name
+        if type(value) in (list, dict, types.MappingProxyType):
+            items = value if isinstance(value, list) else value.items()
+            return type(value).__name__, *items
+        if type(value) in (set, frozenset):
+            return "set", *sorted(self._same().digest(item) for item in value)
+        if isinstance(value, torch.jit.ScriptFunction):
+            return "script", value.code
+        if isinstance(value, torch._ops.OpOverloadPacket | torch._ops.OpOverload | np.ufunc):
+            return "operator", str(value)
+        return self._object(value)
 
-    def _add_all(self, values: Any) -> None:
-        for value in values:
-            self.add(value)
+    def _same(self) -> _Hasher:
+        return _Hasher(exact=self._exact, package=self._package, weights=self._weights)
 
-    def _add_members(self, values: list[Any], names: list[str]) -> None:
-        """Hashes what a function with these names reads from modules, as in ``module.name``."""
-        seen: set[str] = set()
-        modules = [value for value in values if isinstance(value, types.ModuleType)]
-        while modules:
-            module = modules.pop()
-            if module.__name__ in seen or _is_library(module):
-                continue
-            seen.add(module.__name__)
-            members = [(name, vars(module)[name]) for name in names if name in vars(module)]
-            modules += [item for _, item in members if isinstance(item, types.ModuleType)]
-            self._add_all(item for pair in members for item in pair)
-
-    def _add_tensor(self, value: torch.Tensor) -> None:
-        self._text(f"tensor {value.dtype} {tuple(value.shape)}")
+    def _tensor(self, value: torch.Tensor) -> Iterable[Any]:
+        if isinstance(value, nn.UninitializedParameter | nn.UninitializedBuffer):
+            return "uninitialized", value.dtype
+        kind = ("tensor", value.dtype, value.shape)
+        if id(value) in self._weights or value.is_meta:
+            return kind
         try:
             flat = value.detach().cpu().contiguous().reshape(-1)
-            self.sha256.update(flat.view(torch.uint8).numpy().data)
+            return *kind, _sha256(flat.view(torch.uint8).numpy().data)
         except RuntimeError:  # sparse, quantized, or without storage
-            self.sha256.update(os.urandom(32))
+            return *kind, *self._opaque(value)
 
-    def _add_reduced(self, value: Any) -> None:
-        """Hashes what pickle would write for any other object: its class and its state."""
+    def _module(self, value: nn.Module) -> Iterable[Any]:
+        if isinstance(value, torch.jit.ScriptModule):
+            return self._script(value)
+        if type(value).__module__.startswith("torch._dynamo."):  # torch.compile
+            return "compiled", value._modules["_orig_mod"]
+        is_graph = isinstance(value, fx.GraphModule)
+        without = {*_OF_ANY_MODULE, *(_GRAPH if is_graph else ())}
+        buffers = {k: v for k, v in value._buffers.items() if v is not None}
+        return (
+            value.code if is_graph else type(value),
+            tuple(self._state({k: v for k, v in vars(value).items() if k not in without})),
+            tuple(pair for pair in value._parameters.items() if pair[1] is not None),
+            tuple((name, self._buffer(buffer)) for name, buffer in buffers.items()),
+            tuple(value._modules.items()),
+            *(tuple(vars(value).get(name, {}).values()) for name in _HOOKS),
+        )
+
+    def _script(self, value: Any) -> Iterable[Any]:
+        """Returns the code of TorchScript, with the attributes of its modules as constants."""
+        try:
+            frozen = torch.jit.freeze(value.eval(), optimize_numerics=False)
+        except (RuntimeError, AttributeError):  # it has no forward
+            return self._opaque(value)
+        return ("script", frozen.code, *(value.state_dict().items() if self._exact else ()))
+
+    def _buffer(self, value: torch.Tensor) -> Any:
+        """Returns a buffer, or if it is not in the state dict, an approximation.
+
+        Tables of sines and the like differ in their last digits between processors.
+        """
+        if self._exact or id(value) in self._weights or not value.is_floating_point():
+            return value
+        flat = value.detach().cpu().double().reshape(-1)
+        if value.is_meta or not flat.isfinite().all():
+            return value
+        norm = float(flat.norm())
+        places = torch.linspace(0, 1, len(flat), dtype=flat.dtype)
+        sums = (float(flat.sum()), float(flat @ places))
+        scale = norm * len(flat) ** 0.5 or 1.0
+        rounded = (round(number / scale, 5) + 0.0 for number in sums)  # never -0.0
+        return "buffer", value.dtype, value.shape, f"{norm:.4e}", *rounded
+
+    def _function(self, value: types.FunctionType) -> Iterable[Any]:
+        if self._is_library_member(value):
+            return self._by_name(value.__module__, value.__qualname__)
+        compiled = getattr(value, "_torchdynamo_orig_callable", None)
+        if compiled is not None:
+            return "compiled", compiled
+        captured = dict(captured_by(value, ""))
+        scope = value.__globals__.get("__name__")
+        if self._is_library(sys.modules.get(scope or "")):  # the wrapper of a decorator
+            captured = {k: v for k, v in captured.items() if not k.startswith(".__globals__")}
+            name = self._by_name(scope, value.__code__.co_name)
+            return *name, *self._state({**captured, **vars(value)})
+        syntax = syntax_of(value)
+        if not self._exact:
+            changed = syntax.mutated | _assigned(value.__code__) | {"__file__", "__spec__"}
+            captured = _without_folder(captured, value.__globals__.get("__file__"))
+            captured = {k: v for k, v in captured.items() if _global_name(k) not in changed}
+        modules = [item for item in captured.values() if isinstance(item, types.ModuleType)]
+        members = self._members([*modules, *imported_by(value)], names_in(value.__code__))
+        return "function", syntax.text, *self._state({**captured, **vars(value)}), *members
+
+    def _members(self, modules: list[types.ModuleType], names: set[str]) -> Iterator[Any]:
+        """Yields what a function with these names reads from modules, as in ``module.name``."""
+        seen: set[str] = set()
+        while modules:
+            module = modules.pop()
+            if module.__name__ in seen or self._is_library(module):
+                continue
+            seen.add(module.__name__)
+            members = {name: vars(module)[name] for name in names & vars(module).keys()}
+            modules += [item for item in members.values() if isinstance(item, types.ModuleType)]
+            yield from self._state(members)
+
+    def _class(self, value: type) -> Iterator[Any]:
+        if self._is_library(sys.modules.get(value.__module__)):
+            yield from self._by_name(value.__module__, value.__qualname__)
+            if not self._is_library_member(value):  # made from another class
+                yield value.__bases__
+            return
+        yield from ("class", value.__bases__)
+        if not self._is_library(sys.modules.get(type(value).__module__)):
+            yield type(value)
+        members = dict(vars(value))
+        if issubclass(value, enum.Enum):
+            yield from ((member.name, member.value) for member in value)
+            members = {k: v for k, v in members.items() if self._is_own_function(v)}
+        if issubclass(value, tuple) and "_fields" in members:
+            yield members["_fields"], members["_field_defaults"]
+            members = {k: v for k, v in members.items() if self._is_own_function(v)}
+        if "__dataclass_fields__" in members:
+            for field in members["__dataclass_fields__"].values():
+                yield field.name, field.default, field.default_factory
+            members = {k: v for k, v in members.items() if not _is_generated(v)}
+        yield from self._state({k: v for k, v in members.items() if _is_of_class(k, v)})
+
+    def _is_own_function(self, member: Any) -> bool:
+        function = inspect.unwrap(getattr(member, "__func__", getattr(member, "fget", member)))
+        if not isinstance(function, types.FunctionType) or _is_generated(member):
+            return False
+        return not self._is_library(sys.modules.get(function.__globals__.get("__name__", "")))
+
+    def _object(self, value: Any) -> Iterable[Any]:
+        """Returns what pickle would write for any other object: its class and its state."""
+        if not self._exact and isinstance(value, _WITHOUT_STATE):
+            return self._opaque(value)
         try:
             reduced = value.__reduce_ex__(4)
         except Exception:  # a lock, a file, or an error in the object's own code
-            self.sha256.update(os.urandom(32))
-            return
-        self._text("object")
-        parts = (reduced, type(value).__module__) if isinstance(reduced, str) else reduced
-        self._add_all(list(part) if isinstance(part, Iterator) else part for part in parts)
+            return self._opaque(value)
+        if isinstance(reduced, str):
+            module = getattr(value, "__module__", None) or type(value).__module__
+            return "object", module if self._is_library(sys.modules.get(module)) else "", reduced
+        parts = [tuple(part) if isinstance(part, Iterator) else part for part in reduced]
+        if len(parts) > 2 and isinstance(parts[2], dict):
+            parts[2] = tuple(self._state(parts[2]))
+        return "object", *parts
 
+    def _state(self, state: dict[Any, Any]) -> Iterator[Any]:
+        """Yields names and values, sorted.
 
-def _is_of_a_library(value: Any) -> bool:
-    """Returns whether a class or function can be found by name in code with a known version."""
-    module = sys.modules.get(value.__module__ or "")
-    return module is not None and "<locals>" not in value.__qualname__ and _is_library(module)
+        Empty attributes only count if the digest is exact: new versions of libraries add some.
+        """
+        for name, value in sorted(state.items(), key=lambda item: str(item[0])):
+            is_empty = type(value) in (list, dict, tuple, set) and not value
+            is_empty = is_empty or value is None or value is False
+            if self._exact or not (is_empty or name in _METADATA):
+                yield name, value
 
+    def _opaque(self, value: Any) -> Iterable[Any]:
+        return "opaque", os.urandom(32) if self._exact else type(value).__qualname__
 
-def _is_library(module: types.ModuleType) -> bool:
-    """Returns whether a module belongs to Python, or to an installed package with a version."""
-    if module.__name__ == "__main__":
+    def _by_name(self, module: str | None, name: str) -> Iterable[Any]:
+        return "library", module, name, _version(module or "") if self._exact else ""
+
+    def _is_library(self, module: types.ModuleType | None) -> bool:
+        """Returns whether a module belongs to Python, or to an installed package with a version."""
+        if module is None or not is_installed(module.__name__):
+            return False
+        package = module.__name__.partition(".")[0]
+        if package in sys.stdlib_module_names:
+            return True
+        return package != self._package and _version(package) != ""
+
+    def _is_library_member(self, value: Any) -> bool:
+        """Returns whether a class or function can be found by name in a library."""
+        module = sys.modules.get(value.__module__ or "")
+        if not self._is_library(module):
+            return False
+        for name in (value.__qualname__, value.__name__):
+            with contextlib.suppress(AttributeError):
+                if functools.reduce(getattr, name.split("."), module) is value:
+                    return True
         return False
-    if module.__name__.partition(".")[0] in sys.stdlib_module_names:
-        return True
-    file = getattr(module, "__file__", None) or ""
-    is_installed = not _INSTALLED.isdisjoint(Path(file).parts)
-    return is_installed and _version(module.__name__) != ""
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """Returns the names of globals and attributes in the code of a function."""
+def _package_of(factory: Any) -> str:
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    package = str(factory.__module__).partition(".")[0]
+    return "" if package in _NAMED else package
+
+
+def _weights_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yields the tensors of the state dict."""
+    for part in module.modules():
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None and name not in part._non_persistent_buffers_set:
+                yield tensor
+
+
+def _without_folder(captured: dict[str, Any], file: str | None) -> dict[str, Any]:
+    """Removes the folder of a function's file from texts, as in ``os.path.dirname(__file__)``."""
+    folder = os.path.dirname(file or "")
+    if not folder:
+        return captured
+    return {k: v.replace(folder, "") if type(v) is str else v for k, v in captured.items()}
+
+
+def _global_name(path: str) -> str | None:
+    return path.split("'")[1] if path.startswith(".__globals__") else None
+
+
+def _assigned(code: types.CodeType) -> set[str]:
+    """Returns the globals that a function assigns."""
+    steps = dis.get_instructions(code)
+    names = {step.argval for step in steps if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
     nested = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(_names, nested))
+    return names.union(*map(_assigned, nested))
+
+
+def _is_generated(member: Any) -> bool:
+    """Returns whether a dataclass or a named tuple has made the method."""
+    function = inspect.unwrap(member) if callable(member) else member
+    return isinstance(function, types.FunctionType) and function.__code__.co_filename == "<string>"
+
+
+def _is_of_class(name: str, member: Any) -> bool:
+    """Returns whether a member is the code of a class, or one of its attributes."""
+    if name in _GENERATED or name.startswith("_abc_"):
+        return False
+    return not name.startswith("__") or callable(member) or hasattr(type(member), "__get__")
+
+
+def _sha256(data: Any) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 @functools.cache

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagevec.errors import OptionError
+from imagevec.errors import OptionError, SerializationError
 from imagevec.models.source import IMAGENET, REGISTERED, ModelSource
 from imagevec.options import RANDOM
-from imagevec.pickling import check_pickle, forbidden_kind
+from imagevec.pickling import check_pickle, dumps, forbidden_kind, loads, missing_module
 from imagevec.spec import Preprocessing, Tokenization
 
 if TYPE_CHECKING:
@@ -106,13 +106,28 @@ class FactorySource(ModelSource):
     ) -> Preprocessing:
         return preprocessing.with_input_size(input_size)
 
+    def code(self, module: nn.Module) -> str:
+        from imagevec.models.content import code_digest
+
+        return code_digest(self.factory, module)
+
+    def __reduce__(self) -> Any:
+        return _loaded, (dumps(self.factory), self.preset, self.registered_name)
+
     def build(self, preprocessing: Preprocessing | Tokenization) -> nn.Module:
         from torch import nn
 
-        model = self.factory()
+        try:
+            model = self.factory()
+        except ModuleNotFoundError as error:
+            raise SerializationError(f"{self.name!r} needs {missing_module(error)}") from error
         if not isinstance(model, nn.Module):
             raise OptionError(
                 f"the factory of {self.name!r} is not valid: "
                 f"it returned {type(model).__name__}, not a torch.nn.Module"
             )
         return model
+
+
+def _loaded(data: bytes, preset: Preprocessing, registered_name: str | None) -> FactorySource:
+    return FactorySource(loads(data), preset, registered_name)
