@@ -95,7 +95,15 @@ class FeatureModel:
         from imagevec.models.content import content_digest
 
         self._built = self._take_module()
-        return content_digest(self._built)
+        return content_digest((self.code, self._built))
+
+    @functools.cached_property
+    def code(self) -> str:
+        """The value of ``FeatureSpec.code``."""
+        if self.source.identity != "content":
+            return ""
+        self._built = self._take_module()
+        return self.source.code(self._built)
 
     @functools.cached_property
     def module(self) -> nn.Module:
@@ -156,6 +164,7 @@ class FeatureModel:
             preprocessing=self.preprocessing,
             precision="float32",
             normalize=self.normalize,
+            code=self.code,
         )
 
 

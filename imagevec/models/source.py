@@ -225,6 +225,14 @@ class ModelSource(ABC):
 
         return with_weights(self, preprocessing, weights)
 
+    def code(self, module: nn.Module) -> str:
+        """Returns a digest of the code that is not a library's; empty for models with names.
+
+        Args:
+            module: The result of ``module``.
+        """
+        return ""
+
     def fitted(
         self,
         tensors: dict[str, torch.Tensor],
