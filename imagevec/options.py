@@ -31,7 +31,7 @@ MAX_BYTES = 500_000_000
 """The largest accepted file."""
 
 RANDOM = "random"
-WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".index.json")
 
 
 class Options(TypedDict, total=False):
@@ -43,9 +43,9 @@ class Options(TypedDict, total=False):
     file. Loading a ``.pt2`` file can run code that it contains: see ``imagevec.models.exported``.
     Default ``"resnet50"``."""
     weights: str | Path
-    """The name of pretrained weights (a torchvision name or an open_clip tag), the path of a
-    ``.pth``, ``.pt``, ``.bin`` or ``.safetensors`` file, or ``"random"`` (seeded: identical on
-    every worker). Default ``"DEFAULT"``."""
+    """The name of pretrained weights (a torchvision name or an open_clip tag), the path or URI of a
+    checkpoint, such as a ``.pth``, ``.ckpt`` or ``.safetensors`` file, or ``"random"`` (seeded:
+    identical on every worker). Default ``"DEFAULT"``."""
     layer: str | Sequence[str]
     """``"pooled"`` (the input of the classifier's last linear layer), ``"logits"``, or a node name
     from ``torchvision.models.feature_extraction.get_graph_node_names``. Several layers are computed
@@ -303,7 +303,7 @@ OPTIONS = (
         "DEFAULT",
         "path",
         _weights,
-        "a weights name, a .pth, .pt, .bin or .safetensors file, or random",
+        "a weights name, the path or URI of a checkpoint, or random",
     ),
     Option(
         "layer",

@@ -85,7 +85,7 @@ class OpenClipSource(ModelSource):
     def weights(self, option: str) -> Path | nn.Module | None:
         from imagevec.models.state_dict import local_file
 
-        if option == RANDOM or option.endswith(WEIGHTS_SUFFIXES):
+        if option == RANDOM or names_file(option):
             return local_file(self.name, option)
         return _downloaded(self.name, self._tag(option))
 
@@ -279,7 +279,7 @@ class OpenClipTextSource(OpenClipSource):
 def _beside(weights: str, name: str) -> Path | None:
     """Returns the file with this name next to a weights file, or ``None``."""
     path = expanded(weights).with_name(name)
-    return path if weights.endswith(WEIGHTS_SUFFIXES) and path.is_file() else None
+    return path if names_file(weights) and path.is_file() else None
 
 
 def _downloaded(name: str, tag: Mapping[str, Any]) -> Path:

@@ -1,13 +1,18 @@
-"""Loads tensors from weights files, and loads them into models.
+"""Loads the tensors of checkpoints into models.
 
-Only tensors are unpickled: ``.pth`` and ``.pt`` files are loaded with ``weights_only=True``, and
-``.safetensors`` files contain nothing else.
+A checkpoint may nest its weights in dictionaries, add prefixes to their keys, and contain more than
+one set of weights. The keys that fit a module by name and shape decide which part of it is loaded.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import logging
 import re
-from collections.abc import Iterator
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,43 +20,49 @@ from typing import Any
 import torch
 import torchvision.models
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from imagevec import cache
-from imagevec.errors import OptionError, WeightsError
-from imagevec.files import expanded
+from imagevec.errors import WeightsError
+from imagevec.models.checkpoint import read_tensors
 from imagevec.models.source import ModelSource
-from imagevec.options import RANDOM, WEIGHTS_SUFFIXES
+from imagevec.models.weights import local_file as local_file
 from imagevec.spec import Preprocessing, Tokenization
+
+logger = logging.getLogger(__name__)
 
 OFFLINE = (
     "Downloads are stored in ~/.cache, or in XDG_CACHE_HOME. Without a network, use "
-    "weights='<path>' with a .pth, .pt, .bin or .safetensors file, or weights='random' for tests"
+    "weights='<path>' with a checkpoint, such as a .pth or .safetensors file, or weights='random' "
+    "for tests"
+)
+
+Tensors = dict[str, torch.Tensor]
+
+# Modules that wrap others: DataParallel and DeepSpeed, torch.compile, FSDP, activation checkpoints,
+# fairscale, Opacus.
+_WRAPPERS = {
+    *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
+    *("_fpw_module", "_module"),
+}
+_AVERAGED = re.compile(r"(^|[._])(ema|teacher|averaged|shadow)([._]|$)")
+_COUNTERS = {"total_ops", "total_params", "n_averaged"}  # of thop and AveragedModel
+# Parts beside a backbone: classifiers, heads of self-supervised training, losses.
+_HEADS = re.compile(
+    r"(\w+_)?(head|heads|classifier|classifiers|projector|projection|proj|predictor|prediction|pred"
+    r"|loss|criterion|prototypes|queue|queue_ptr|logits)\d*|fc\d*|decoder\w*|aux\w*|AuxLogits"
+    r"|mask_token"
 )
 
 
-def local_file(model_name: str, option: str) -> Path | None:
-    """Returns the file of a ``weights`` option that is a path, or ``None`` for ``"random"``.
-
-    Raises:
-        OptionError: The option is neither.
-        WeightsError: The file does not exist.
-    """
-    if option == RANDOM:
-        return None
-    if not option.endswith(WEIGHTS_SUFFIXES):
-        raise OptionError(
-            f"weights={option!r} is not known for {model_name!r}: "
-            f"use 'DEFAULT', 'random', or a path that ends in {', '.join(WEIGHTS_SUFFIXES)}"
-        )
-    path = expanded(option)
-    if not path.is_file():
-        raise WeightsError(f"weights={option!r}: no such file")
-    return path
-
-
-def with_weights(source: ModelSource, preprocessing: Preprocessing | Tokenization, weights: Path | None) -> nn.Module:
+def with_weights(
+    source: ModelSource, preprocessing: Preprocessing | Tokenization, weights: Path | None
+) -> nn.Module:
     """Builds a model with its weights.
+
+    Tensors that are not in the file, such as those of a classifier with another number of classes,
+    get arbitrary values: ``check_loaded`` checks that the chosen layers do not depend on them.
 
     Args:
         source: The source that builds the model.
@@ -64,21 +75,247 @@ def with_weights(source: ModelSource, preprocessing: Preprocessing | Tokenizatio
     if weights is None:
         with seeded():
             return source.build(preprocessing)
-    state_dict = load_state_dict(weights)
     with no_random_init():
         model = source.build(preprocessing)
-    if isinstance(model, torchvision.models.DenseNet):
-        # torchvision's files use the original names: norm.1 is now norm1.
-        state_dict = {
-            re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key): value
-            for key, value in state_dict.items()
-        }
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        first = " ".join(" ".join(str(error).splitlines()[1:4]).split())[:500]
-        raise WeightsError(f"the weights do not fit {source.name!r}: {first}") from error
+    if isinstance(model, torchvision.models.GoogLeNet | torchvision.models.Inception3):
+        for name in {"aux1", "aux2", "AuxLogits"} & model._modules.keys():
+            setattr(model, name, None)  # only training uses them
+    is_densenet = isinstance(model, torchvision.models.DenseNet)
+
+    def convert(tensors: Tensors) -> Tensors:
+        with no_random_init():
+            return source.fitted(tensors, model, preprocessing)
+
+    load_weights(model, weights, source.name, _new_densenet_key if is_densenet else str, convert)
     return model
+
+
+def _new_densenet_key(key: str) -> str:
+    """Converts a key of torchvision's files, which have the original names: norm.1, now norm1."""
+    return re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """What was loaded into a module.
+
+    Attributes:
+        name: The name of the model.
+        found: Which keys of the file were loaded, and how many of them fit.
+        tensors: The module's tensors by name, before layers were selected.
+        misfits: The reason why a tensor was not loaded, by its name.
+        extra: The tensors of the file that the module does not have, by name.
+        modules: The names of the module's parts.
+    """
+
+    name: str
+    found: str
+    tensors: Tensors
+    misfits: dict[str, str]
+    extra: Tensors
+    modules: set[str]
+
+
+_loaded: weakref.WeakKeyDictionary[nn.Module, _Loaded] = weakref.WeakKeyDictionary()
+
+
+def load_weights(
+    module: nn.Module,
+    path: Path,
+    name: str,
+    rename: Callable[[str], str] = str,
+    convert: Callable[[Tensors], Tensors] = dict,
+) -> None:
+    """Loads the tensors of a checkpoint that fit a module. ``check_loaded`` must follow.
+
+    Args:
+        module: The module. Its tensors that are not loaded get arbitrary values.
+        path: The checkpoint.
+        name: The model's name, for messages.
+        rename: A function that converts each key of the file, with its prefix.
+        convert: A function that converts the tensors, with their prefix removed.
+
+    Raises:
+        WeightsError: The file contains no weights, or none that fit.
+    """
+    tensors = {
+        key: tensor
+        for key, tensor in module.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor)  # there may be extra states
+    }
+    wrappers = _WRAPPERS - {part for key in tensors for part in key.split(".")}
+    found: Tensors = {}
+    for key, tensor in read_tensors(path).items():
+        parts = (part for part in rename(key).split(".") if part not in wrappers)
+        found.setdefault(".".join(parts), tensor)
+    removed, added = _prefixes(found, tensors, path.name)
+    given = {added + k[len(removed) :]: found[k] for k in found if k.startswith(removed)}
+    given = convert(given) if given.keys() & tensors.keys() else given
+    reasons = {
+        key: reason
+        for key, tensor in given.items()
+        if key in tensors and (reason := _why_not(tensor, tensors[key]))
+    }
+    try:
+        missing, extra = module.load_state_dict(
+            {key: tensor for key, tensor in given.items() if key not in reasons}, strict=False
+        )
+    except RuntimeError as error:  # from modules that convert old keys
+        first = " ".join(" ".join(str(error).splitlines()[1:4]).split())[:500]
+        raise WeightsError(f"the weights do not fit {name!r}: {first}") from error
+    loaded = {id(tensor) for key, tensor in tensors.items() if key not in missing}  # maybe tied
+    # Integers are not trained: the module has computed them itself, as indexes or counters.
+    trained = [key for key, tensor in tensors.items() if tensor.is_floating_point()]
+    misfits = {
+        key: reasons.get(key, f"{_shape(tensors[key])} is not in the file")
+        for key in trained
+        if id(tensors[key]) not in loaded
+    }
+    counted = [key for key in tensors if key in trained or key in given]
+    where = f"keys under {removed!r}" if removed else f"the keys of {path.name}"
+    edit = f" after replacing it with {added!r}" if removed else f" after adding {added!r}"
+    edit = edit if added else " after removing it" if removed else ""
+    found_text = f"{where}: {len(counted) - len(misfits)} of {len(counted)} fit{edit}"
+    modules = {key for key, _ in module.named_modules()}
+    others = {key: given[key] for key in extra if key in given}
+    _loaded[module] = _Loaded(name, found_text, tensors, misfits, others, modules)
+    if len(misfits) == len(trained):
+        check_loaded(module, module)
+    if removed or added:
+        logger.info("%s: %s", path.name, found_text)
+    with seeded(), torch.no_grad():
+        for key in misfits:
+            if not is_lazy(tensors[key]):
+                tensors[key].uniform_()
+
+
+def check_loaded(model: nn.Module, features: nn.Module) -> None:
+    """Checks that a checkpoint contained all that the feature vectors of a model depend on.
+
+    Args:
+        model: A module of ``with_weights``, or any other.
+        features: The module that computes the vectors, made from ``model``.
+
+    Raises:
+        WeightsError: In a part that computes the vectors, tensors are missing, have another shape,
+            or are unknown to the model.
+    """
+    loaded = _loaded.pop(model, None)
+    if loaded is None:
+        return
+    used = {id(tensor) for tensor in features.state_dict(keep_vars=True).values()}
+    needed = {key for key, tensor in loaded.tensors.items() if id(tensor) in used}
+    needed = needed or set(loaded.tensors)  # of a copy of the module
+    start = f"the weights do not fit {loaded.name!r}: {loaded.found}"
+    misfits = [f"{key} {reason}" for key, reason in loaded.misfits.items() if key in needed]
+    if misfits:
+        is_head = all(_HEADS.fullmatch(key.partition(".")[0]) for key in loaded.misfits)
+        hint = "; layer='pooled' does not need the classifier"
+        is_whole = needed == loaded.tensors.keys()
+        raise WeightsError(f"{start}. {_first_of(misfits)}{hint if is_head and is_whole else ''}")
+    extra = {
+        f"{key} {_shape(tensor)}": _is_beside(key, loaded.modules, needed)
+        for key, tensor in loaded.extra.items()
+        if tensor.is_floating_point()
+    }
+    unknown = [text for text, is_beside in extra.items() if not is_beside]
+    if unknown:
+        raise WeightsError(f"{start}, but the model lacks {_first_of(unknown)} of the file")
+    ignored = [*extra, *(f"{key} {reason}" for key, reason in loaded.misfits.items())]
+    if ignored:
+        logger.info("%s: %s. Not needed: %s", loaded.name, loaded.found, _first_of(ignored))
+
+
+def _is_beside(key: str, modules: set[str], needed: set[str]) -> bool:
+    """Returns whether a tensor that the model lacks belongs to no part that computes the vectors.
+
+    It may be a counter, be below a part that is not needed, such as another classifier in place of
+    the model's, or below a head or loss that the model does not have.
+    """
+    *parts, name = key.split(".")
+    if name in _COUNTERS:
+        return True
+    prefixes = ["", *itertools.accumulate(parts, "{}.{}".format)]
+    deepest = max((prefix for prefix in prefixes if prefix in modules), key=len)
+    if not deepest:
+        return _HEADS.fullmatch((*parts, name)[0]) is not None
+    return not any(tensor.startswith(f"{deepest}.") for tensor in needed)
+
+
+def _prefixes(found: Tensors, tensors: Tensors, file: str) -> tuple[str, str]:
+    """Returns the prefix to remove from a file's keys, and the one to add, so that most fit.
+
+    Of prefixes with which equally many fit, one of averaged weights is preferred, as in timm, then
+    the first.
+    """
+    votes: Counter[tuple[str, str]] = Counter()
+    for key, tensor in found.items():
+        if tensor.is_floating_point():  # averaged weights may lack counters
+            for prefix, rest in _splits(key):
+                if rest in tensors and not _why_not(tensor, tensors[rest]):
+                    votes[prefix, ""] += 1
+    if 2 * max(votes.values(), default=0) < sum(t.is_floating_point() for t in tensors.values()):
+        votes += _votes_to_add(found, tensors)
+    if not votes:
+        return "", ""
+    most = max(votes.values())
+    best = [prefixes for prefixes, count in votes.items() if count == most]
+    removed, added = min(best, key=lambda pair: (not _AVERAGED.search(pair[0]), pair[1]))
+    others = [repr(prefix) for prefix, _ in best if prefix != removed]
+    if others:
+        is_known = _AVERAGED.search(removed) is not None
+        logger.log(
+            logging.INFO if is_known else logging.WARNING,
+            "%s has several sets of weights: using the keys under %r, not those under %s",
+            file,
+            removed,
+            ", ".join(others),
+        )
+    return removed, added
+
+
+def _votes_to_add(found: Tensors, tensors: Tensors) -> Counter[tuple[str, str]]:
+    """Counts the keys that fit after a prefix of the model's keys replaces one of the file's."""
+    by_rest: dict[str, list[str]] = defaultdict(list)
+    for key in tensors:
+        for prefix, rest in _splits(key):
+            if prefix and "." in rest:
+                by_rest[rest].append(prefix)
+    votes: Counter[tuple[str, str]] = Counter()
+    for key, tensor in found.items():
+        for removed, rest in _splits(key):
+            for added in by_rest.get(rest, ()):
+                if not _why_not(tensor, tensors[added + rest]):
+                    votes[removed, added] += 1
+    return votes
+
+
+def _splits(key: str) -> Iterator[tuple[str, str]]:
+    """Yields ``("", "a.b")`` and ``("a.", "b")`` for ``"a.b"``."""
+    yield "", key
+    for dot in re.finditer(r"\.", key):
+        yield key[: dot.end()], key[dot.end() :]
+
+
+def _why_not(tensor: torch.Tensor, target: torch.Tensor) -> str | None:
+    """Returns the reason why a tensor cannot be loaded into another, or ``None``."""
+    if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
+        kind = "quantized" if tensor.is_quantized else str(tensor.layout).partition(".")[2]
+        return f"is not a plain tensor in the file: {'on meta' if tensor.is_meta else kind}"
+    if tensor.is_floating_point() != target.is_floating_point() or tensor.is_complex():
+        return f"is {tensor.dtype} in the file, {target.dtype} in the model"
+    if not is_lazy(target) and tensor.shape != target.shape:
+        return f"is {_shape(tensor)} in the file, {_shape(target)} in the model"
+    return None
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...] | str:
+    return "of any shape" if is_lazy(tensor) else tuple(tensor.shape)
+
+
+def _first_of(texts: list[str]) -> str:
+    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return f"{', '.join(texts[:3])}{more}"
 
 
 @contextmanager
@@ -101,35 +338,6 @@ def save_state_dict(model: nn.Module) -> Path:
         path = folder / "weights.safetensors"
         save_file(tensors, path)
         return cache.store(path, move=True)
-
-
-def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Loads the tensors of a weights file on the CPU.
-
-    Args:
-        path: A ``.pth``, ``.pt``, ``.bin`` or ``.safetensors`` file. It may be a checkpoint with
-            the weights under ``state_dict`` or ``model``.
-
-    Raises:
-        WeightsError: The file contains anything but tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling corrupt bytes raises arbitrary exceptions
-        raise WeightsError(f"{path.name} is not a weights file: {error}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(
-        isinstance(v, torch.Tensor) for v in loaded.values()
-    ):
-        raise WeightsError(f"{path.name} is not a weights file: it contains no state_dict")
-    nn.modules.utils.consume_prefix_in_state_dict_if_present(loaded, "module.")
-    return loaded
 
 
 class no_memory(TorchFunctionMode):  # noqa: N801, a context manager

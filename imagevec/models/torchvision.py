@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagevec.errors import OptionError, WeightsError, did_you_mean
 from imagevec.models.source import REGISTERED, ModelSource
-from imagevec.options import RANDOM, WEIGHTS_SUFFIXES
+from imagevec.options import RANDOM, WEIGHTS_SUFFIXES, names_file
 from imagevec.spec import Preprocessing, Tokenization
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class TorchvisionSource(ModelSource):
         from imagevec.models.state_dict import local_file
 
         members = self.weights_enum.__members__
-        if option == RANDOM or option.endswith(WEIGHTS_SUFFIXES):
+        if option == RANDOM or names_file(option):
             return local_file(self.name, option)
         if option not in members:
             near = did_you_mean(option, [*members, RANDOM])

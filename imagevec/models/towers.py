@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,8 +11,8 @@ import open_clip
 import torch
 from torch import nn
 
-from imagevec.errors import OptionError, WeightsError
-from imagevec.models.state_dict import no_random_init, seeded
+from imagevec.errors import OptionError
+from imagevec.models.state_dict import check_loaded, load_weights, no_random_init, seeded
 
 _SMALL_TEXT = {"width": 8, "heads": 1, "layers": 1}
 
@@ -91,20 +92,27 @@ def model(name: str, config: Mapping[str, Any], weights: Path | None) -> nn.Modu
             return _built(name, config)
     with no_random_init():
         built = _built(name, config)
-    try:
-        open_clip.load_checkpoint(built, str(weights), weights_only=True)
-    except RuntimeError as error:
-        first, *mismatches = str(error).splitlines() or [""]
-        if not mismatches:  # PyTorch cannot read the file
-            raise WeightsError(f"{weights.name} is not a weights file: {first}") from error
-        found = " ".join(" ".join(mismatches[:3]).split())[:500]
-        raise WeightsError(f"the weights do not fit {name!r}: {found}") from error
-    except KeyError as error:
-        raise WeightsError(f"the weights do not fit {name!r}: no tensor {error}") from error
-    except Exception as error:  # unpickling corrupt bytes raises arbitrary exceptions
-        first = str(error).partition(". ")[0]
-        raise WeightsError(f"{weights.name} is not a weights file: {first}") from error
+    load_weights(built, weights, name, convert=functools.partial(_converted, built))
+    check_loaded(built, built)
     return built
+
+
+def _converted(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Converts the tensors of other formats than open_clip's, as ``open_clip.load_checkpoint``."""
+    factory: Any = open_clip.factory
+    tensors = factory.convert_state_dict(model, tensors)
+    if "positional_embedding" in tensors:  # the text tower's names begin with "text." by now
+        tensors = factory.convert_to_custom_text_state_dict(tensors)
+    for name in ("logit_scale", "logit_bias"):  # a scalar, or one element
+        if name in tensors and getattr(model, name, None) is not None:
+            tensors[name] = tensors[name].reshape(getattr(model, name).shape)
+    if model.logit_bias is not None:
+        tensors.setdefault("logit_bias", torch.zeros_like(model.logit_bias))
+    for name in ("input_resolution", "context_length", "vocab_size"):  # numbers of OpenAI's files
+        tensors.pop(name, None)
+    factory.resize_pos_embed(tensors, model)
+    factory.resize_text_pos_embed(tensors, model)
+    return tensors
 
 
 def _built(name: str, config: Mapping[str, Any]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Sequence
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from imagevec.cache import find, weights_option
-from imagevec.errors import FingerprintError
-from imagevec.files import digest_of, expanded
+from imagevec.errors import FingerprintError, WeightsError
+from imagevec.files import digest_of
 from imagevec.images.parallel import map_ahead
 from imagevec.models.registry import named
-from imagevec.options import RANDOM, WEIGHTS_SUFFIXES, Options, check_positive
+from imagevec.models.weights import weights_file
+from imagevec.options import RANDOM, Options, check_positive, names_file
 from imagevec.search.neighbours import Vectors, nearest
 from imagevec.spec import Preprocessing
 from imagevec.storage.location import Location
@@ -208,10 +210,10 @@ def _weights_at_hand(made_of: Provenance) -> str:
     if not re.fullmatch("[0-9a-f]{64}", digest):  # a pattern would choose any file of the cache
         raise FingerprintError(f"the weights {made_of.weights!r} of the table are not valid")
     option = weights_option(made_of.model, made_of.weights) or "DEFAULT"
-    if option.endswith(WEIGHTS_SUFFIXES):
-        original = expanded(option)
-        if original.is_file() and digest_of(original) == digest:
-            return option  # the files next to it count, too
+    if names_file(option):
+        with contextlib.suppress(WeightsError):  # it is there no more
+            if digest_of(weights_file(option)) == digest:
+                return option  # the files next to it count, too
     elif option != "DEFAULT":
         return option
     return str(find(digest) or "DEFAULT")

@@ -32,10 +32,10 @@ from imagevec.models import saved
 from imagevec.models.registry import check_is_name, find_source
 from imagevec.options import (
     OPTIONS,
-    WEIGHTS_SUFFIXES,
     Option,
     Options,
     check_choice,
+    names_file,
 )
 from imagevec.spark import hadoop
 from imagevec.spark.sessions import check_input_column, find_column, is_connect, quoted
@@ -380,7 +380,7 @@ class _Reader(MLReader[ImageFeaturizer]):
             featurizer.setModel(str(saved.copy_to_cache(str(model), origin, download)))
         else:
             check_is_name(str(model), path)
-        if weights.endswith(WEIGHTS_SUFFIXES):
+        if names_file(weights) or _SAVED_NAME.fullmatch(weights):
             featurizer.setWeights(str(_load_weights(session, path, weights)))
         return featurizer
 

@@ -47,9 +47,9 @@ def vector(weights: Path) -> list[float]:
     return vector_of(PNG, weights=str(weights), **SQUEEZENET)
 
 
-def refused(path: Path, model: Any = "squeezenet1_1") -> str:
+def refused(path: Path, model: Any = "squeezenet1_1", **options: Any) -> str:
     with pytest.raises(WeightsError) as error:
-        ImageVectorizer(model=model, weights=str(path), engine="torch")
+        ImageVectorizer(model=model, weights=str(path), engine="torch", **options)
     return str(error.value)
 
 
@@ -148,11 +148,17 @@ def test_weights_of_another_model_are_refused_by_name(weights):
     assert "conv1.weight" in message
 
 
-def test_weights_of_another_size_are_refused_by_name(tmp_path):
-    saved(functools.partial(squeezenet1_1, num_classes=7), tmp_path / "seven.pth")
-    message = refused(tmp_path / "seven.pth")
+def test_a_classifier_of_another_size_is_not_needed(tmp_path):
+    model: Any = saved(functools.partial(squeezenet1_1, num_classes=7), tmp_path / "seven.pth")
+    image = preprocess(pixels_of(photo()), Preprocessing())[None]
+    with torch.inference_mode():
+        expected = model.features(image).mean((2, 3))[0]
+    vector = vector_of(PNG, weights=tmp_path / "seven.pth", **SQUEEZENET)
+    assert cosine(vector, expected) >= 0.9999
+    message = refused(tmp_path / "seven.pth", layer="logits")
     assert "do not fit 'squeezenet1_1'" in message
-    assert "classifier.1.weight" in message
+    assert "classifier.1.weight is (7, 512, 1, 1) in the file, (1000, 512, 1, 1) in the" in message
+    assert message.endswith("layer='pooled' does not need the classifier")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
