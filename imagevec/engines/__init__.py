@@ -19,6 +19,7 @@ from imagevec.spec import FeatureSpec
 
 if TYPE_CHECKING:
     from imagevec.models.features import FeatureModel
+    from imagevec.models.onnx_file import OnnxFile
     from imagevec.models.source import ModelSource
 
 
@@ -75,6 +76,18 @@ class Backend(Protocol):
 
         Raises:
             OptionError: The backend cannot run this model.
+        """
+
+    def prepare_onnx(
+        self, file: OnnxFile, model: FeatureModel
+    ) -> tuple[tuple[Path, ...], tuple[int, ...]]:
+        """Returns the files for ``load``, and the length of each layer's vector.
+
+        Only for backends of ``OnnxSource``. Runs on the driver.
+
+        Raises:
+            OptionError: The backend cannot run the graph, or an option does not fit it.
+            WeightsError: The graph returns no finite numbers.
         """
 
     def load(

@@ -26,6 +26,7 @@ from imagevec.spec import FeatureSpec, Tokenization
 
 if TYPE_CHECKING:
     from imagevec.models.features import FeatureModel
+    from imagevec.models.onnx_file import OnnxFile
     from imagevec.models.source import ModelSource
 
 # int8 models compute in float32 outside their quantized layers.
@@ -74,6 +75,16 @@ def prepare(model: FeatureModel) -> tuple[Path, ...]:
     needed_bytes = sum(tensor.nbytes for tensor in model.module.state_dict().values())
     with cache.temporary_folder(needed_bytes) as folder:
         return tuple(cache.store(path, move=True) for path in save(converted, folder))
+
+
+def prepare_onnx(file: OnnxFile, model: FeatureModel) -> tuple[tuple[Path, ...], tuple[int, ...]]:
+    """Returns the files of the graph and its weights, and the length of each layer's vector."""
+    from imagevec.engines import openvino_onnx
+
+    converted, sizes = openvino_onnx.convert(file, model)
+    needed_bytes = sum(path.stat().st_size for path in (file.path, *file.external))
+    with cache.temporary_folder(needed_bytes) as folder:
+        return tuple(cache.store(x, move=True) for x in save(converted, folder)), sizes
 
 
 def load(
@@ -136,7 +147,8 @@ class OpenVINOEngine:
     """A converted model, compiled for this CPU.
 
     Args:
-        model: An ``openvino.Model`` from ``Inputs`` to float32 ``(?, D)``.
+        model: An ``openvino.Model`` from ``Inputs`` to float32 ``(?, D)``. If it only takes a batch
+            of one, it runs for each input.
         precision: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
         threads: The number of threads of one forward pass.
     """
@@ -153,18 +165,25 @@ class OpenVINOEngine:
                 "ENABLE_CPU_PINNING": False,
             },
         )
+        # A graph that was exported for one image, and does not accept more.
+        self._takes_one = compiled.input(0).partial_shape[0] == 1
         self._request = compiled.create_infer_request()
         self._lock = threading.Lock()  # a request runs a single inference at a time
 
     def __call__(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         with self._lock:
-            self._output()[:, 0] = _UNWRITTEN
-            self._request.infer({0: inputs})
-            features = self._output()
-            # Without memory, infer raises nothing and leaves the last output, or an empty one.
-            if len(features) != len(inputs) or (features[:, 0] == _UNWRITTEN).any():
-                raise MemoryError(f"too little for a forward pass of {len(inputs)} inputs")
-            return features.view(np.float32).copy()  # the request reuses the output's memory
+            if self._takes_one:
+                return np.concatenate([self._infer(inputs[i : i + 1]) for i in range(len(inputs))])
+            return self._infer(inputs)
+
+    def _infer(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        self._output()[:, 0] = _UNWRITTEN
+        self._request.infer({0: inputs})
+        features = self._output()
+        # Without memory, infer raises nothing and leaves the last output, or an empty one.
+        if len(features) != len(inputs) or (features[:, 0] == _UNWRITTEN).any():
+            raise MemoryError(f"too little for a forward pass of {len(inputs)} inputs")
+        return features.view(np.float32).copy()  # the request reuses the output's memory
 
     def _output(self) -> npt.NDArray[np.uint32]:
         output: npt.NDArray[np.float32] = self._request.get_output_tensor(0).data

@@ -155,7 +155,10 @@ class FeatureModel:
 
         device = "meta" if self.source.infers_shapes else "cpu"
         example = example_input(self.preprocessing, 1).to(device)
-        sizes = infer_num_features(self.module, example)
+        return self.spec_of(infer_num_features(self.module, example))
+
+    def spec_of(self, sizes: tuple[int, ...]) -> FeatureSpec:
+        """Returns the spec for these lengths of the layers' vectors."""
         return FeatureSpec(
             model=self.source.name,
             weights=self.weights_name,

@@ -8,18 +8,19 @@ config, the configuration of open_clip's tag, or the registered preprocessing.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from imagevec.errors import OptionError
 from imagevec.files import expanded
-from imagevec.models import exported, factory, open_clip, saved, timm, torchvision
+from imagevec.models import exported, factory, onnx, open_clip, saved, timm, torchvision
 from imagevec.models.factory import ModelFactory
 from imagevec.models.source import IMAGENET, REGISTERED, ModelSource
 from imagevec.spec import Preprocessing
 
 # In the order of the search; torchvision accepts any remaining name.
-SOURCES = (factory, saved, exported, timm, open_clip, torchvision)
+SOURCES = (factory, saved, exported, onnx, timm, open_clip, torchvision)
 
 
 def list_models() -> list[str]:
@@ -37,7 +38,8 @@ def register_model(
         factory: A function that returns a new ``nn.Module`` for input float32 ``(N, 3, S, S)``. It
             is pickled with cloudpickle, and called once per plan on the driver and once in each
             worker that runs it with PyTorch; OpenVINO's workers load the converted model. Or the
-            path of a ``.pt2`` file. Loading one can run code: see ``imagevec.models.exported``.
+            path of an ``.onnx`` file: see ``imagevec.models.onnx``. Or the path of a ``.pt2`` file,
+            which can run code when it is loaded: see ``imagevec.models.exported``.
         preprocessing: The preprocessing of the images. Default: torchvision's
             ``ImageClassification`` preset, adapted to the input size of a ``.pt2`` file.
 
@@ -62,9 +64,9 @@ def register_model(
 def _registered(
     name: str, factory_or_file: Any, preprocessing: Preprocessing | None
 ) -> ModelSource:
-    file = exported.find(factory_or_file)
+    file = exported.find(factory_or_file) or onnx.find(factory_or_file)
     if file is not None:
-        return exported.ExportedSource(file.path, preprocessing, name)
+        return dataclasses.replace(file, preset=preprocessing, registered_name=name)
     if not callable(factory_or_file):
         raise OptionError(
             f"factory={factory_or_file!r} is not valid: use a function without arguments"
@@ -133,7 +135,8 @@ def check_is_name(model: str, origin: str) -> None:
     library = next((x.PREFIX for x in SOURCES if x.PREFIX and model.startswith(x.PREFIX)), "")
     name = model.removeprefix(library)
     is_path = name.startswith((".", "~")) or any(c in name for c in "/\\:")
-    if not name or is_path or name.endswith(exported.SUFFIX) or Path(model, "spec.json").exists():
+    is_path |= name.endswith((exported.SUFFIX, onnx.SUFFIX)) or saved.is_saved_model(model)
+    if not name or is_path or onnx.find(model):
         raise OptionError(
             f"the model {model!r} of {origin} is not a name: models are only loaded from paths "
             "that you pass yourself, as model"

@@ -289,14 +289,24 @@ class ModelSource(ABC):
         key = self._key(backend, model, content)
         record = cache.recall(key)
         if record is None:
-            files = tuple(path.name for path in _prepared_files(backend, model))
-            spec = json.loads(model.spec.to_json())
-            names = (*files, *model.spec.preprocessing.files)
-            record = {"spec": spec, "weights": model.weights, "files": names}
+            spec, paths = _converted(backend, model)
+            names = (*(path.name for path in paths), *spec.preprocessing.files)
+            made = json.loads(spec.to_json())
+            record = {"spec": made, "weights": model.weights, "files": names}
             cache.remember(key, record)
         spec = FeatureSpec.from_json(json.dumps(record["spec"]))
         files = tuple(name for name in record["files"] if name not in spec.preprocessing.files)
         return Prepared(spec, files, content if backend.BUILDS_MODULE else "")
+
+    def convert(
+        self, backend: Backend, model: FeatureModel
+    ) -> tuple[FeatureSpec, tuple[Path, ...]]:
+        """Returns the spec of the vectors, and the files in the user's cache for the backend.
+
+        The arguments and errors are those of ``prepare``.
+        """
+        files = backend.prepare(model)
+        return model.spec, files
 
     def _key(self, backend: Backend, model: FeatureModel, content: str) -> str:
         parts: list[Any] = [type(self).__name__, self.name, *model.options]
@@ -310,9 +320,9 @@ class ModelSource(ABC):
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _prepared_files(backend: Backend, model: FeatureModel) -> tuple[Path, ...]:
+def _converted(backend: Backend, model: FeatureModel) -> tuple[FeatureSpec, tuple[Path, ...]]:
     try:
-        return backend.prepare(model)
+        return model.source.convert(backend, model)
     except (ImageVecError, MemoryError):
         raise
     except Exception as error:  # converters and torch.jit raise arbitrary exceptions
