@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _described(name: str) -> dict[str, Any] | None:
     """Returns a row of the list, or ``None`` for a library's model that is not supported."""
     from imagevec.errors import OptionError
     from imagevec.models.features import example_input
-    from imagevec.models.layers import infer_num_features, to_feature_model
+    from imagevec.models.layers import infer_num_features
     from imagevec.models.registry import find_source
 
     source = find_source(name)
@@ -82,10 +83,10 @@ def _described(name: str) -> dict[str, Any] | None:
     input_size = preprocessing.input_size
     model = _built(source, preprocessing).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    feature_model = to_feature_model(model, "pooled", normalize=False)
+    example = functools.partial(example_input, preprocessing)
+    feature_model = source.to_features(model, "pooled", False, example)
     device = "meta" if source.infers_shapes else "cpu"
-    example = example_input(preprocessing, 1).to(device)
-    (num_features,) = infer_num_features(feature_model, example)
+    (num_features,) = infer_num_features(feature_model, example(1).to(device))
     return {
         "model": name,
         "num_features": num_features,

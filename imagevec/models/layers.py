@@ -3,74 +3,103 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torchvision.models
 from torch import fx, nn
 from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from imagevec.errors import OptionError, did_you_mean
+from imagevec.models.checks import check_vectors, check_weights, trial
+from imagevec.models.pooled import Example, mark_pooled, without_classifier
 
 
 def to_feature_model(
     model: nn.Module,
     layer: str | tuple[str, ...],
     normalize: bool,
-    example: Callable[[int], torch.Tensor] | None = None,
-) -> nn.Module:
+    example: Example,
+) -> FeatureModule:
     """Turns a classifier into a model that returns feature vectors. Modifies the classifier.
 
-    Returns:
-        A module in evaluation mode, from float32 ``(N, 3, S, S)`` to ``(N, D)``. The vectors of
-        several layers are normalised separately and concatenated: D is the sum of their lengths.
+    ``"pooled"`` is the input of the model's classifier, as timm or torchvision define it, or as
+    ``find_classifier`` finds it by running the model. Without one, it is the model's output.
+
+    Args:
+        model: A model with float32 weights.
+        layer: The ``layer`` option.
+        normalize: Whether to scale vectors to length 1.
+        example: A function that returns a model input with the given number of images or texts,
+            on the CPU, or on PyTorch's ``meta`` device to compute only shapes.
 
     Raises:
-        OptionError: The layer does not exist. The message lists the nearest layers.
+        OptionError: The layer does not exist, with the nearest layers in the message; the model
+            cannot run on the example; or its weights are not float32.
     """
     model.eval().requires_grad_(False)
+    check_weights(model)
     if layer == "pooled":
-        model = _without_classifier(model)
-    elif layer != "logits":
-        return _up_to_nodes(model, layer if isinstance(layer, tuple) else (layer,), normalize)
-    return nn.Sequential(model, _VectorNorm()).eval() if normalize else model
+        return FeatureModule(*without_classifier(model, example), layer, normalize).eval()
+    if layer == "logits":
+        return FeatureModule(model, "", layer, normalize).eval()
+    return FeatureModule(*_up_to_nodes(model, layer, example), layer, normalize).eval()
 
 
 def infer_num_features(feature_model: nn.Module, example: torch.Tensor) -> tuple[int, ...]:
     """Returns the length of each layer's vector.
 
-    On PyTorch's ``meta`` device, only shapes are computed, from stand-ins for the model's tensors.
-
     Args:
-        feature_model: The result of ``to_feature_model``.
-        example: An input for the model, on the CPU or on ``meta``.
+        feature_model: A module that returns feature vectors.
+        example: An input for the model, on the CPU, or on ``meta`` to compute only shapes.
 
     Raises:
-        OptionError: The model's output is not a two-dimensional tensor.
+        OptionError: The model cannot run on the example, or does not return float32 ``(N, D)``.
     """
-    names = feature_model.names if isinstance(feature_model, _Layers) else None
-    model = feature_model.extractor if isinstance(feature_model, _Layers) else feature_model
-    with torch.device(example.device), torch.inference_mode():
-        if example.is_meta:
-            tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-            stand_ins = {name: tensor.to("meta") for name, tensor in tensors}
-            found = torch.func.functional_call(model, stand_ins, (example,))
-        else:
-            found = model(example)
-    outputs = [found] if names is None else [found[name] for name in names]
+    layer = feature_model.layer if isinstance(feature_model, FeatureModule) else "pooled"
+    with trial(layer, feature_model, example) as model:
+        outputs = model.outputs(example) if isinstance(model, FeatureModule) else (model(example),)
     for output in outputs:
-        if not isinstance(output, torch.Tensor) or output.ndim != 2:
-            shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output)
-            raise OptionError(f"the model's output is not valid: {shape}, not a tensor (N, D)")
+        check_vectors(layer, output, len(example))
     return tuple(output.shape[1] for output in outputs)
 
 
-class _VectorNorm(nn.Module):
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return F.normalize(features.float(), dim=1)  # (N, D) -> (N, D)
+class FeatureModule(nn.Module):
+    """A model that returns feature vectors, float32 ``(N, 3, H, W)`` to ``(N, D)``.
+
+    The vectors of several layers are normalised separately and concatenated: D is the sum of their
+    lengths.
+
+    Args:
+        model: A module that returns ``(N, D)``, or a tuple of them for several layers.
+        dropped: The classifier that was dropped, such as ``"fc (Linear, 512 to 128)"``, or empty.
+        layer: The ``layer`` option.
+        normalize: Whether to scale vectors to length 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, dropped: str, layer: str | tuple[str, ...], normalize: bool
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.dropped = dropped
+        self.layer = layer
+        self.normalize = normalize
+
+    def outputs(self, inputs: torch.Tensor) -> tuple[Any, ...]:
+        """Returns the output of each layer, before it is normalised."""
+        output = self.model(inputs)
+        return output if isinstance(self.layer, tuple) else (output,)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        vectors = self.outputs(inputs)
+        if self.normalize:
+            vectors = tuple(F.normalize(vector.float(), dim=1) for vector in vectors)
+        features: torch.Tensor = vectors[0]
+        return features if len(vectors) == 1 else torch.cat(vectors, dim=1)  # (N, sum of D)
 
 
 class _Whole(nn.Module):
@@ -86,50 +115,33 @@ class _Whole(nn.Module):
         return output
 
 
-class _Layers(nn.Module):
-    """Returns the vectors of several layers of a model.
-
-    Attributes:
-        extractor: The module from ``(N, 3, S, S)`` to a dictionary of vectors ``(N, D)``.
-        names: The keys of the dictionary, in layer order.
-        norm: The module that is applied to each vector.
-    """
-
-    def __init__(self, extractor: nn.Module, names: list[str], normalize: bool) -> None:
-        super().__init__()
-        self.extractor = extractor
-        self.names = names
-        self.norm = _VectorNorm() if normalize else nn.Identity()
-
-    def vectors(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Returns ``(N, D)`` for each layer."""
-        vectors = self.extractor(images)
-        return [self.norm(vectors[name]) for name in self.names]
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self.vectors(images), dim=1)  # several (N, D) -> (N, sum of D)
-
-
-def _to_vector(node: torch.Tensor, first_token: int | None, patches: int | None) -> torch.Tensor:
+def _to_vector(
+    node: torch.Tensor, first_token: int | None, patches: int | None, aspect: float
+) -> torch.Tensor:
     """Reduces a node's output to a vector, always in new memory.
 
     Args:
-        node: ``(N, C)``, ``(N, T, C)``, ``(N, C, H, W)`` or ``(N, H, W, C)``. Images are square, so
-            H and W are the two dimensions of equal length.
+        node: ``(N, C)``, ``(N, T, C)``, ``(N, C, H, W)`` or ``(N, H, W, C)``.
         first_token: The index of the first token to average; ``None`` uses the class token.
         patches: The number of image tokens. If T equals it, all tokens are averaged.
+        aspect: The height of the input over its width, by which H and W are told from C.
     """
     if not isinstance(node, torch.Tensor):
         kind = type(node).__name__
         raise OptionError(f"the layer's output is a {kind}, not a tensor: choose another layer")
     if node.ndim == 4:
-        channels_last = node.shape[1] == node.shape[2] != node.shape[3]
+        _, a, b, c = map(int, node.shape)
+        channels_last = abs(math.log(a / b / aspect)) < abs(math.log(b / c / aspect))
         return node.mean((1, 2) if channels_last else (2, 3))
     if node.ndim != 3:
         return node.clone()
     if node.shape[1] == patches:
         return node.mean(1)
     return node[:, 0].clone() if first_token is None else node[:, first_token:].mean(1)
+
+
+def _flat(node: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    return node.clone().reshape(inputs.shape[0], -1).float()  # (N, ...) -> (N, D)
 
 
 def _first_token(model: nn.Module) -> int | None:
@@ -140,33 +152,22 @@ def _first_token(model: nn.Module) -> int | None:
     return getattr(model, "num_prefix_tokens", 0)
 
 
-def _without_classifier(model: nn.Module) -> nn.Module:
-    """Truncates the model to the input of its classifier's last linear layer."""
-    if getattr(model, "returns_features", False):
-        return model
-    if hasattr(model, "reset_classifier"):  # timm
-        model.reset_classifier(0)  # type: ignore[operator]
-    elif isinstance(model, torchvision.models.SqueezeNet):  # its classifier is a convolution
-        model.classifier = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)))
-    else:
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if linear:  # a factory may return a backbone without a classifier
-            parent, _, name = linear[-1].rpartition(".")
-            setattr(model.get_submodule(parent), name, nn.Identity())
-    result: nn.Module = model
-    return result
+def _up_to_nodes(
+    model: nn.Module, layer: str | tuple[str, ...], example: Example
+) -> tuple[fx.GraphModule, str]:
+    """Returns a model that ends at the given layers, and the classifier that it drops.
 
-
-def _up_to_nodes(model: nn.Module, layers: tuple[str, ...], normalize: bool) -> nn.Module:
-    """Truncates the model to the given layers, which one forward pass computes."""
-    special = {"logits": "output"}
+    One forward pass computes all layers. The model returns a tuple for a tuple of layers.
+    """
+    layers = layer if isinstance(layer, tuple) else (layer,)
+    special, dropped = {"logits": "output"}, ""
     if "pooled" in layers:
-        special["pooled"] = _mark_pooled(model)
+        name, dropped = mark_pooled(model, layers, example)
+        special["pooled"] = name if name == "output" else f"model.{name}"
     whole = _Whole(model).eval()
     try:
         _, nodes = get_graph_node_names(whole, _not_to_trace(), suppress_diff_warning=True)
     except Exception as error:  # the model's own code runs under torch.fx's tracer
-        layer = layers[0] if len(layers) == 1 else layers
         raise OptionError(
             f"layer={layer!r} is not available: torch.fx cannot trace the model ({error}); "
             "use only 'pooled' or 'logits', or a factory whose model ends at that layer"
@@ -175,26 +176,35 @@ def _up_to_nodes(model: nn.Module, layers: tuple[str, ...], normalize: bool) -> 
     # the same node, it resolves the second to another node.
     last = {prefix: node for node in nodes for prefix in _prefixes(node)}
     known = {name.removeprefix("model."): node for name, node in last.items() if "." in name}
-    known |= {layer: last[name] for layer, name in special.items() if name in last}
-    for layer in layers:
-        if layer not in known:
-            near = did_you_mean(layer, {*known, "pooled", "logits"} - {layer})
-            raise OptionError(f"layer={layer!r} is not known: {near}")
-    names = [known[layer] for layer in layers]
+    known |= {name: last[node] for name, node in special.items() if node in last}
+    for name in layers:
+        if name not in known:
+            near = did_you_mean(name, {*known, "pooled", "logits"} - {name})
+            raise OptionError(f"layer={name!r} is not known: {near}")
     extractor = create_feature_extractor(
-        whole, names, tracer_kwargs=_not_to_trace(), suppress_diff_warning=True
+        whole,
+        [known[name] for name in layers],
+        tracer_kwargs=_not_to_trace(),
+        suppress_diff_warning=True,
     )
     graph = extractor.graph
-    (output,) = (node for node in graph.nodes if node.op == "output")
+    inputs, *_, output = graph.nodes
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)  # timm
-    pooling = (_first_token(model), patches)
+    height, width = example(1).shape[-2:]
     vectors = {}
     for name, node in output.args[0].items():
         # Directly after the node: a later in-place operation would overwrite the node's output.
         with graph.inserting_after(node):
-            vectors[name] = graph.call_function(_to_vector, (node, *pooling))
-    output.args = (vectors,)
-    return _Layers(fx.GraphModule(whole, graph), names, normalize).eval()
+            if name == "output":
+                vectors[name] = node
+            elif name == known.get("pooled") and name.endswith(".input"):  # see mark_pooled
+                vectors[name] = graph.call_function(_flat, (node, inputs))
+            else:
+                pooling = (_first_token(model), patches, height / width)
+                vectors[name] = graph.call_function(_to_vector, (node, *pooling))
+    results = tuple(vectors[known[name]] for name in layers)
+    output.args = (results if isinstance(layer, tuple) else results[0],)
+    return fx.GraphModule(whole, graph), dropped
 
 
 def _not_to_trace() -> dict[str, Any]:
@@ -210,28 +220,6 @@ def _not_to_trace() -> dict[str, Any]:
         "leaf_modules": timm_models.get_notrace_modules(),
         "autowrap_functions": tuple(timm_models.get_notrace_functions()),
     }
-
-
-def _mark_pooled(model: nn.Module) -> str:
-    """Adds a separate node for the pooled layer, and returns the node's name in ``_Whole``."""
-    if isinstance(model, torchvision.models.SqueezeNet):  # its classifier is a convolution
-        return "model.features"
-    if hasattr(model, "get_classifier"):  # timm
-        classifier = model.get_classifier()  # type: ignore[operator]
-    else:
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        if not linear:
-            return "output"
-        classifier = linear[-1]
-    for name, module in model.named_modules():
-        if module is classifier:
-            parent, _, attribute = name.rpartition(".")
-            marked = nn.Sequential(nn.Identity(), module)
-            setattr(model.get_submodule(parent), attribute, marked)
-            return f"model.{name}.0"
-    raise OptionError(
-        "layer='pooled' cannot be combined with other layers: the model has two classifiers"
-    )
 
 
 def _prefixes(node: str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from imagevec import Preprocessing
 from imagevec.engines.torch_engine import TorchEngine
 from imagevec.images.decode import Pixels
-from imagevec.models.layers import to_feature_model
+from imagevec.models.features import example_input
 from imagevec.models.registry import find_source
 from imagevec.models.source import IMAGENET
 from tests.helpers.factories import Tiny
@@ -84,7 +85,9 @@ def test_its_input_is_left_as_it_is(engine):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_it_is_the_model_itself(model):
-    plain = to_feature_model(find_source(model).module(IMAGENET, None), "pooled", normalize=False)
+    source = find_source(model)
+    example = functools.partial(example_input, IMAGENET)
+    plain = source.to_features(source.module(IMAGENET, None), "pooled", False, example)
     mean = torch.tensor(Preprocessing().mean).view(3, 1, 1)
     std = torch.tensor(Preprocessing().std).view(3, 1, 1)
     batch = images(3)
@@ -163,9 +166,10 @@ def test_one_image_that_does_not_fit_is_an_error():
 )
 def test_cuda_gives_the_vectors_of_the_cpu(precision, lowest):
     source = find_source("resnet18")
+    example = functools.partial(example_input, IMAGENET)
     engines = [
         TorchEngine(
-            to_feature_model(source.module(IMAGENET, None), "pooled", normalize=False),
+            source.to_features(source.module(IMAGENET, None), "pooled", False, example),
             Preprocessing(),
             device,
             precision if device == "cuda" else "float32",

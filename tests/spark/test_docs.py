@@ -7,6 +7,7 @@ what is not here (a GPU, a server) and is compiled only.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import io
 import json
@@ -30,7 +31,7 @@ from benchmarks import report
 from imagevec import ImageVectorizer, cli, errors, explain_pickle, plan
 from imagevec.models.factory import FactorySource
 from imagevec.models.features import example_input
-from imagevec.models.layers import infer_num_features, to_feature_model
+from imagevec.models.layers import infer_num_features
 from imagevec.models.open_clip import OpenClipSource, OpenClipTextSource
 from imagevec.models.registry import find_source
 from imagevec.models.source import REGISTERED, ModelSource
@@ -407,11 +408,11 @@ def test_the_models_are_as_told() -> None:
         source = find_source(quoted.strip("`"))
         preprocessing = source.preprocessing(None)
         input_size = preprocessing.input_size
+        example = functools.partial(example_input, preprocessing)
         with torch.device("meta"):
-            model = to_feature_model(source.build(preprocessing), "pooled", normalize=False)
+            model = source.to_features(source.build(preprocessing), "pooled", False, example)
         num_features = int(features.replace(",", ""))
-        example = example_input(preprocessing, 1).to("meta")
-        assert infer_num_features(model, example) == (num_features,), quoted
+        assert infer_num_features(model, example(1).to("meta")) == (num_features,), quoted
         assert input_size == int(size), quoted
 
 
