@@ -200,9 +200,13 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
         check_bool("normalize", self.normalize)
-        sizes = self.num_features
-        for size in sizes if isinstance(sizes, tuple) else (sizes,):
+        for size in self.sizes:
             check_positive("num_features", size)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The length of each layer's vector, in order."""
+        return self.num_features if isinstance(self.num_features, tuple) else (self.num_features,)
 
     @property
     def layer_sizes(self) -> dict[str, int] | None:

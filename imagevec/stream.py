@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from imagevec.engines import Engine, Inputs
-from imagevec.errors import ImageError
+from imagevec.errors import ImageError, OptionError
 from imagevec.images.isolation import isolated
 from imagevec.images.parallel import map_ahead, map_in_turns
 from imagevec.images.prepare import Row, prepare
@@ -79,7 +79,8 @@ def feature_stream(
 
     Raises:
         ImageError: An image is bad and ``on_error="raise"``.
-        OptionError: The type of the input is not accepted.
+        OptionError: The type of the input is not accepted, or the engine does not return a vector
+            of the spec for each image.
         ReadError: A path could not be read for a reason outside the path.
     """
     counts = defaultdict(float) if counts is None else counts
@@ -96,7 +97,7 @@ def feature_stream(
     if execution.on_error == "raise":
         rows = map(_raise_error, rows)
     for group in _grouped(rows, schedule.batch_size):
-        features = _features(group, engine, np.stack, counts)
+        features = _features(group, engine, spec, np.stack, counts)
         _count(group, "images", counts)
         yield _to_pandas(group, features, execution.output, spec.layer_sizes)
 
@@ -104,6 +105,7 @@ def feature_stream(
 def text_stream(
     batches: Iterable[pd.Series],
     engine: Engine,
+    spec: FeatureSpec,
     tokenizer: Tokenizer,
     schedule: Schedule,
     counts: Counts | None = None,
@@ -113,6 +115,7 @@ def text_stream(
     Args:
         batches: Series of texts and nulls.
         engine: The engine that runs the forward pass.
+        spec: The spec, for its number of features.
         tokenizer: The model's tokenizer.
         schedule: The batch size.
         counts: A dictionary to which the task's counts are added: see ``imagevec.Metrics``.
@@ -121,12 +124,13 @@ def text_stream(
         Series of float32 ``(D,)`` arrays and nulls.
 
     Raises:
-        OptionError: The input contains values that are not text.
+        OptionError: The input contains values that are not text, or the engine does not return a
+            vector of the spec for each text.
     """
     counts = defaultdict(float) if counts is None else counts
     texts = _timed((text for batch in batches for text in texts_of(batch)), counts)
     for group in _grouped(map(functools.partial(_tokens, tokenizer), texts), schedule.batch_size):
-        features = _features(group, engine, tokenizer.stack, counts)
+        features = _features(group, engine, spec, tokenizer.stack, counts)
         _count(group, "texts", counts)
         yield pd.Series(features, dtype=object)
 
@@ -187,17 +191,32 @@ def _split(
 
 
 def _features(
-    group: list[Row], engine: Engine, stack: Callable[[Any], Inputs], counts: Counts
+    group: list[Row],
+    engine: Engine,
+    spec: FeatureSpec,
+    stack: Callable[[Any], Inputs],
+    counts: Counts,
 ) -> list[npt.NDArray[np.float32] | None]:
-    """Returns the vector ``(D,)`` of each row, or ``None`` for a row without an input."""
+    """Returns the vector ``(D,)`` of each row, or ``None`` for a row without an input.
+
+    Raises:
+        OptionError: The engine does not return ``(N, D)`` for N inputs.
+    """
     inputs = [row.input for row in group if row.input is not None]
     if not inputs:
         return [None] * len(group)
     start = time.perf_counter()
-    vectors = iter(engine(stack(inputs)))  # (N, S, S, 3) or (N, L) -> (N, D)
+    vectors = engine(stack(inputs))  # (N, H, W, 3) or (N, L) -> (N, D)
     counts["seconds.forward"] += time.perf_counter() - start
     counts["batches"] += 1
-    return [None if row.input is None else next(vectors) for row in group]
+    expected = (len(inputs), sum(spec.sizes))
+    if vectors.shape != expected:
+        raise OptionError(
+            f"model={spec.model!r} is not valid: its output for a batch of {len(inputs)} has the "
+            f"shape {vectors.shape}, not {expected}"
+        )
+    each = iter(vectors)
+    return [None if row.input is None else next(each) for row in group]
 
 
 def _count(group: list[Row], kind: str, counts: Counts) -> None:

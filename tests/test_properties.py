@@ -97,9 +97,12 @@ def split(values: list[Any], cuts: list[int]) -> list[Any]:
     return [series(values[begin:end]) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
 
 
-def vectors_one_by_one(values: list[Any], engine: Any, preprocessing: Preprocessing) -> list[Any]:
+def vectors_one_by_one(
+    values: list[Any], engine: Any, preprocessing: Preprocessing, num_features: int = 3
+) -> list[Any]:
     return [
-        rows(stream([series([value])], engine, preprocessing, batch_size=1))[0] for value in values
+        rows(stream([series([value])], engine, preprocessing, 1, num_features=num_features))[0]
+        for value in values
     ]
 
 
@@ -130,14 +133,15 @@ def engine() -> Any:
 @pytest.fixture(scope="module")
 def alone(engine: Any) -> dict[bytes, np.ndarray]:
     """The vector of each image, computed on its own."""
-    vectors = vectors_one_by_one(IMAGES, engine, Preprocessing())
+    vectors = vectors_one_by_one(IMAGES, engine, Preprocessing(), num_features=8)
     return dict(zip(IMAGES, vectors, strict=True))
 
 
 @settings(max_examples=30)
 @given(values=VALUES, cuts=CUTS, batch_size=st.integers(1, 9))
 def test_a_vector_does_not_depend_on_the_split(engine, alone, values, cuts, batch_size):
-    out = rows(stream(split(values, cuts), engine, Preprocessing(), batch_size))
+    batches = split(values, cuts)
+    out = rows(stream(batches, engine, Preprocessing(), batch_size, num_features=8))
     assert len(out) == len(values)
     for vector, value in zip(out, values, strict=True):
         if value in IMAGES:

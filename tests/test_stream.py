@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -267,6 +268,34 @@ def test_an_engines_error_is_not_a_bad_image(schedule):
         stream([series([shade(1)])], engine, SMALL, **schedule)
 
 
+WRONG_SHAPES = {
+    "fewer rows": lambda vectors: vectors[1:],
+    "more rows": lambda vectors: np.repeat(vectors, 2, axis=0),
+    "no rows": lambda vectors: vectors[:0],
+    "fewer columns": lambda vectors: vectors[:, :2],
+    "more columns": lambda vectors: np.repeat(vectors, 2, axis=1),
+    "rows as columns": lambda vectors: vectors.reshape(-1, 1),
+    "one dimension": lambda vectors: vectors[:, 0],
+    "three dimensions": lambda vectors: vectors[None],
+}
+
+
+@pytest.mark.parametrize("change", WRONG_SHAPES.values(), ids=WRONG_SHAPES)
+@pytest.mark.parametrize("layer_sizes", [None, {"a": 1, "b": 2}])
+def test_another_number_of_vectors_or_features_is_an_error(change, layer_sizes):
+    column = series([shade(1), b"no image", shade(2), None, shade(3)])
+    assert len(rows(stream([column], mean_engine, SMALL, layer_sizes=layer_sizes))) == 5
+    with pytest.raises(OptionError, match=r"for a batch of 3 has the shape .*, not \(3, 3\)"):
+        stream([column], lambda x: change(mean_engine(x)), SMALL, layer_sizes=layer_sizes)
+
+
+def test_another_number_of_texts_is_an_error():
+    tokenizer: Any = LengthTokenizer()
+    texts = [series(["a", None, "b", "c"])]
+    with pytest.raises(OptionError, match=r"for a batch of 3 has the shape \(2, 1\), not \(3, 1\)"):
+        list(text_stream(texts, lambda x: x[1:].astype(np.float32), TEXTS, tokenizer, Schedule(4)))
+
+
 def test_paths_and_structs_are_rows_too(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(shade(9))
@@ -278,9 +307,10 @@ def test_paths_and_structs_are_rows_too(tmp_path):
 def test_a_bad_image_leaves_its_neighbours_as_they_were():
     engine = engine_of(model="squeezenet1_1", weights="random")
     images = [encode(photo(seed=seed)) for seed in range(3)]
-    clean = rows(stream([series(images)], engine))
+    clean = rows(stream([series(images)], engine, num_features=512))
     with_bad = [images[0], b"garbage", images[1], encode(photo(), "JPEG")[:300], images[2], None]
-    mixed = [vector for vector in rows(stream([series(with_bad)], engine)) if vector is not None]
+    found = rows(stream([series(with_bad)], engine, num_features=512))
+    mixed = [vector for vector in found if vector is not None]
     np.testing.assert_array_equal(np.stack(clean), np.stack(mixed))
 
 
@@ -296,6 +326,9 @@ print(*sys.modules)
 """).split()
     assert {"imagevec.images.decode", "imagevec.images.isolation", "imagevec.stream"} <= {*imported}
     assert {"torch", "torchvision", "timm", "pyspark", "openvino"}.isdisjoint(imported)
+
+
+TEXTS = dataclasses.replace(spec_of(SMALL), num_features=1)
 
 
 class LengthTokenizer:
@@ -322,7 +355,8 @@ def test_any_split_of_texts_gives_a_row_for_a_row(batches, batch_size):
     counts: Any = defaultdict(float)
     tokenizer: Any = LengthTokenizer()
     split = [pd.Series(batch, dtype=object) for batch in batches]
-    found = rows(text_stream(iter(split), engine, tokenizer, Schedule(batch_size), counts))
+    how = Schedule(batch_size)
+    found = rows(text_stream(iter(split), engine, TEXTS, tokenizer, how, counts))
     texts = [text for batch in batches for text in batch]
     expected = [None if text is None else float(len(text)) for text in texts]
     assert [None if vector is None else vector.item() for vector in found] == expected

@@ -57,9 +57,8 @@ def text_features(
     how = schedule(plan, device, threads_here())
     engine = get_engine(plan, cache.stored, device, how.forward_threads)
     tokenizer = get_tokenizer(plan, cache.stored)
-    vectors = [
-        v for batch in text_stream([pd.Series(given)], engine, tokenizer, how) for v in batch
-    ]
+    batches = text_stream([pd.Series(given)], engine, plan.spec, tokenizer, how)
+    vectors = [vector for batch in batches for vector in batch]
     return np.array(vectors, np.float32).reshape(len(given), cast(int, plan.spec.num_features))
 
 

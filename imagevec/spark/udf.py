@@ -220,7 +220,8 @@ def _extract(
     if precision_here(plan, device) != plan.spec.precision:
         counts["tasks.float32_instead_of_bfloat16"] = 1
     if isinstance(plan.spec.preprocessing, Tokenization):
-        yield from text_stream(batches, engine, get_tokenizer(plan, shipped), how, counts)
+        tokenizer = get_tokenizer(plan, shipped)
+        yield from text_stream(batches, engine, plan.spec, tokenizer, how, counts)
     else:
         yield from feature_stream(batches, engine, plan.spec, plan.execution, how, counts)
     counts["seconds.total"] = time.perf_counter() - start

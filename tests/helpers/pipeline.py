@@ -85,6 +85,7 @@ def stream(
     decode_threads: int = 1,
     overlap: bool = False,
     layer_sizes: dict[str, int] | None = None,
+    num_features: int = 3,
     **options: Any,
 ) -> list[Batch]:
     """Passes Arrow batches through ``feature_stream``, as an iterator, as in Spark."""
@@ -92,7 +93,7 @@ def stream(
         feature_stream(
             iter(batches),
             engine,
-            spec_of(preprocessing or Preprocessing(), layer_sizes),
+            spec_of(preprocessing or Preprocessing(), layer_sizes, num_features),
             execution_options(**options),
             Schedule(batch_size, decode_threads=decode_threads, overlap=overlap),
         )
@@ -120,9 +121,14 @@ def mean_engine(images: Inputs) -> np.ndarray:
     return images.mean((1, 2), dtype=np.float32)
 
 
-def spec_of(preprocessing: Preprocessing, layer_sizes: dict[str, int] | None = None) -> FeatureSpec:
-    """Returns the spec of an arbitrary model."""
-    layer, sizes = (tuple(layer_sizes), tuple(layer_sizes.values())) if layer_sizes else ("", 3)
+def spec_of(
+    preprocessing: Preprocessing,
+    layer_sizes: dict[str, int] | None = None,
+    num_features: int = 3,
+) -> FeatureSpec:
+    """Returns the spec of an arbitrary model, with several layers or ``num_features``."""
+    layer = tuple(layer_sizes) if layer_sizes else ""
+    sizes = tuple(layer_sizes.values()) if layer_sizes else num_features
     return FeatureSpec("any", "random", layer, sizes, preprocessing, "float32", False)
 
 
