@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from imagevec import cache
 from imagevec.errors import WeightsError
-from imagevec.models.checkpoint import read_tensors
+from imagevec.models.checkpoints import read_tensors
 from imagevec.models.source import ModelSource
 from imagevec.models.weights import local_file as local_file
 from imagevec.spec import Preprocessing, Tokenization
@@ -299,9 +299,10 @@ def _splits(key: str) -> Iterator[tuple[str, str]]:
 
 def _why_not(tensor: torch.Tensor, target: torch.Tensor) -> str | None:
     """Returns the reason why a tensor cannot be loaded into another, or ``None``."""
-    if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
-        kind = "quantized" if tensor.is_quantized else str(tensor.layout).partition(".")[2]
-        return f"is not a plain tensor in the file: {'on meta' if tensor.is_meta else kind}"
+    if tensor.is_meta:
+        return "is on the meta device in the file, without values"
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        return f"is {'quantized' if tensor.is_quantized else 'sparse'} in the file"
     if tensor.is_floating_point() != target.is_floating_point() or tensor.is_complex():
         return f"is {tensor.dtype} in the file, {target.dtype} in the model"
     if not is_lazy(target) and tensor.shape != target.shape:

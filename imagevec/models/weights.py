@@ -1,6 +1,6 @@
 """The file of a ``weights`` option: a local path, a URI, or the index of a sharded checkpoint.
 
-This module does not import PyTorch. ``checkpoint`` reads the tensors.
+This module does not import PyTorch. ``checkpoints`` reads the tensors.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def _joined(index: Location) -> Path:
 
 def _join(shards: Iterable[Path], folder: Path) -> Path:
     """Writes the tensors of all shards to one file. One shard at a time is in memory."""
-    from imagevec.models.checkpoint import as_safetensors
+    from imagevec.models.checkpoints import as_safetensors
 
     files = [as_safetensors(shard, folder / f"{n}.safetensors") for n, shard in enumerate(shards)]
     headers, starts, position = {}, [], 0

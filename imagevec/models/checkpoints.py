@@ -223,7 +223,14 @@ def _why(path: Path, error: Exception) -> str:
     if is_safetensors(head) or (head.startswith(b"PK") and not zipfile.is_zipfile(path)):
         first = str(error).partition("\n")[0]
         return f"it is damaged or ends early, after {size} bytes ({first})"
+    if "Unsupported operand" in str(error):
+        return (
+            "it was saved with another pickle_protocol than torch.save's default: save it again "
+            "without that argument"
+        )
     names = _globals(path)
+    if "torch.storage._load_from_bytes" in names:
+        return "it was written by pickle, not by torch.save: use torch.save(state_dict, path)"
     modules = [name for name in names if name.startswith("torch.nn.modules.")]
     code = [name for name in names if name not in _known_names()]
     if modules:
@@ -235,11 +242,6 @@ def _why(path: Path, error: Exception) -> str:
         return (
             f"it contains Python objects ({', '.join(code[:3])}), which only code could restore: "
             "save the state_dict only"
-        )
-    if "Unsupported operand" in str(error):
-        return (
-            "it was saved with another pickle_protocol than torch.save's default: save it again "
-            "without that argument"
         )
     if "magic number" in str(error).lower():
         return "it was written by pickle, not by torch.save"
@@ -256,7 +258,6 @@ def _known_names() -> set[str]:
 def _globals(path: Path) -> list[str]:
     """Returns the names of the classes and functions in a file's pickles, in order."""
     names: list[str] = []
-    strings: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.suppress(Exception))  # the end of what is readable
         stream = stack.enter_context(path.open("rb"))
@@ -266,12 +267,8 @@ def _globals(path: Path) -> list[str]:
             stream = io.BufferedReader(io.BytesIO(archive.read(inside)))
         while True:  # PyTorch's old format has several pickles
             for operation, argument, _ in pickletools.genops(stream):
-                if isinstance(argument, str) and operation.name != "GLOBAL":
-                    strings.append(argument)
                 if operation.name == "GLOBAL":
                     names.append(str(argument).replace(" ", "."))
-                elif operation.name == "STACK_GLOBAL":
-                    names.append(".".join(strings[-2:]))
     python_3 = (re.sub("^(__builtin__|copy_reg)", _renamed, name) for name in names)
     return list(dict.fromkeys(python_3))
 
