@@ -212,6 +212,8 @@ def _flattened(
 def _described(loaded: Any) -> str:
     if isinstance(loaded, Mapping):
         return f"the keys {', '.join(map(repr, list(loaded)[:5])) or '(none)'}"
+    if isinstance(loaded, _ScriptObject):
+        return "a TorchScript module without parameters, perhaps of torch.jit.freeze"
     return f"a {type(loaded).__name__}"
 
 
@@ -221,8 +223,7 @@ def _why(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         head = file.read(16)
     if is_safetensors(head) or (head.startswith(b"PK") and not zipfile.is_zipfile(path)):
-        first = str(error).partition("\n")[0]
-        return f"it is damaged or ends early, after {size} bytes ({first})"
+        return f"it is damaged or ends early, after {size} bytes"
     if "Unsupported operand" in str(error):
         return (
             "it was saved with another pickle_protocol than torch.save's default: save it again "
@@ -245,7 +246,7 @@ def _why(path: Path, error: Exception) -> str:
         )
     if "magic number" in str(error).lower():
         return "it was written by pickle, not by torch.save"
-    return f"it is damaged or ends early, after {size} bytes ({type(error).__name__})"
+    return f"it is damaged or ends early, after {size} bytes"
 
 
 def _known_names() -> set[str]:

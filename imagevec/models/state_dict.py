@@ -316,7 +316,7 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...] | str:
 
 def _first_of(texts: list[str]) -> str:
     more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
-    return f"{', '.join(texts[:3])}{more}"
+    return f"{'; '.join(texts[:3])}{more}"
 
 
 @contextmanager

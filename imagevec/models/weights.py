@@ -36,7 +36,7 @@ _OTHERS = (
     (rb"\s*(?:\xef\xbb\xbf)?\s*<[!?a-zA-Z]", "is a web page or XML, not the file that it links to"),
     (rb"\s*[{\[]", "is JSON: pass the file of weights, or an index that ends in .index.json"),
     (rb"\x89HDF\r\n", "is an HDF5 file, of Keras or TensorFlow"),
-    (rb"\x08.\x12", "is an ONNX model"),
+    (rb"\x08.\x12", "is an ONNX model: pass it as model"),
     (rb"[\x81-\x8f][\xa0-\xbf]|\xde..[\xa0-\xbf]", "is a msgpack file, of Flax"),
     (rb".{4}TFL3", "is a TensorFlow Lite model"),
     (rb"GGUF", "is a GGUF file"),
