@@ -73,6 +73,65 @@ def test_both_towers_compute_what_open_clip_does(clip, name, engine, tmp_path):
     assert len(image) == ours.shape[1]
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # by timm
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("tiny-vit", 128),
+        ("tiny-vit", (96, 160)),
+        ("tiny-coca", (96, 64)),
+        ("tiny-mobile", (192, 128)),
+        ("tiny-siglip", (160, 96)),
+    ],
+    ids=str,
+)
+def test_another_input_size_is_open_clips(clip, name, size, engine, tmp_path):
+    weights = tmp_path / "weights.pt"
+    tensors = dict(built(clip, f"open_clip/{name}").state_dict())
+    for key in ("visual.positional_embedding", "visual.trunk.pos_embed"):
+        if key in tensors:
+            tensors[key] = tensors[key] * 50  # positions of random weights count for little
+    torch.save(tensors, weights)
+    model = clip.create_model(
+        name, pretrained=str(weights), force_image_size=size, pretrained_text=False
+    )
+    transform = clip.image_transform(size, is_train=False, resize_mode="shortest")
+    images = [photo(*shape, seed) for seed, shape in enumerate([(201, 333), (64, 47), (97, 61)])]
+    with torch.inference_mode():
+        expected = model.eval().encode_image(torch.stack([transform(image) for image in images]))
+    vectorizer: Any = ImageVectorizer(
+        model=f"open_clip/{name}", weights=str(weights), input_size=size, engine=engine
+    )
+    for image, wanted in zip(images, expected, strict=True):
+        assert cosine(vectorizer.extract_features(encode(image)), wanted) >= 0.9999
+
+
+def test_a_size_of_a_bilinear_tag_is_open_clips(clip, monkeypatch):
+    monkeypatch.setitem(
+        clip.pretrained._PRETRAINED, "tiny-vit", {"own": {"interpolation": "bilinear"}}
+    )
+    source = OpenClipSource("tiny-vit")
+    preprocessing = source.preprocessing(None, "own")
+    for size in (96, (96, 160)):
+        transform = clip.image_transform(
+            size, is_train=False, interpolation="bilinear", mean=preprocessing.mean
+        )
+        resized = source.resized(preprocessing, size)
+        pixels = torch.from_numpy(resize_and_crop(np.array(IMAGE), resized).copy())
+        ours = normalize(pixels.permute(2, 0, 1)[None], resized)
+        assert cosine(ours.flatten(), transform(IMAGE).flatten()) >= 0.9999
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("tiny-resnet", 96), ("tiny-vit", (32, 128)), ("tiny-coca", (128, 32))]
+)
+def test_a_size_that_open_clip_cannot_resize_to_is_refused(clip, name, size):
+    fragment = "cannot resize the position embeddings of .*; its own size is 64"
+    with pytest.raises(OptionError, match=f"input_size=.* is not valid: .*{fragment}"):
+        ImageVectorizer(model=f"open_clip/{name}", weights="random", input_size=size)
+
+
 @all_models
 @pytest.mark.models
 @pytest.mark.parametrize("name", REAL)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import OrderedDict
 from typing import Any
 
 import cloudpickle
@@ -9,14 +10,20 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
+from torchvision.models.vision_transformer import interpolate_embeddings
+from torchvision.transforms import InterpolationMode, functional
 
 from imagevec import (
     ImageVectorizer,
+    OptionError,
     Preprocessing,
     list_models,
 )
+from imagevec.images.preprocess import resize_and_crop
 from imagevec.models.registry import find_source
+from imagevec.spec import height_and_width
 from tests.helpers.images import cosine, encode, photo
 from tests.helpers.pipeline import (
     pixels_of,
@@ -150,3 +157,92 @@ def test_squeezenets_pooled_layer_is_its_pooled_features(tmp_path):
         expected = model.features(model_input(Preprocessing())).mean((2, 3))[0]
     vector = vector_of(PNG, model="squeezenet1_1", weights=str(weights))
     assert cosine(vector, expected) >= 0.9999
+
+
+@pytest.mark.parametrize(
+    ("name", "input_size", "resize_size"),
+    [
+        ("resnet18", 224, 256),
+        ("resnet18", 112, 128),
+        ("resnet18", 320, 365),
+        ("resnet18", (160, 96), (182, 109)),
+        ("resnet50", (160, 96), (165, 99)),
+        ("vit_b_16", 320, 365),
+    ],
+)
+def test_resize_of_another_size_keeps_the_ratio_of_the_preset(name, input_size, resize_size):
+    source = find_source(name)
+    own = source.preprocessing(None)
+    resized = source.resized(own, input_size)
+    assert (resized.resize_size, resized.crop_size) == (resize_size, input_size)
+    assert (resized.mean, resized.interpolation) == (own.mean, own.interpolation)
+
+
+def transformed(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+    """An image that covers ``resize_size``, and its crop, by torchvision on a Pillow image."""
+    height, width = height_and_width(preprocessing.resize_size)
+    ratio = min(image.height / height, image.width / width)
+    size = [round(image.height / ratio), round(image.width / ratio)]
+    if isinstance(preprocessing.resize_size, int):
+        size = [preprocessing.resize_size]
+    resized = functional.resize(image, size, InterpolationMode(preprocessing.interpolation))
+    pixels = functional.to_tensor(functional.center_crop(resized, list(preprocessing.input_shape)))
+    return functional.normalize(pixels, list(preprocessing.mean), list(preprocessing.std))
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize(
+    ("name", "input_size", "options"),
+    [
+        ("resnet18", (160, 96), {}),
+        ("resnet18", 320, {}),
+        ("mobilenet_v3_small", (97, 161), {}),
+        ("swin_t", (160, 96), {}),
+        ("maxvit_t", 448, {"input_size": (448, 448)}),
+        ("vit_b_32", 160, {"image_size": 160}),
+    ],
+    ids=str,
+)
+def test_features_of_another_size_are_torchvisions(name, input_size, options, engine, tmp_path):
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    weights = tmp_path / "weights.pth"
+    get_model: Any = functools.partial(torchvision.models.get_model, name, weights=None)
+    saved(get_model, weights)
+    tensors = torch.load(weights)
+    if "encoder.pos_embedding" in tensors:
+        tensors["encoder.pos_embedding"] *= 50  # positions of random weights count for little
+        torch.save(tensors, weights)
+        tensors = interpolate_embeddings(input_size, 32, OrderedDict(tensors))
+    model = get_model(**options)
+    model.load_state_dict(tensors)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    inputs: list[torch.Tensor] = []
+    layers[-1].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    images = [photo(*size, seed) for seed, size in enumerate([(201, 333), (640, 427), (97, 61)])]
+    plan, engine_ = plan_and_engine(
+        model=name, weights=str(weights), input_size=input_size, engine=engine
+    )
+    preprocessing = plan.spec.preprocessing
+    assert isinstance(preprocessing, Preprocessing)
+    with torch.inference_mode():
+        model.eval()(torch.stack([transformed(image, preprocessing) for image in images]))
+    pixels = [resize_and_crop(pixels_of(image), preprocessing) for image in images]
+    together = engine_(np.stack(pixels))
+    for vector, alone, expected in zip(together, pixels, inputs[0], strict=True):
+        assert cosine(vector, expected) >= 0.9999
+        assert cosine(engine_(np.stack([alone]))[0], expected) >= 0.9999
+
+
+@pytest.mark.parametrize(
+    ("name", "input_size", "reason"),
+    [
+        ("vit_b_32", (160, 96), "only takes squares, such as 224; timm's"),
+        ("vit_b_32", 100, "cannot run it .*indivisible by patch size.*; its own size is 224"),
+        ("maxvit_t", (160, 96), "cannot run it .*; its own size is 224"),
+        ("vgg11", 16, "cannot run it .*; its own size is 224"),
+    ],
+)
+def test_a_size_that_a_model_does_not_take_is_refused(name, input_size, reason):
+    with pytest.raises(OptionError, match=f"input_size=.* is not valid: '{name}' {reason}"):
+        ImageVectorizer(**RANDOM, model=name, input_size=input_size)
