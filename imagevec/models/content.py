@@ -47,7 +47,7 @@ _METADATA = ("default_cfg", "pretrained_cfg", "transformers_version", "_name_or_
 _GENERATED = ("__dict__", "__weakref__", "__annotate__", "__annotate_func__", "_backward_cls")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_pre_hooks")
 _OF_ANY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
-_GRAPH = ("_code", "_graph", "_tracer_cls", "meta")
+_OF_GRAPHS = {"_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras", "meta"}
 
 # Models of these libraries are identified by name, so a factory in one of them is, too.
 _NAMED = ("open_clip", "timm", "torch", "torchvision", "transformers")
@@ -162,6 +162,8 @@ class _Hasher:
             return "set", *sorted(self._same().digest(item) for item in value)
         if isinstance(value, torch.jit.ScriptFunction):
             return "script", value.code
+        if isinstance(value, fx.Graph):
+            return "graph", value.python_code("self").src
         if isinstance(value, torch._ops.OpOverloadPacket | torch._ops.OpOverload | np.ufunc):
             return "operator", str(value)
         return self._object(value)
@@ -187,11 +189,16 @@ class _Hasher:
         if type(value).__module__.startswith("torch._dynamo."):  # torch.compile
             return "compiled", value._modules["_orig_mod"]
         is_graph = isinstance(value, fx.GraphModule)
-        without = {*_OF_ANY_MODULE, *(_GRAPH if is_graph else ())}
+        without = _OF_ANY_MODULE | (_OF_GRAPHS if is_graph else set())
+        state = {k: v for k, v in vars(value).items() if k not in without}
+        for name in value._parameters:  # of a norm, whose hook computes a tensor in each forward
+            computed = name.removesuffix("_v").removesuffix("_orig")
+            if isinstance(state.get(computed), torch.Tensor):
+                del state[computed]
         buffers = {k: v for k, v in value._buffers.items() if v is not None}
         return (
-            value.code if is_graph else type(value),
-            tuple(self._state({k: v for k, v in vars(value).items() if k not in without})),
+            "graph" if is_graph else type(value),
+            tuple(self._state(state)),
             tuple(pair for pair in value._parameters.items() if pair[1] is not None),
             tuple((name, self._buffer(buffer)) for name, buffer in buffers.items()),
             tuple(value._modules.items()),
@@ -252,7 +259,7 @@ class _Hasher:
             if module.__name__ in seen or self._is_library(module):
                 continue
             seen.add(module.__name__)
-            members = {name: vars(module)[name] for name in names & vars(module).keys()}
+            members = {name: vars(module)[name] for name in sorted(names & vars(module).keys())}
             modules += [item for item in members.values() if isinstance(item, types.ModuleType)]
             yield from self._state(members)
 
@@ -266,23 +273,27 @@ class _Hasher:
         if not self._is_library(sys.modules.get(type(value).__module__)):
             yield type(value)
         members = dict(vars(value))
-        if issubclass(value, enum.Enum):
-            yield from ((member.name, member.value) for member in value)
-            members = {k: v for k, v in members.items() if self._is_own_function(v)}
-        if issubclass(value, tuple) and "_fields" in members:
+        is_enum = issubclass(value, enum.Enum)
+        is_named_tuple = issubclass(value, tuple) and "_fields" in members
+        for member in members.get("_member_map_", {}).values() if is_enum else ():
+            yield member.name, member.value
+        if is_named_tuple:
             yield members["_fields"], members["_field_defaults"]
-            members = {k: v for k, v in members.items() if self._is_own_function(v)}
-        if "__dataclass_fields__" in members:
-            for field in members["__dataclass_fields__"].values():
-                yield field.name, field.default, field.default_factory
-            members = {k: v for k, v in members.items() if not _is_generated(v)}
+        for field in members.get("__dataclass_fields__", {}).values():
+            yield field.name, field.default, field.default_factory
+        if is_enum or is_named_tuple:
+            members = {k: v for k, v in members.items() if _function_in(v) is not None}
+        if is_enum or is_named_tuple or "__dataclass_fields__" in members:
+            members = {k: v for k, v in members.items() if not self._is_generated(k, v)}
         yield from self._state({k: v for k, v in members.items() if _is_of_class(k, v)})
 
-    def _is_own_function(self, member: Any) -> bool:
-        function = inspect.unwrap(getattr(member, "__func__", getattr(member, "fget", member)))
-        if not isinstance(function, types.FunctionType) or _is_generated(member):
+    def _is_generated(self, name: str, member: Any) -> bool:
+        """Returns whether Python wrote a method, such as the ``__init__`` of a dataclass."""
+        function = _function_in(member)
+        if function is None or not name.startswith("_"):
             return False
-        return not self._is_library(sys.modules.get(function.__globals__.get("__name__", "")))
+        module = sys.modules.get(function.__globals__.get("__name__", ""))
+        return function.__code__.co_filename == "<string>" or self._is_library(module)
 
     def _object(self, value: Any) -> Iterable[Any]:
         """Returns what pickle would write for any other object: its class and its state."""
@@ -373,10 +384,11 @@ def _assigned(code: types.CodeType) -> set[str]:
     return names.union(*map(_assigned, nested))
 
 
-def _is_generated(member: Any) -> bool:
-    """Returns whether a dataclass or a named tuple has made the method."""
-    function = inspect.unwrap(member) if callable(member) else member
-    return isinstance(function, types.FunctionType) and function.__code__.co_filename == "<string>"
+def _function_in(member: Any) -> types.FunctionType | None:
+    """Returns the function in a member of a class, without decorators."""
+    found = getattr(member, "__func__", getattr(member, "fget", member))
+    found = inspect.unwrap(found) if callable(found) else found
+    return found if isinstance(found, types.FunctionType) else None
 
 
 def _is_of_class(name: str, member: Any) -> bool:
