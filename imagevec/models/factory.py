@@ -89,11 +89,14 @@ class FactorySource(ModelSource):
         """Accepts any layer: the layers are only known once the model is built."""
 
     def weights(self, option: str) -> Path | nn.Module | None:
+        from imagevec.models.checks import check_weights
         from imagevec.models.state_dict import local_file
 
         if option != "DEFAULT":
             return local_file(self.name, option)
-        return self.build(self.preset)
+        model = self.build(self.preset)
+        check_weights(model)
+        return model
 
     def has_weights(self) -> bool:
         return True

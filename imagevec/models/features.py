@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from imagevec.models.source import ModelSource
+
+logger = logging.getLogger(__name__)
 
 
 class FeatureModel:
@@ -114,7 +117,12 @@ class FeatureModel:
             WeightsError: The weights belong to another model.
         """
         example = functools.partial(example_input, self.preprocessing)
-        return self.source.to_features(self._take_module(), self.layer, self.normalize, example)
+        model = self._take_module()
+        features = self.source.to_features(model, self.layer, self.normalize, example)
+        dropped = getattr(features, "dropped", "")
+        if dropped and self.source.identity == "content":  # a factory's own layer
+            logger.warning("dropped the last layer %s; layer='logits' keeps it", dropped)
+        return features
 
     def _take_module(self) -> nn.Module:
         preprocessing, file = self.preprocessing, self.weights_file

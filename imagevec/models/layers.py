@@ -40,8 +40,8 @@ def to_feature_model(
         OptionError: The layer does not exist, with the nearest layers in the message; the model
             cannot run on the example; or its weights are not float32.
     """
-    model.eval().requires_grad_(False)
     check_weights(model)
+    model.eval().requires_grad_(False)
     if layer == "pooled":
         return FeatureModule(*without_classifier(model, example), layer, normalize).eval()
     if layer == "logits":

@@ -79,7 +79,7 @@ def _classifier(
     if known is not None:
         return known
     if _is_squeezenet(model):  # its convolution is followed by ReLU and average pooling
-        return [model.get_submodule("classifier")]
+        return [model.get_submodule("classifier.1")]
     inputs = example(1)
     with trial(layer, model, inputs) as copy:
         name = find_classifier(copy, inputs)

@@ -267,11 +267,14 @@ class ModelSource(ABC):
             example: A function that returns an input with the given number of images or texts.
 
         Raises:
-            OptionError: The layer does not exist. The message lists the nearest layers.
+            OptionError: The layer does not exist, or the model cannot run on the example.
         """
         from imagevec.models.layers import to_feature_model
 
-        return to_feature_model(module, layer, normalize, example)
+        def shapes(count: int) -> torch.Tensor:
+            return example(count).to("meta")
+
+        return to_feature_model(module, layer, normalize, shapes if self.infers_shapes else example)
 
     def prepare(self, backend: Backend, model: FeatureModel) -> Prepared:
         """Returns what a backend needs, from the user's cache if it was prepared before.
