@@ -6,6 +6,7 @@ from typing import Any
 
 import cloudpickle
 import pytest
+import torch
 
 from imagevec import ImageVectorizer, OptionError, WeightsError, plan
 from imagevec.options import ENGINES
@@ -38,11 +39,49 @@ def test_the_same_factory_makes_the_same_plan(factory, monkeypatch):
         {"normalize": True},
         {"precision": "bfloat16"},
         {"decode": "scaled"},
+        {"input_size": 160},
+        {"input_size": (160, 224)},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_another_vector_needs_another_engine(change):
     assert make_plan(**{**MODEL, **change}).key != make_plan(**MODEL).key
+
+
+@pytest.mark.parametrize("size", [224, (224, 224), None])
+@pytest.mark.parametrize("model", ["squeezenet1_1", tiny], ids=["name", "factory"])
+def test_own_input_size_makes_the_same_spec(model, size):
+    options: dict[str, Any] = {**MODEL, "model": model}
+    assert make_plan(**options, input_size=size).spec == make_plan(**options).spec
+
+
+def test_plans_of_other_sizes_are_remembered_apart(monkeypatch):
+    sizes: list[Any] = [64, (64, 96), (96, 64)]
+    specs = []
+    for _ in range(2):
+        monkeypatch.setattr(plan, "_plans", {})  # only the user's cache remembers them
+        specs.append([make_plan(**MODEL, input_size=size).spec for size in sizes])
+    assert specs[0] == specs[1]
+    assert [spec.preprocessing.input_size for spec in specs[0]] == sizes
+    assert len({spec.fingerprint for spec in specs[0]}) == 3
+
+
+class Flat(torch.nn.Module):
+    """Takes images of 32x32 pixels only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3 * 32 * 32, 4)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.fc(images.flatten(1))
+
+
+def test_a_factory_that_does_not_take_the_size_is_refused():
+    with pytest.raises(OptionError, match=r"input_size=64 is not valid: .*Flat' cannot run it "):
+        make_plan(model=Flat, weights="random", layer="logits", input_size=64)
+    spec = make_plan(model=Flat, weights="random", layer="logits", input_size=32).spec
+    assert spec.num_features == 4
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from imagevec import (
     ImageVecError,
     ImageVectorizer,
     OptionError,
+    Preprocessing,
     WeightsError,
     quantization,
     quantize,
@@ -103,6 +104,20 @@ def test_what_a_saved_model_fixes_cannot_be_changed(saved_model: Path) -> None:
             ImageVectorizer(model=str(saved_model), **options)
     with pytest.raises(OptionError, match="torch cannot run .*: use engine='openvino'"):
         ImageVectorizer(model=str(saved_model), engine="torch")
+
+
+def test_another_input_size_is_quantized(tmp_path: Path) -> None:
+    folder = tmp_path / "wide"
+    options: dict[str, Any] = {"model": tiny, "weights": "random", "input_size": (64, 96)}
+    assert quantize(IMAGES, output=folder, **options).median_cosine >= 0.99
+    spec = ImageVectorizer(model=str(folder)).spec
+    assert spec.preprocessing == Preprocessing().with_input_size((64, 96))
+    assert ImageVectorizer(model=str(folder), input_size=[64, 96]).spec == spec
+    vector = vector_of(IMAGES[0], engine="auto", model=str(folder))
+    assert 0.99 <= cosine(vector, vector_of(IMAGES[0], **options)) < 1
+    for size in (64, 224, (96, 64)):
+        with pytest.raises(OptionError, match=r"input_size=.* only takes \(64, 96\)"):
+            ImageVectorizer(model=str(folder), input_size=size)
 
 
 def test_a_saved_model_that_was_altered_is_refused(saved_model: Path, tmp_path: Path) -> None:

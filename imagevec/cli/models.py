@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def models(search: str = "") -> list[dict[str, Any]]:
     """Returns name, features, input size in pixels, parameters, and whether weights are on disk.
 
+    The input size is the side of a square, or the height and width.
     For libraries whose names have a prefix, such as timm, it returns the first 20 matches of a
     search, and none without a search.
     """
@@ -58,11 +59,13 @@ def show(result: dict[str, Any]) -> str:
     rows = result["models"]
     if not rows:
         return "no models found"
-    lines = [f"{'model':<48} {'features':>8} {'input':>6} {'parameters':>12}  weights"]
+    lines = [f"{'model':<48} {'features':>8} {'input':>9} {'parameters':>12}  weights"]
     for row in rows:
         at_hand = "on disk" if row["weights_at_hand"] else "to download"
+        size = row["input_size"]
+        size = "x".join(map(str, size)) if isinstance(size, tuple) else size
         lines.append(
-            f"{row['model']:<48} {row['num_features']:>8,} {row['input_size']:>6} "
+            f"{row['model']:<48} {row['num_features']:>8,} {size:>9} "
             f"{row['parameters'] / 1e6:>10.1f} M  {at_hand}"
         )
     return "\n".join(lines)

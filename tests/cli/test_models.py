@@ -4,12 +4,13 @@ import json
 
 import pytest
 
+from imagevec import Preprocessing
 from imagevec.cli import main
 from imagevec.cli.models import _found, models
 from imagevec.models import factory
-from imagevec.models.source import REGISTERED
 from imagevec.models.factory import FactorySource
 from imagevec.models.registry import SOURCES
+from imagevec.models.source import REGISTERED
 from tests.helpers.factories import tiny
 
 
@@ -53,6 +54,14 @@ def test_a_model_that_computes_as_it_is_built_is_described(name, num_features):
 def test_a_model_that_is_not_supported_is_left_out():
     pytest.importorskip("timm")
     assert models("timm/deepseek_vit_412m") == []
+
+
+def test_a_model_of_no_square_is_described(monkeypatch, capsys):
+    preset = Preprocessing(resize_size=(36, 50), crop_size=(32, 48))
+    monkeypatch.setitem(REGISTERED, "wide", FactorySource(tiny, preset, "wide"))
+    assert main(["models", "--search", "wide"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("wide "))
+    assert line.split()[:3] == ["wide", "8", "32x48"]
 
 
 def test_case_does_not_matter():

@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from imagevec import FingerprintError, OptionError, Preprocessing
+from imagevec import FingerprintError, ImageVectorizer, OptionError, Preprocessing
 from imagevec.search import similar as module
 from imagevec.search.neighbours import nearest
 from imagevec.search.similar import similar
 from imagevec.spec import FeatureSpec
 from imagevec.table import read
+from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import run_python, write_code
 from tests.helpers.tables import FLOATS, write_made_of, write_table
 
@@ -193,6 +194,18 @@ def test_a_query_without_a_vector_needs_the_model(tmp_path, query):
         OptionError, match="made with 'pt2:some', a file or folder: give it as --model"
     ):
         similar(write_made_of(tmp_path, ROWS, exported.metadata), [query], 1)
+
+
+def test_a_query_is_computed_at_the_input_size_of_the_table(tmp_path):
+    options: Any = {"model": "squeezenet1_1", "weights": "random", "input_size": (64, 96)}
+    vectorizer: Any = ImageVectorizer(**options)
+    files = [tmp_path / f"{seed}.png" for seed in range(3)]
+    for seed, file in enumerate(files):
+        file.write_bytes(encode(photo(seed=seed)))
+    rows = {f"file:/p/{file.name}": vectorizer.extract_features(str(file)) for file in files}
+    folder = write_made_of(tmp_path / "t", rows, vectorizer.spec.metadata)
+    (found,) = similar(folder, [str(files[1])], 1)
+    assert found["neighbours"] == [{"path": "file:/p/1.png", "cosine": pytest.approx(1, abs=1e-6)}]
 
 
 @pytest.mark.parametrize("model", ["{}/_m.pt2", "_m.pt2", "{}", "saved", "open_clip/local-dir:{}"])
