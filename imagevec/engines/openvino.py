@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import threading
 import warnings
@@ -70,11 +71,18 @@ def has_bfloat16(device: str) -> bool:
 
 
 def prepare(model: FeatureModel) -> tuple[Path, ...]:
-    """Returns the files of the graph and its weights."""
-    converted = convert(model)
+    """Returns the files of the graph and its weights, whose vectors are PyTorch's."""
+    from imagevec.engines.check import Reference
+
+    spec = model.spec
+    converted, hint = _converted(model)
     needed_bytes = sum(tensor.nbytes for tensor in model.module.state_dict().values())
     with cache.temporary_folder(needed_bytes) as folder:
-        return tuple(cache.store(path, move=True) for path in save(converted, folder))
+        files = save(converted, folder)
+        del converted
+        with devices.within_quota() as threads:
+            Reference(model).compare(OpenVINOEngine(read(files), spec.precision, threads), hint)
+        return tuple(cache.store(path, move=True) for path in files)
 
 
 def prepare_onnx(file: OnnxFile, model: FeatureModel) -> tuple[tuple[Path, ...], tuple[int, ...]]:
@@ -99,6 +107,11 @@ def load(
 
 def convert(model: FeatureModel) -> Any:
     """Converts a model to an ``openvino.Model`` from ``Inputs`` to float32 ``(?, D)``."""
+    return _converted(model)[0]
+
+
+def _converted(model: FeatureModel) -> tuple[Any, str]:
+    """Returns the result of ``convert``, and where tracing may have fixed a value, for errors."""
     import torch
 
     from imagevec.engines.torch_engine import PixelModel
@@ -115,10 +128,11 @@ def convert(model: FeatureModel) -> Any:
     with (
         devices.within_quota(),
         without_telemetry(),
-        warnings.catch_warnings(),
+        _root_logger_kept(),
+        warnings.catch_warnings(record=True) as warned,
         torch.no_grad(),
     ):
-        warnings.simplefilter("ignore")  # tracing warns about each shape it treats as constant
+        warnings.simplefilter("always")
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
         decoder = TorchScriptPythonDecoder(
@@ -127,7 +141,21 @@ def convert(model: FeatureModel) -> Any:
             # Tracing again to compare takes longer than the rest of the conversion.
             trace_kwargs={"check_trace": False},
         )
-        return openvino.convert_model(decoder, input=[openvino.PartialShape(shape)])
+        converted = openvino.convert_model(decoder, input=[openvino.PartialShape(shape)])
+    return converted, _tracing_hint(warned)
+
+
+def _tracing_hint(warned: Sequence[warnings.WarningMessage]) -> str:
+    """Returns the first place in the user's own code where a Python value was made of a tensor.
+
+    Libraries do the same with shapes, which they only check.
+    """
+    for warning in warned:
+        is_own = not {"site-packages", "dist-packages"} & set(Path(warning.filename).parts)
+        if is_own and "to a Python" in str(warning.message):
+            what = str(warning.message).partition(" might cause")[0]
+            return f". Tracing fixes Python values: {warning.filename}:{warning.lineno}: {what}"
+    return ""
 
 
 def save(model: Any, folder: Path) -> tuple[Path, ...]:
@@ -177,11 +205,13 @@ class OpenVINOEngine:
             return self._infer(inputs)
 
     def _infer(self, inputs: Inputs) -> npt.NDArray[np.float32]:
-        self._output()[:, 0] = _UNWRITTEN
+        before = self._output()
+        if before.size:  # not before the first forward pass of some graphs
+            before[:, 0] = _UNWRITTEN
         self._request.infer({0: inputs})
         features = self._output()
         # Without memory, infer raises nothing and leaves the last output, or an empty one.
-        if len(features) != len(inputs) or (features[:, 0] == _UNWRITTEN).any():
+        if not features.size or (features[:, 0] == _UNWRITTEN).any():
             raise MemoryError(f"too little for a forward pass of {len(inputs)} inputs")
         return features.view(np.float32).copy()  # the request reuses the output's memory
 
@@ -207,6 +237,18 @@ def without_telemetry() -> Iterator[None]:
             del os.environ["CI"]
         else:
             os.environ["CI"] = before
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """Restores the root logger, which OpenVINO leaves at the level ERROR if a conversion fails."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, root.filters[:], root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters[:], root.handlers[:] = filters, handlers
 
 
 def _openvino() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from imagevec.models.source import ModelSource
 
 NAME = "torch"
+logger = logging.getLogger(__name__)
+
 BUILDS_MODULE = True
 WORKER_MEMORY_MB = 1_536
 
@@ -52,7 +55,17 @@ def has_bfloat16(device: str) -> bool:
 
 
 def prepare(model: FeatureModel) -> tuple[Path, ...]:
-    """Returns the weights file, or nothing for random weights."""
+    """Returns the weights file, or nothing for random weights, of a model that was checked."""
+    from imagevec.engines.check import Reference
+
+    with devices.within_quota():
+        branches = Reference(model).branches
+    if branches:
+        logger.warning(
+            "%s computes different functions of dark and bright images, which it tells apart by "
+            "the whole batch: with batch_size=1, a vector does not depend on other images",
+            model.source.name,
+        )
     return (cache.store(model.weights_file),) if model.weights_file else ()
 
 

@@ -39,9 +39,10 @@ class TorchEngine:
         device: str,
         precision: str,
     ) -> None:
+        model = model.eval().to(device)
         if isinstance(preprocessing, Preprocessing):
-            model = PixelModel(_fold_batch_norms(model), preprocessing)
-        self._model = model.eval().to(device)
+            model = _fold_batch_norms(PixelModel(model, preprocessing).eval())
+        self._model = model
         # Only convolutions: Module.to(memory_format=) fails on a five-dimensional buffer.
         convert_conv2d_weight_memory_format(self._model, torch.channels_last)
         self._device = torch.device(device)
@@ -78,14 +79,29 @@ class TorchEngine:
         return array
 
 
-def _fold_batch_norms(model: nn.Module) -> nn.Module:
-    """Folds batch norms into the preceding convolutions if the model is traceable."""
+def _fold_batch_norms(model: PixelModel) -> PixelModel:
+    """Folds batch norms into the preceding convolutions, if the vectors remain the same.
+
+    Tracing with ``torch.fx`` fixes what Python computes, and drops contexts such as autocast.
+    """
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if not any(isinstance(module, norms) for module in model.modules()):
+        return model
     try:
-        folded: nn.Module = optimization.fuse(model)
+        fused: nn.Module = optimization.fuse(model.feature_model)
     except Exception as error:  # the model's own code runs under torch.fx's tracer
         logger.info("batch norms are not folded: torch.fx cannot trace the model: %s", error)
         return model
-    return folded
+    folded = PixelModel(fused, model.preprocessing).eval()
+    shape = (2, *model.preprocessing.input_shape, 3)
+    pixels = torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).byte()
+    pixels = pixels.to(next(model.buffers()).device)
+    with torch.inference_mode():
+        vectors, expected = folded(pixels).float(), model(pixels).float()
+    if vectors.shape == expected.shape and vectors.sub(expected).norm() <= 1e-2 * expected.norm():
+        return folded
+    logger.info("batch norms are not folded: a model that torch.fx traced returns other vectors")
+    return model
 
 
 class PixelModel(nn.Module):
