@@ -11,7 +11,7 @@ import itertools
 import logging
 import re
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +46,7 @@ _WRAPPERS = {
     *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
     *("_fpw_module", "_module"),
 }
-_AVERAGED = re.compile(r"(^|[._])(ema|teacher|averaged|shadow)([._]|$)")
+_AVERAGED = re.compile(r"(^|[._])(ema|swa|polyak|averaged|teacher|shadow)([._]|$)")
 _COUNTERS = {"total_ops", "total_params", "n_averaged"}  # of thop and AveragedModel
 # Parts beside a backbone: classifiers, heads of self-supervised training, losses.
 _HEADS = re.compile(
@@ -101,7 +101,7 @@ class _Loaded:
 
     Attributes:
         name: The name of the model.
-        found: Which keys of the file were loaded, and how many of them fit.
+        report: Which keys of the file were loaded, and how many of them fit.
         tensors: The module's tensors by name, before layers were selected.
         misfits: The reason why a tensor was not loaded, by its name.
         extra: The tensors of the file that the module does not have, by name.
@@ -109,7 +109,7 @@ class _Loaded:
     """
 
     name: str
-    found: str
+    report: str
     tensors: Tensors
     misfits: dict[str, str]
     extra: Tensors
@@ -143,50 +143,71 @@ def load_weights(
         for key, tensor in module.state_dict(keep_vars=True).items()
         if isinstance(tensor, torch.Tensor)  # there may be extra states
     }
-    wrappers = _WRAPPERS - {part for key in tensors for part in key.split(".")}
-    found: Tensors = {}
-    for key, tensor in read_tensors(path).items():
-        parts = (part for part in rename(key).split(".") if part not in wrappers)
-        found.setdefault(".".join(parts), tensor)
+    found = _without_wrappers(
+        {rename(k): tensor for k, tensor in read_tensors(path).items()}, tensors
+    )
     removed, added = _prefixes(found, tensors, path.name)
     given = {added + k[len(removed) :]: found[k] for k in found if k.startswith(removed)}
-    given = convert(given) if given.keys() & tensors.keys() else given
+    if given.keys() & tensors.keys():
+        given = convert(given)
+    misfits, extra = _load_fitting(module, tensors, given, name)
+    counted = [key for key, tensor in tensors.items() if _is_trained(tensor) or key in given]
+    fits = f"{len(counted) - len(misfits)} of {len(counted)} fit"
+    where = f"keys under {removed!r}" if removed else f"the keys of {path.name}"
+    edit = "after removing it" if removed else ""
+    if added:
+        edit = f"after replacing it with {added!r}" if removed else f"after adding {added!r}"
+    report = f"{where}: {fits} {edit}".rstrip()
+    modules = {key for key, _ in module.named_modules()}
+    _loaded[module] = _Loaded(name, report, tensors, misfits, extra, modules)
+    if misfits.keys() >= {key for key, tensor in tensors.items() if _is_trained(tensor)}:
+        check_loaded(module, module)
+    if edit:
+        logger.info("%s: %s", path.name, report)
+
+
+def _without_wrappers(found: Tensors, tensors: Tensors) -> Tensors:
+    """Removes the names of wrappers that the model does not have from the keys of a file."""
+    wrappers = _WRAPPERS - {part for key in tensors for part in key.split(".")}
+    cleaned: Tensors = {}
+    for key, tensor in found.items():
+        parts = (part for part in key.split(".") if part not in wrappers)
+        cleaned.setdefault(".".join(parts), tensor)
+    return cleaned
+
+
+def _load_fitting(
+    module: nn.Module, tensors: Tensors, given: Tensors, name: str
+) -> tuple[dict[str, str], Tensors]:
+    """Loads the tensors that fit, and sets the others of the module to arbitrary values.
+
+    Returns:
+        The reasons why tensors of the module were not loaded, and tensors that it does not have.
+    """
     reasons = {
         key: reason
         for key, tensor in given.items()
         if key in tensors and (reason := _why_not(tensor, tensors[key]))
     }
+    fitting: Any = OrderedDict((key, given[key]) for key in given if key not in reasons)
+    # Without a version, parts convert old keys where there are any. MNASNet needs its own.
+    fitting._metadata = {"": {"version": module._version}}
     try:
-        missing, extra = module.load_state_dict(
-            {key: tensor for key, tensor in given.items() if key not in reasons}, strict=False
-        )
-    except RuntimeError as error:  # from modules that convert old keys
+        missing, unexpected = module.load_state_dict(fitting, strict=False)
+    except RuntimeError as error:  # from parts that convert old keys
         first = " ".join(" ".join(str(error).splitlines()[1:4]).split())[:500]
         raise WeightsError(f"the weights do not fit {name!r}: {first}") from error
     loaded = {id(tensor) for key, tensor in tensors.items() if key not in missing}  # maybe tied
-    # Integers are not trained: the module has computed them itself, as indexes or counters.
-    trained = [key for key, tensor in tensors.items() if tensor.is_floating_point()]
     misfits = {
-        key: reasons.get(key, f"{_shape(tensors[key])} is not in the file")
-        for key in trained
-        if id(tensors[key]) not in loaded
+        key: reasons.get(key, f"{_shape(tensor)} is not in the file")
+        for key, tensor in tensors.items()
+        if _is_trained(tensor) and id(tensor) not in loaded
     }
-    counted = [key for key in tensors if key in trained or key in given]
-    where = f"keys under {removed!r}" if removed else f"the keys of {path.name}"
-    edit = f" after replacing it with {added!r}" if removed else f" after adding {added!r}"
-    edit = edit if added else " after removing it" if removed else ""
-    found_text = f"{where}: {len(counted) - len(misfits)} of {len(counted)} fit{edit}"
-    modules = {key for key, _ in module.named_modules()}
-    others = {key: given[key] for key in extra if key in given}
-    _loaded[module] = _Loaded(name, found_text, tensors, misfits, others, modules)
-    if len(misfits) == len(trained):
-        check_loaded(module, module)
-    if removed or added:
-        logger.info("%s: %s", path.name, found_text)
     with seeded(), torch.no_grad():
         for key in misfits:
             if not is_lazy(tensors[key]):
                 tensors[key].uniform_()
+    return misfits, {key: given[key] for key in unexpected if key in given}
 
 
 def check_loaded(model: nn.Module, features: nn.Module) -> None:
@@ -206,7 +227,7 @@ def check_loaded(model: nn.Module, features: nn.Module) -> None:
     used = {id(tensor) for tensor in features.state_dict(keep_vars=True).values()}
     needed = {key for key, tensor in loaded.tensors.items() if id(tensor) in used}
     needed = needed or set(loaded.tensors)  # of a copy of the module
-    start = f"the weights do not fit {loaded.name!r}: {loaded.found}"
+    start = f"the weights do not fit {loaded.name!r}: {loaded.report}"
     misfits = [f"{key} {reason}" for key, reason in loaded.misfits.items() if key in needed]
     if misfits:
         is_head = all(_HEADS.fullmatch(key.partition(".")[0]) for key in loaded.misfits)
@@ -216,14 +237,14 @@ def check_loaded(model: nn.Module, features: nn.Module) -> None:
     extra = {
         f"{key} {_shape(tensor)}": _is_beside(key, loaded.modules, needed)
         for key, tensor in loaded.extra.items()
-        if tensor.is_floating_point()
+        if _is_trained(tensor)
     }
     unknown = [text for text, is_beside in extra.items() if not is_beside]
     if unknown:
         raise WeightsError(f"{start}, but the model lacks {_first_of(unknown)} of the file")
     ignored = [*extra, *(f"{key} {reason}" for key, reason in loaded.misfits.items())]
     if ignored:
-        logger.info("%s: %s. Not needed: %s", loaded.name, loaded.found, _first_of(ignored))
+        logger.info("%s: %s. Not needed: %s", loaded.name, loaded.report, _first_of(ignored))
 
 
 def _is_beside(key: str, modules: set[str], needed: set[str]) -> bool:
@@ -250,11 +271,11 @@ def _prefixes(found: Tensors, tensors: Tensors, file: str) -> tuple[str, str]:
     """
     votes: Counter[tuple[str, str]] = Counter()
     for key, tensor in found.items():
-        if tensor.is_floating_point():  # averaged weights may lack counters
+        if _is_trained(tensor):  # averaged weights may lack counters
             for prefix, rest in _splits(key):
                 if rest in tensors and not _why_not(tensor, tensors[rest]):
                     votes[prefix, ""] += 1
-    if 2 * max(votes.values(), default=0) < sum(t.is_floating_point() for t in tensors.values()):
+    if 2 * max(votes.values(), default=0) < sum(map(_is_trained, tensors.values())):
         votes += _votes_to_add(found, tensors)
     if not votes:
         return "", ""
@@ -303,11 +324,17 @@ def _why_not(tensor: torch.Tensor, target: torch.Tensor) -> str | None:
         return "is on the meta device in the file, without values"
     if tensor.is_quantized or tensor.layout != torch.strided:
         return f"is {'quantized' if tensor.is_quantized else 'sparse'} in the file"
-    if tensor.is_floating_point() != target.is_floating_point() or tensor.is_complex():
+    kinds = [(t.is_floating_point(), t.is_complex()) for t in (tensor, target)]
+    if kinds[0] != kinds[1]:
         return f"is {tensor.dtype} in the file, {target.dtype} in the model"
     if not is_lazy(target) and tensor.shape != target.shape:
         return f"is {_shape(tensor)} in the file, {_shape(target)} in the model"
     return None
+
+
+def _is_trained(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor is not one that the model computes itself: an index or a counter."""
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...] | str:

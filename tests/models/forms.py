@@ -195,7 +195,7 @@ def frozen(model: nn.Module) -> Any:
 def shards(folder: Path, suffix: str = "safetensors") -> Path:
     """Writes two shards, and returns their index."""
     tensors, names = state(), (f"model-0000{n}-of-00002.{suffix}" for n in (1, 2))
-    index = {}
+    index: dict[str, str] = {}
     for name, part in zip(names, (lambda k: k < "f", lambda k: k >= "f"), strict=True):
         shard = {key: tensor for key, tensor in tensors.items() if part(key)}
         (save_file if suffix == "safetensors" else torch.save)(shard, folder / name)
@@ -248,7 +248,8 @@ def web(folder: Path) -> Mapping[str, Any]:
 
 def npz() -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, **{key: tensor.numpy() for key, tensor in state().items()})
+    arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in state().items()}
+    np.savez(buffer, **arrays)
     return buffer.getvalue()
 
 
