@@ -231,8 +231,8 @@ class _Hasher:
         return "buffer", value.dtype, value.shape, f"{norm:.4e}", *rounded
 
     def _function(self, value: types.FunctionType) -> Iterable[Any]:
-        if self._is_library_member(value):
-            return self._by_name(value.__module__, value.__qualname__)
+        if (name := self._name_in_library(value)) is not None:
+            return self._by_name(value.__module__, name)
         compiled = getattr(value, "_torchdynamo_orig_callable", None)
         if compiled is not None:
             return "compiled", compiled
@@ -240,8 +240,8 @@ class _Hasher:
         scope = value.__globals__.get("__name__")
         if self._is_library(sys.modules.get(scope or "")):  # the wrapper of a decorator
             captured = {k: v for k, v in captured.items() if not k.startswith(".__globals__")}
-            name = self._by_name(scope, value.__code__.co_name)
-            return *name, *self._state({**captured, **vars(value)})
+            wrapper = self._by_name(scope, value.__code__.co_name)
+            return *wrapper, *self._state({**captured, **vars(value)})
         syntax = syntax_of(value)
         if not self._exact:
             changed = syntax.mutated | _assigned(value.__code__) | {"__file__", "__spec__"}
@@ -266,7 +266,7 @@ class _Hasher:
     def _class(self, value: type) -> Iterator[Any]:
         if self._is_library(sys.modules.get(value.__module__)):
             yield from self._by_name(value.__module__, value.__qualname__)
-            if not self._is_library_member(value):  # made from another class
+            if self._name_in_library(value) is None:  # made from another class
                 yield value.__bases__
             return
         yield from ("class", value.__bases__)
@@ -337,16 +337,16 @@ class _Hasher:
             return True
         return package != self._package and _version(package) != ""
 
-    def _is_library_member(self, value: Any) -> bool:
-        """Returns whether a class or function can be found by name in a library."""
+    def _name_in_library(self, value: Any) -> str | None:
+        """Returns the name by which a library's module has a class or function, or ``None``."""
         module = sys.modules.get(value.__module__ or "")
         if not self._is_library(module):
-            return False
+            return None
         for name in (value.__qualname__, value.__name__):
             with contextlib.suppress(AttributeError):
                 if functools.reduce(getattr, name.split("."), module) is value:
-                    return True
-        return False
+                    return str(name)
+        return None
 
 
 def _package_of(factory: Any) -> str:
