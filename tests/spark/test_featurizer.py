@@ -60,6 +60,7 @@ VALUES: dict[str, Any] = {
     "model": "resnet18",
     "weights": "IMAGENET1K_V1",
     "layer": "logits",
+    "inputSize": [160, 96],
     "normalize": True,
     "precision": "bfloat16",
     "engine": "torch",
@@ -207,6 +208,8 @@ def test_an_unknown_param_is_refused() -> None:
     [
         ("model", 50),
         ("layer", 4),
+        ("inputSize", "224"),
+        ("inputSize", ["160", 96]),
         ("normalize", "yes"),
         ("batchSize", "many"),
         ("batchSize", 2.5),
@@ -224,6 +227,21 @@ def test_a_value_of_another_type_is_refused_at_once(name: str, value: object) ->
 def test_several_layers_are_refused_with_another_way() -> None:
     with pytest.raises(TypeError, match="is not a single layer: use one featurizer per layer"):
         ImageFeaturizer(layer=("conv", "pooled"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [64, [64, 96], (64, 96)])
+def test_input_size_is_saved(frame: Frame, tmp_path: Path, size: Any) -> None:
+    options = {**TINY, "layer": "pooled"}
+    featurizer = ImageFeaturizer(**options, inputSize=size)
+    expected = without_spark(IMAGES, **options, input_size=size)
+    assert_vectors(features(featurizer.transform(frame(IMAGES))), expected)
+    featurizer.save(str(tmp_path / "saved"))
+    loaded = ImageFeaturizer.load(str(tmp_path / "saved"))
+    df = loaded.transform(frame(IMAGES))
+    assert_vectors(features(df), expected)
+    preprocessing = provenance(df).preprocessing
+    assert isinstance(preprocessing, Preprocessing)
+    assert preprocessing.input_shape == (64, 64 if size == 64 else 96)
 
 
 def test_paths_may_be_paths(tmp_path: Path) -> None:
@@ -369,7 +387,7 @@ def test_a_wrong_option_is_refused_before_a_job_starts(
     frame: Frame, jobs_started: Callable[[], int], option: dict[str, Any], fix: str
 ) -> None:
     names = {"batch_size": "batchSize", "max_pixels": "maxPixels", "on_error": "onError"}
-    names |= {"max_bytes": "maxBytes"}
+    names |= {"max_bytes": "maxBytes", "input_size": "inputSize"}
     params = {names.get(name, name): value for name, value in option.items()}
     df = frame(IMAGES)
     with pytest.raises((OptionError, TypeError)) as refused:

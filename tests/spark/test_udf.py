@@ -22,6 +22,7 @@ from imagevec import (
     Preprocessing,
     features_udf,
     make_features_udf,
+    provenance,
     register_model,
 )
 from imagevec.plan import make_plan
@@ -61,6 +62,21 @@ def test_a_binary_column_becomes_vectors(frame, expected):
     assert df.columns == ["id", "content", "features"]
     assert df.schema["features"].dataType == ArrayType(FloatType())
     assert_vectors(vectors(df), [expected[image] for image in IMAGES])
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_workers_use_the_input_size(frame, expected, engine):
+    options = {**TINY, "engine": engine}
+    vectorizer: Any = ImageVectorizer(**options, input_size=(64, 96))
+    df = frame(IMAGES).withColumn(
+        "features", features_udf("content", **options, input_size=[64, 96])
+    )
+    ours = vectors(df)
+    assert_vectors(ours, [vectorizer.extract_features(image) for image in IMAGES])
+    assert not np.allclose(ours[0], expected[IMAGES[0]], rtol=1e-3)
+    made_of = provenance(df)
+    assert made_of.fingerprint == vectorizer.spec.fingerprint
+    assert made_of.preprocessing == Preprocessing().with_input_size((64, 96))
 
 
 def test_a_column_may_be_given_as_an_expression(frame, expected):
