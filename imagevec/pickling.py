@@ -255,16 +255,18 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._registered = registered
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, types.ModuleType) and not is_installed(value.__name__):
-            self._modules[value.__name__] = value
-            return _Module, (value.__name__,)
-        module = getattr(value, "__module__", None)
-        if isinstance(module, str) and not is_installed(module):
-            self._register(module)
-            if isinstance(value, types.FunctionType):
-                self._add(value)
-            elif _is_compiled(module):
-                raise pickle.PicklingError(f"the module {module!r} is compiled")
+        is_module = isinstance(value, types.ModuleType)
+        module = value.__name__ if is_module else getattr(value, "__module__", None)
+        if not isinstance(module, str) or is_installed(module):
+            return super().reducer_override(value)
+        if isinstance(value, types.FunctionType):
+            self._add(value)
+        elif _is_compiled(module):
+            raise _CompiledError(f"the module {module!r} is compiled")
+        elif is_module:
+            self._modules[module] = value
+            return _Module, (module,)
+        self._register(module)
         return super().reducer_override(value)
 
     def _register(self, name: str) -> None:
@@ -298,6 +300,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return is_new
 
 
+class _CompiledError(pickle.PicklingError):
+    """Something belongs to a C extension that is not installed."""
+
+
 class _Module(types.ModuleType):
     """A module that was pickled by value. A real one of its name, if any, has the other members."""
 
@@ -320,12 +326,18 @@ def _can_be_imported(name: str) -> bool:
 
 
 def _can_be_carried(value: Any) -> bool:
-    """Returns whether a member of a module can be pickled. A function may not need all it names."""
+    """Returns whether a member of a module can be pickled. A function may not need all it names.
+
+    Raises:
+        _CompiledError: It belongs to a C extension.
+    """
     if any(kind for _, _, kind in _walk(value, "", {}, 0, by_value=True)):
         return False
     with contextlib.ExitStack() as stack:
         try:
             _Pickler(io.BytesIO(), stack).dump(value)
+        except _CompiledError:
+            raise
         except Exception:  # pickling runs the objects' own code
             return False
     return True
@@ -363,6 +375,8 @@ def is_installed(module: str | None) -> bool:
 
 def _is_installed_at(module: str, file: str) -> bool:
     top = module.partition(".")[0]
+    if top == "__main__":
+        return False
     if top in _LIBRARIES:
         return True
     if top in sys.stdlib_module_names:  # unless a script's own file has its name

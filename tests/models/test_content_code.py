@@ -373,7 +373,7 @@ def changed(change: Callable[[Any], object]) -> Callable[[], nn.Module]:
 def parametrized(make: Callable[[], nn.Module], scale: float) -> Callable[[], nn.Module]:
     def factory() -> nn.Module:
         model = Tiny()
-        model.fc = make()
+        model.fc = make()  # type: ignore[assignment]
         nn.utils.parametrize.register_parametrization(model.fc, "weight", Scaling(scale))
         return model
 
