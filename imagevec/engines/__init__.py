@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 Inputs = npt.NDArray[Any]
-"""Pixels of images, uint8 ``(N, S, S, 3)``, or tokens of texts, int32 ``(N, L)``; contiguous."""
+"""Pixels of images, uint8 ``(N, H, W, 3)``, or tokens of texts, int32 ``(N, L)``; contiguous."""
 
 
 class Engine(Protocol):

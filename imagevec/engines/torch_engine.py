@@ -25,7 +25,7 @@ class TorchEngine:
     that size.
 
     Args:
-        model: A module from float32 ``(N, 3, S, S)`` or int32 ``(N, L)`` to ``(N, D)``, in
+        model: A module from float32 ``(N, 3, H, W)`` or int32 ``(N, L)`` to ``(N, D)``, in
             evaluation mode.
         preprocessing: The preprocessing, whose mean and std normalise pixels.
         device: The device to run on.
@@ -74,7 +74,7 @@ class TorchEngine:
             inputs = inputs.pin_memory()
         inputs = inputs.to(self._device, non_blocking=True)
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            features = self._model(inputs)  # (N, S, S, 3) or (N, L) -> (N, D)
+            features = self._model(inputs)  # (N, H, W, 3) or (N, L) -> (N, D)
         array: npt.NDArray[np.float32] = features.float().cpu().numpy()
         return array
 
@@ -105,7 +105,7 @@ def _fold_batch_norms(model: PixelModel) -> PixelModel:
 
 
 class PixelModel(nn.Module):
-    """Wraps a feature model to take uint8 pixels, ``(N, S, S, 3) -> (N, D)``."""
+    """Wraps a feature model to take uint8 pixels, ``(N, H, W, 3) -> (N, D)``."""
 
     def __init__(self, feature_model: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -113,13 +113,13 @@ class PixelModel(nn.Module):
         self.preprocessing = preprocessing
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        channels_first = images.permute(0, 3, 1, 2)  # (N, S, S, 3) -> (N, 3, S, S), channels_last
+        channels_first = images.permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W), channels_last
         features: torch.Tensor = self.feature_model(normalize(channels_first, self.preprocessing))
         return features
 
 
 def normalize(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    """Normalises uint8 ``(N, 3, S, S)`` to float32 ``(N, 3, S, S)`` on the same device."""
+    """Normalises uint8 ``(N, 3, H, W)`` to float32 ``(N, 3, H, W)`` on the same device."""
     mean = torch.tensor(preprocessing.mean, device=images.device).view(3, 1, 1)
     std = torch.tensor(preprocessing.std, device=images.device).view(3, 1, 1)
     return images.float().div_(255).sub_(mean).div_(std)
