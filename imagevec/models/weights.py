@@ -23,7 +23,7 @@ from imagevec.storage.stores import Entry, store_of
 INDEX_SUFFIX = ".index.json"
 
 _HEAD_BYTES = 512
-_PART_BYTES = 8 << 20
+_PART_BYTES = 1 << 20
 _STALLED_SECONDS = 120  # without a part of a download
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors
 
@@ -179,7 +179,8 @@ class _Resumable:
             if self._file is None:
                 self._file = store_of(self._location).open(self._location)
                 self._file.seek(self._position)
-            part: bytes = self._file.read(_PART_BYTES)
+            read = getattr(self._file, "read1", self._file.read)  # a failed read loses its bytes
+            part: bytes = read(_PART_BYTES)
         except BaseException:
             self._file = None
             raise
