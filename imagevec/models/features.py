@@ -116,9 +116,8 @@ class FeatureModel:
             OptionError: The layer does not exist. The message lists the nearest layers.
             WeightsError: The weights belong to another model.
         """
-        example = functools.partial(example_input, self.preprocessing)
         model = self._take_module()
-        features = self.source.to_features(model, self.layer, self.normalize, example)
+        features = _to_features(self.source, model, self.layer, self.normalize, self.preprocessing)
         dropped = getattr(features, "dropped", "")
         if dropped and self.source.identity == "content":  # a factory's own layer
             logger.warning("dropped the last layer %s; layer='logits' keeps it", dropped)
@@ -182,8 +181,22 @@ class FeatureModel:
 def feature_module(source: ModelSource, spec: FeatureSpec, weights_file: Path | None) -> nn.Module:
     """Builds the module of a spec on a worker, from ``example_input`` to ``(N, D)``."""
     model = source.module(spec.preprocessing, weights_file)
-    example = functools.partial(example_input, spec.preprocessing)
-    return source.to_features(model, spec.layer, spec.normalize, example)
+    return _to_features(source, model, spec.layer, spec.normalize, spec.preprocessing)
+
+
+def _to_features(
+    source: ModelSource,
+    model: nn.Module,
+    layer: str | tuple[str, ...],
+    normalize: bool,
+    preprocessing: Preprocessing | Tokenization,
+) -> nn.Module:
+    from imagevec.models.state_dict import check_loaded
+
+    example = functools.partial(example_input, preprocessing)
+    features = source.to_features(model, layer, normalize, example)
+    check_loaded(model, features)
+    return features
 
 
 def example_input(preprocessing: Preprocessing | Tokenization, count: int) -> torch.Tensor:

@@ -23,7 +23,8 @@ from imagevec import cache
 from imagevec._version import __version__
 from imagevec.errors import ImageVecError, OptionError
 from imagevec.files import digest_of, expanded
-from imagevec.options import ENGINES, RANDOM, WEIGHTS_SUFFIXES
+from imagevec.models.weights import weights_file
+from imagevec.options import ENGINES, RANDOM, names_file
 from imagevec.spec import FeatureSpec, Preprocessing, Tokenization
 
 if TYPE_CHECKING:
@@ -133,10 +134,10 @@ class ModelSource(ABC):
         Args:
             weights: The ``weights`` option.
         """
-        path = expanded(weights)
-        if not weights.endswith(WEIGHTS_SUFFIXES) or not path.is_file():
+        if not names_file(weights):
             return []
-        return [path, *map(path.with_name, self.beside_weights)]
+        beside = expanded(weights)
+        return [weights_file(weights), *map(beside.with_name, self.beside_weights)]
 
     def own_weights(self, weights: str, spec: FeatureSpec) -> Path | None:
         """Returns a content-addressed copy of weights that only this machine has, else ``None``.
@@ -148,10 +149,10 @@ class ModelSource(ABC):
         if not self._has_own_weights(weights):
             return None
         stored = cache.find(spec.weights.removeprefix("sha256:"))
-        return stored or cache.store(expanded(weights))
+        return stored or cache.store(weights_file(weights))
 
     def _has_own_weights(self, weights: str) -> bool:
-        return weights.endswith(WEIGHTS_SUFFIXES) or (weights != RANDOM and self.identity != "name")
+        return names_file(weights) or (weights != RANDOM and self.identity != "name")
 
     def to_save(
         self, weights: str, own: Callable[[], Path | None]
