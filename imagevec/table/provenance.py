@@ -111,6 +111,7 @@ def check_same(first: Provenance, second: Provenance) -> None:
         names = {"model", "weights", "layer"}
     differing = [
         f"{name} {getattr(first, name)!r} and {getattr(second, name)!r}"
+        + (" (digests of the model's code)" if name == "code" else "")
         for name in sorted(names)
         if getattr(first, name) != getattr(second, name)
     ]
