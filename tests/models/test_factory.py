@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -12,12 +13,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from imagevec import ImageVectorizer, OptionError, Preprocessing, register_model
+from imagevec import (
+    FeatureSpec,
+    ImageVectorizer,
+    OptionError,
+    Preprocessing,
+    SerializationError,
+    register_model,
+)
 from imagevec.models.source import REGISTERED
 from imagevec.plan import make_plan
 from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import encode, photo
-from tests.helpers.pipeline import vector_of
+from tests.helpers.pipeline import saved, vector_of
 
 PNG = encode(photo(120, 90))
 WHITE = encode(Image.new("RGB", (50, 50), (255, 255, 255)))
@@ -149,3 +157,69 @@ def test_a_factory_of_something_else_is_refused(factory, fragment):
 def test_a_live_model_is_refused_with_the_fix():
     with pytest.raises(OptionError, match="use a zero-argument factory"):
         ImageVectorizer(model=Tiny(), **RANDOM)
+
+
+def negated(model: nn.Module) -> nn.Module:
+    class Negated(Tiny):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return -super().forward(images)
+
+    other = Negated()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_edited_factory_has_another_fingerprint(
+    registered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same name and weights."""
+    saved(Tiny, tmp_path / "weights.pth")
+
+    def spec_of(factory: Any) -> FeatureSpec:
+        model = factory
+        if registered:
+            model = "edited factory"
+            register_model(model, factory)
+            monkeypatch.setitem(REGISTERED, model, REGISTERED.pop(model))
+        weights = str(tmp_path / "weights.pth")
+        spec = make_plan(model=model, weights=weights, layer="logits").spec
+        REGISTERED.pop("edited factory", None)
+        return spec
+
+    def factory() -> nn.Module:
+        return tiny()
+
+    original = factory
+
+    def factory() -> nn.Module:  # type: ignore[no-redef]
+        return negated(tiny())
+
+    first, again, edited = map(spec_of, (original, original, factory))
+    assert re.fullmatch("[0-9a-f]{16}", first.code)
+    assert first == again
+    assert edited.code != first.code
+    assert dataclasses.replace(edited, code=first.code) == first
+    assert edited.fingerprint != first.fingerprint
+
+
+def test_code_of_other_models_is_empty() -> None:
+    assert make_plan(model="squeezenet1_1", weights="random").spec.code == ""
+
+
+def test_code_counts_in_plans_that_build_equal_modules() -> None:
+    """The module is equal, so files are reused, but not the spec."""
+    first = make_plan(model=lambda: Tiny(), weights="random").spec
+    second = make_plan(model=lambda: tiny(), weights="random").spec
+    assert first.code != second.code
+    assert make_plan(model=lambda: Tiny(), weights="random").spec.code == first.code
+
+
+def test_missing_module_of_a_factory_is_named() -> None:
+    def factory() -> nn.Module:
+        import not_installed_here  # type: ignore[import-not-found]
+
+        return not_installed_here.Net()
+
+    with pytest.raises(SerializationError, match=r"No module named 'not_installed.*addPyFile"):
+        ImageVectorizer(model=factory, **RANDOM)

@@ -16,15 +16,17 @@ from typing import Any
 
 import pyarrow.dataset as ds
 import pytest
+import torch
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from torch import nn
 
 from imagevec import ExtractReport, FingerprintError, ImageVecError, OptionError, extract
 from imagevec.table.extract import _loaded
 from imagevec.table.lock import _place
-from tests.helpers.factories import tiny
+from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import encode, photo
-from tests.helpers.pipeline import vector_of
+from tests.helpers.pipeline import saved, vector_of
 from tests.helpers.stops import stop_at
 
 MODEL: dict[str, Any] = {"model": tiny, "weights": "random"}
@@ -370,6 +372,35 @@ def photos(tmp_path: Path) -> Path:
     for seed in range(4):
         (folder / f"{seed}.png").write_bytes(image(seed))
     return folder
+
+
+def factory_that_is(edited: bool) -> Callable[[], nn.Module]:
+    class Net(Tiny):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images).relu()
+
+    def original() -> nn.Module:
+        return Tiny()
+
+    factory = Net if edited else original
+    factory.__qualname__ = "factory"
+    return factory
+
+
+def test_features_of_an_edited_factory_are_refused(
+    run: Extract, photos: Path, tmp_path: Path
+) -> None:
+    """With the same name and weights."""
+    saved(tiny, tmp_path / "weights.pth")
+    options = {"weights": str(tmp_path / "weights.pth"), "layer": "logits"}
+    first = run(photos, model=factory_that_is(edited=False), **options)
+    assert run(photos, model=factory_that_is(edited=False), **options).fingerprint == (
+        first.fingerprint
+    )
+    code = r"not comparable: code '[0-9a-f]{16}' and '[0-9a-f]{16}' \(digests of.*overwrite=True"
+    with pytest.raises(FingerprintError, match=code) as raised:
+        run(photos, model=factory_that_is(edited=True), **options)
+    assert_one_line(raised)
 
 
 def test_other_features_are_refused_or_replaced(run: Extract, photos: Path, dest: Path) -> None:
