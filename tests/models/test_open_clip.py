@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from imagevec import (
     ImageVectorizer,
@@ -249,6 +251,59 @@ def test_a_file_of_weights(clip, name, suffix, tmp_path):
     assert lowest_cosine(ours, expected) >= 0.9999
 
 
+class Shell(nn.Module):
+    """A module with the tensors of another, by which TorchScript saves them."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+
+def as_openai_archive(state_dict: dict[str, torch.Tensor], path) -> None:
+    """Writes a TorchScript archive in half precision, with the sizes as tensors, as OpenAI did."""
+    root = Shell()
+    sizes = {"input_resolution": 64, "context_length": 77, "vocab_size": 49408}
+    tensors = {key: tensor.half() for key, tensor in state_dict.items()}
+    for key, tensor in {**tensors, **{k: torch.tensor(n) for k, n in sizes.items()}}.items():
+        *parts, name = key.split(".")
+        module: Any = root
+        for part in parts:
+            if part not in module._modules:
+                module.add_module(part, Shell())
+            module = module._modules[part]
+        module.register_buffer(name, tensor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        torch.jit.save(torch.jit.script(root), path)
+
+
+def as_averages(state_dict: dict[str, torch.Tensor], path) -> None:
+    others = {key: torch.zeros_like(tensor) for key, tensor in state_dict.items()}
+    torch.save({"model": others, "model_ema": {"module": state_dict}}, path)
+
+
+def as_lightning(state_dict: dict[str, torch.Tensor], path) -> None:
+    prefixed = {f"model._orig_mod.{key}": tensor for key, tensor in state_dict.items()}
+    torch.save({"state_dict": {**prefixed, "loss.labels": torch.ones(3)}, "epoch": 3}, path)
+
+
+@pytest.mark.parametrize("write", [as_openai_archive, as_averages, as_lightning])
+def test_a_checkpoint(clip, write, tmp_path):
+    name = "open_clip/tiny-vit"
+    model = save_weights(clip, name, tmp_path / "plain.pt")
+    write({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "x.pt")
+    tokens = clip.get_tokenizer("tiny-vit")(TEXTS)
+    with torch.inference_mode():
+        expected = model.encode_text(tokens).numpy()
+    ours = text_features(TEXTS, model=name, weights=tmp_path / "x.pt", engine="torch")
+    assert lowest_cosine(ours, expected) >= 0.9999
+    options: dict[str, Any] = {"model": name, "engine": "torch"}
+    images = [
+        ImageVectorizer(**options, weights=tmp_path / file).extract_features(PNG)
+        for file in ("x.pt", "plain.pt")
+    ]
+    assert cosine(*images) >= 0.9999
+
+
 def test_files_beside_the_weights_say_how_to_use_them(clip, tmp_path):
     name = "open_clip/tiny-siglip"
     save_weights(clip, name, tmp_path / "weights.safetensors")
@@ -286,7 +341,9 @@ def test_weights_that_end_early(clip, tmp_path):
     path = tmp_path / "weights.pt"
     save_weights(clip, "open_clip/tiny-vit", path)
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(WeightsError, match="weights.pt is not a weights file: Pytorch"):
+    with pytest.raises(
+        WeightsError, match="weights.pt is not a weights file: it is damaged or ends"
+    ):
         text_features(["a"], model="open_clip/tiny-vit", weights=path)
 
 
@@ -299,9 +356,7 @@ def test_a_configuration_beside_the_weights_that_is_damaged(clip, tmp_path):
 
 def test_weights_that_are_no_tensors_are_not_unpickled(clip, tmp_path):
     torch.save({"state_dict": shutil.rmtree}, tmp_path / "weights.pt")  # by its name, as code
-    with pytest.raises(
-        WeightsError, match="weights.pt is not a weights file: Weights only load failed"
-    ):
+    with pytest.raises(WeightsError, match=r"it contains Python objects \(shutil.rmtree\)"):
         text_features(["a"], model="open_clip/tiny-vit", weights=tmp_path / "weights.pt")
 
 

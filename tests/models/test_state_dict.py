@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import pickle
 import re
 import shutil
 import urllib.error
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import squeezenet1_1
+from torchvision.models import googlenet, mnasnet0_5, squeezenet1_1
 
 from imagevec import ImageVectorizer, Preprocessing, WeightsError
+from imagevec.models.factory import FactorySource
+from imagevec.models.layers import to_feature_model
+from imagevec.models.state_dict import check_loaded, with_weights
+from imagevec.models.torchvision import TorchvisionSource
 from imagevec.plan import make_plan
-from tests.helpers.factories import Tiny, tiny, tiny_densenet
+from tests.helpers.factories import Tiny, tiny, tiny_densenet, tiny_vit
 from tests.helpers.images import cosine, encode, photo
 from tests.helpers.pipeline import pixels_of, preprocess, run_python, saved, vector_of
+from tests.models import forms
 
 PNG = encode(photo())
 SQUEEZENET: dict[str, Any] = {"model": "squeezenet1_1", "engine": "torch"}
@@ -308,3 +315,166 @@ def test_what_is_in_torch_hubs_cache_is_not_downloaded(weights, vector, monkeypa
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(weights, tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
     assert vector_of(PNG, **SQUEEZENET) == vector
+
+
+def pixels(size: int = 32) -> torch.Tensor:
+    """Returns images ``(2, 3, S, S)``."""
+    return torch.rand(2, 3, size, size, generator=torch.manual_seed(3))
+
+
+def loaded(factory: Callable[[], nn.Module], path: Path, layer: Any = "pooled") -> nn.Module:
+    """Returns the features of a factory's model with the weights of a file."""
+    source = FactorySource(factory)
+    model = with_weights(source, Preprocessing(), path)
+    features = to_feature_model(model, layer, False, lambda count: pixels()[:count])
+    check_loaded(model, features)
+    return features
+
+
+def seed_of(path: Path) -> int:
+    """Returns the seed of the weights in ``forms`` that a file gives."""
+    found = with_weights(FactorySource(forms.small), Preprocessing(), path).state_dict()
+    return next(s for s in (1, 2) if torch.equal(found["fc.bias"], forms.state(seed=s)["fc.bias"]))
+
+
+def write(tensors: Any, folder: Path) -> Path:
+    torch.save(tensors, folder / "model.pth")
+    return folder / "model.pth"
+
+
+def test_old_keys_that_a_module_converts(tmp_path):
+    state_dict = saved(tiny_vit, tmp_path / "new.pth").state_dict()
+    old = {key.replace("mlp.0", "mlp.linear_1"): value for key, value in state_dict.items()}
+    assert old.keys() != state_dict.keys()
+    path = write({"state_dict": {f"module.{k}": v for k, v in old.items()}}, tmp_path)
+    with torch.inference_mode():
+        expected = loaded(tiny_vit, tmp_path / "new.pth")(pixels())
+        assert torch.equal(loaded(tiny_vit, path)(pixels()), expected)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_model_that_asks_for_its_version(suffix, tmp_path):
+    state_dict = mnasnet0_5(weights=None).state_dict()
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state_dict, path)
+    model = with_weights(TorchvisionSource("mnasnet0_5"), Preprocessing(), path)
+    assert torch.equal(model.state_dict()["classifier.1.bias"], state_dict["classifier.1.bias"])
+
+
+@pytest.mark.parametrize("aux_logits", [True, False])
+def test_auxiliary_classifiers_are_not_needed(aux_logits, tmp_path):
+    model: Any = googlenet(
+        weights=None, num_classes=10, aux_logits=aux_logits, init_weights=False
+    ).eval()
+    path = write(model.state_dict(), tmp_path)
+    ours = with_weights(TorchvisionSource("googlenet"), Preprocessing(), path)
+    features = to_feature_model(ours, "pooled", False, lambda count: pixels(64)[:count]).eval()
+    check_loaded(ours, features)
+    model.fc, model.transform_input = nn.Identity(), True
+    with torch.inference_mode():
+        assert cosine(features(pixels(64))[0], model(pixels(64))[0]) >= 0.9999
+
+
+def test_timm_model_with_another_classifier(tmp_path):
+    timm = pytest.importorskip("timm")
+    options: dict[str, Any] = {"model": "timm/test_vit", "engine": "torch"}
+    model = timm.create_model("test_vit", num_classes=7).eval()
+    path = write({"state_dict": model.state_dict(), "arch": "test_vit"}, tmp_path)
+    model.reset_classifier(0)
+    vectors = [vector_of(PNG, weights=str(path), **options)]
+    vectors.append(vector_of(PNG, weights=str(write(model.state_dict(), tmp_path)), **options))
+    assert vectors[0] == vectors[1]
+    assert "head.weight (1000, 64) is not in the file" in refused(
+        path, "timm/test_vit", layer="logits"
+    )
+
+
+def test_layer_needs_only_the_parts_before_it(tmp_path):
+    state_dict = forms.state()
+    early = {key: value for key, value in state_dict.items() if not key.startswith("layer1.1")}
+    whole, part = tmp_path / "whole.pth", write(early, tmp_path)
+    torch.save(state_dict, whole)
+    with torch.inference_mode():
+        for layer in ("layer1.0", ("bn", "layer1.0")):
+            expected = loaded(forms.small, whole, layer)(pixels())
+            assert torch.equal(loaded(forms.small, part, layer)(pixels()), expected)
+    for layer in ("pooled", "layer1", ("layer1.0", "pooled")):
+        with pytest.raises(WeightsError, match=r"layer1.1.weight \(8,\) is not in the file"):
+            loaded(forms.small, part, layer)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["layer1.0.se.weight", "bn.gamma", "norm_pre.weight", "reg_token", "layer2.0.weight", "neck.w"],
+)
+def test_part_that_the_model_lacks_is_an_error(key, tmp_path):
+    path = write({**forms.state(), key: torch.ones(8)}, tmp_path)
+    with pytest.raises(WeightsError, match=rf"16 of 16 fit, but the model lacks {key} \(8,\)"):
+        loaded(forms.small, path)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["head.0.weight", "fc2.weight", "projection_head.weight", "decoder_blocks.0.weight", "queue"]
+    + ["mask_token", "loss.weight", "layer1.0.total_ops", "aux_logits.fc.weight", "fc.0.weight"],
+)
+def test_part_beside_the_model_is_logged(key, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    loaded(forms.small, write({**forms.state(), key: torch.ones(8)}, tmp_path))
+    assert f"Not needed: {key} (8,)" in caplog.text
+
+
+def test_choice_is_logged(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    others = {f"state_dict_ema.{key}": value for key, value in forms.state(seed=2).items()}
+    named = {"state_dict": forms.under("net."), **others}
+    assert seed_of(write(named, tmp_path)) == 2
+    record = next(record for record in caplog.records if "several sets" in record.getMessage())
+    assert record.levelname == "INFO"
+    assert (
+        "using the keys under 'state_dict_ema.', not those under 'state_dict.net.'" in caplog.text
+    )
+    assert "keys under 'state_dict_ema.': 16 of 16 fit after removing it" in caplog.text
+
+
+def test_choice_that_no_name_decides_is_a_warning(tmp_path, caplog):
+    pair = {**forms.under("encoder_q."), **forms.under("encoder_k.", forms.state(seed=2))}
+    assert seed_of(write(pair, tmp_path)) == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "using the keys under 'encoder_q.', not those under 'encoder_k.'" in caplog.text
+
+
+def test_averages_that_lack_a_part_are_not_taken(tmp_path):
+    partial = {key: value for key, value in forms.state(seed=2).items() if "running" not in key}
+    named = {"state_dict": forms.state(), "state_dict_ema": partial}
+    assert seed_of(write(named, tmp_path)) == 1
+
+
+def test_tied_tensor_that_is_saved_once(tmp_path):
+    def factory() -> nn.Module:
+        model: Any = forms.Small()
+        model.layer1[0].weight = model.twin = nn.Parameter(torch.zeros(8, 8, 3, 3))
+        return model
+
+    loaded(factory, write(forms.state(), tmp_path))
+
+
+def test_archive_of_torchscript_runs_nothing(tmp_path):
+    trap = Malicious(tmp_path / "code was run")
+    path = tmp_path / "script.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("script/data.pkl", pickle.dumps({"a": trap}, protocol=2))
+        archive.writestr("script/constants.pkl", pickle.dumps((), protocol=2))
+    assert "script.pt is not a weights file" in refused(path)
+    assert not trap.folder.exists()
+
+
+def test_compiled_model_takes_plain_keys(tmp_path):
+    def compiled() -> nn.Module:
+        model = nn.Module()
+        model._orig_mod = forms.Small()  # as torch.compile names it
+        model.forward = model._orig_mod.forward  # type: ignore[method-assign]
+        return model
+
+    model = with_weights(FactorySource(compiled), Preprocessing(), write(forms.state(), tmp_path))
+    assert torch.equal(model.state_dict()["_orig_mod.fc.bias"], forms.state()["fc.bias"])
