@@ -14,7 +14,7 @@ import torch
 from imagevec import FeatureSpec, ImageVectorizer, OptionError, Preprocessing, runtime
 from imagevec.plan import devices, has_cuda, make_plan
 from imagevec.runtime import device_here, get_engine, schedule, threads_here
-from tests.helpers.factories import logging_tiny
+from tests.helpers.factories import logging_tiny, tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import run_python, spec_of
 
@@ -251,6 +251,14 @@ def test_threads_follow_the_quota_unless_the_user_sets_them(monkeypatch):
     assert threads_here() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert threads_here() == 3
+
+
+@pytest.mark.parametrize(
+    ("input_size", "images"), [(224, 8), ((112, 448), 8), (448, 2), ((32, 56), 224), (2000, 1)]
+)
+def test_auto_batch_size_follows_the_pixels_of_the_input(input_size, images):
+    options: dict[str, Any] = {"model": tiny, "weights": "random", "engine": "torch"}
+    assert schedule(make_plan(**options, input_size=input_size), "cpu", 1).batch_size == images
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])

@@ -151,10 +151,10 @@ def _counted(number: int, noun: str) -> str:
 def _in_flags(message: str) -> str:
     """Rewrites the options in a message as flags: ``--weights FILE`` for ``weights='FILE'``."""
     names = "|".join([option.name for option in OPTIONS] + list(_OF_SOURCES))
-    flag = re.compile(rf"\b({names})=(?:(['\"])(.*?)\2|([\w.]+))")
+    flag = re.compile(rf"\b({names})=(?:(['\"])(.*?)\2|([\w.]+)|\((\d+), (\d+)\))")
 
     def written(match: re.Match[str]) -> str:
-        value = match[3] if match[2] else match[4]
+        value = match[3] if match[2] else match[4] or f"{match[5]}x{match[6]}"
         name = f"--{match[1].replace('_', '-')}"
         return name if value == "True" else f"{name} {value}"
 

@@ -121,7 +121,7 @@ class OpenClipSource(ModelSource):
         own, new = ((height // patch, width // patch) for height, width in grids)
         is_mistaken = own != new and math.prod(own) == math.prod(new)  # for the model's own grid
         if "timm_model_name" not in vision_cfg and (
-            is_mistaken or isinstance(vision_cfg["layers"], list)
+            is_mistaken or isinstance(vision_cfg.get("layers"), list)
         ):
             raise OptionError(
                 f"input_size={input_size!r} is not valid: open_clip cannot resize the position "

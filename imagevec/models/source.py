@@ -239,6 +239,7 @@ class ModelSource(ABC):
         tensors: dict[str, torch.Tensor],
         model: nn.Module,
         preprocessing: Preprocessing | Tokenization,
+        weights: Path,
     ) -> dict[str, torch.Tensor]:
         """Resamples the weights of a file, such as position embeddings, for another input size.
 
@@ -246,6 +247,7 @@ class ModelSource(ABC):
             tensors: The weights, by the names in ``model``.
             model: The result of ``build``.
             preprocessing: The argument of ``build``.
+            weights: The file.
 
         Raises:
             OptionError: The library cannot resample the weights.

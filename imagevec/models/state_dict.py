@@ -84,7 +84,7 @@ def with_weights(
 
     def convert(tensors: Tensors) -> Tensors:
         with no_random_init():
-            return source.fitted(tensors, model, preprocessing)
+            return source.fitted(tensors, model, preprocessing, weights)
 
     load_weights(model, weights, source.name, _new_densenet_key if is_densenet else str, convert)
     return model

@@ -105,6 +105,7 @@ class TimmSource(ModelSource):
         tensors: dict[str, torch.Tensor],
         model: nn.Module,
         preprocessing: Preprocessing | Tokenization,
+        weights: Path,
     ) -> dict[str, torch.Tensor]:
         """Resamples the weights as timm does when it loads pretrained ones."""
         if not self._size_options(preprocessing):

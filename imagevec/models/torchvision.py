@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagevec.errors import OptionError, WeightsError, did_you_mean
+from imagevec.files import digest_of
 from imagevec.models.source import REGISTERED, ModelSource
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES, names_file
 from imagevec.spec import Preprocessing, Tokenization
@@ -134,12 +135,16 @@ class TorchvisionSource(ModelSource):
         tensors: dict[str, torch.Tensor],
         model: nn.Module,
         preprocessing: Preprocessing | Tokenization,
+        weights: Path,
     ) -> dict[str, torch.Tensor]:
-        own_size = self.preprocessing(None).input_size
-        if "encoder.pos_embedding" not in tensors or preprocessing.input_size == own_size:
-            return tensors
+        """Interpolates position embeddings with torchvision's ``interpolate_embeddings``."""
         from torchvision.models.vision_transformer import interpolate_embeddings
 
+        key = "encoder.pos_embedding"
+        if key not in tensors or tensors[key].shape == model.state_dict()[key].shape:
+            return tensors
+        if preprocessing.input_size == self.preprocessing(digest_of(weights)).input_size:
+            return tensors  # they do not fit: they are for another size, which was not chosen
         patch_size: Any = model.patch_size
         size: Any = preprocessing.input_size  # of a square
         fitted: dict[str, torch.Tensor]

@@ -75,6 +75,7 @@ def test_nothing_to_do() -> None:
         ("recursive=True includes subfolders", "--recursive includes subfolders"),
         ("batch_size=0 is not valid", "--batch-size 0 is not valid"),
         ("keep='path' is not valid", "--keep path is not valid"),
+        ("input_size=(160, 96) is not valid", "--input-size 160x96 is not valid"),
         ("myweights=1 and x.weights = 2", "myweights=1 and x.weights = 2"),
     ],
 )

@@ -19,6 +19,7 @@ from imagevec import (
     ImageVectorizer,
     OptionError,
     Preprocessing,
+    WeightsError,
     list_models,
 )
 from imagevec.images.preprocess import resize_and_crop
@@ -246,3 +247,26 @@ def test_features_of_another_size_are_torchvisions(name, input_size, options, en
 def test_a_size_that_a_model_does_not_take_is_refused(name, input_size, reason):
     with pytest.raises(OptionError, match=f"input_size=.* is not valid: '{name}' {reason}"):
         ImageVectorizer(**RANDOM, model=name, input_size=input_size)
+
+
+def test_position_embeddings_are_only_resampled_for_a_chosen_size(tmp_path, monkeypatch):
+    """``vit_b_16`` has weights for 224 and 384 pixels, which are told apart by their digest."""
+    source: Any = find_source("vit_b_16")
+    model = torchvision.models.VisionTransformer(224, 16, 1, 1, hidden_dim=8, mlp_dim=8)
+    tensors = {"encoder.pos_embedding": torch.rand(1, 24 * 24 + 1, 8)}  # for 384 pixels
+    url = source.weights_enum.IMAGENET1K_SWAG_E2E_V1.url
+    digest = url.rpartition("-")[2].removesuffix(".pth").ljust(64, "0")
+    for known, tokens in ((digest, 14 * 14 + 1), ("0" * 64, 24 * 24 + 1)):
+        monkeypatch.setattr("imagevec.models.torchvision.digest_of", lambda path, is_=known: is_)
+        fitted = source.fitted(tensors, model, Preprocessing(), tmp_path)
+        assert fitted["encoder.pos_embedding"].shape == (1, tokens, 8)
+    assert tensors["encoder.pos_embedding"].shape == (1, 24 * 24 + 1, 8)
+
+
+def test_weights_for_another_size_do_not_fit(tmp_path):
+    weights = tmp_path / "weights.pth"
+    saved(functools.partial(torchvision.models.vit_b_32, image_size=96), weights)
+    with pytest.raises(WeightsError, match="pos_embedding"):
+        ImageVectorizer(model="vit_b_32", weights=str(weights), engine="torch")
+    resized = ImageVectorizer(model="vit_b_32", weights=str(weights), input_size=96, engine="torch")
+    assert resized.extract_features(PNG) is not None
