@@ -24,10 +24,6 @@ import torch
 from imagevec.errors import WeightsError
 from imagevec.models.weights import check_is_weights, is_safetensors
 
-_ADAPTER = re.compile(
-    r"(^|[._])(lora|loha|lokr|hada|ia3|vera)_(A|B|up|down|w\d|l|lambda|embedding)(_|\.|\d|$)"
-)
-
 # What training scripts store in checkpoints: arguments, paths, times, configurations.
 _OBJECTS = (
     *("argparse.Namespace", "types.SimpleNamespace", "typing.Any", "uuid.UUID", "builtins.slice"),
@@ -53,6 +49,10 @@ _OBJECTS = (
     *(f"numpy.dtypes.Float{bits}DType" for bits in (16, 32, 64)),
     *(f"numpy.{name}" for name in ("bool", "bool_", "float16", "float32", "float64")),
     *(f"numpy.{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    "torch.torch_version.TorchVersion",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",  # keys of callbacks before 1.5
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     *("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata"),
     *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"),
     *(
@@ -104,12 +104,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # corrupt bytes raise arbitrary exceptions
         raise WeightsError(f"{path.name} is not a weights file: {_why(path, error)}") from error
     tensors = dict(_flattened(loaded, (), set()))
-    adapters = [key for key in tensors if _ADAPTER.search(key)]
-    if adapters:
-        raise WeightsError(
-            f"{path.name} contains an adapter ({adapters[0]}), which changes the weights of a base "
-            "model: merge the two, for example with peft's merge_and_unload, and save the result"
-        )
     if not tensors:
         raise WeightsError(
             f"{path.name} is not a weights file: it contains {_described(loaded)}, but no "
@@ -124,7 +118,8 @@ def as_safetensors(path: Path, target: Path) -> Path:
 
     if is_safetensors(check_is_weights(path)):
         return path
-    save_file({key: value.clone() for key, value in read_tensors(path).items()}, target)
+    tensors = read_tensors(path)
+    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, target)
     return target
 
 

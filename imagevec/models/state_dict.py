@@ -47,6 +47,9 @@ _WRAPPERS = {
     *("_fpw_module", "_module"),
 }
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|polyak|averaged|teacher|shadow)([._]|$)")
+_ADAPTER = re.compile(
+    r"(^|[._])(lora|loha|lokr|hada|ia3|vera)_(A|B|up|down|w\d|l|lambda|embedding)(_|\.|\d|$)"
+)
 _COUNTERS = {"total_ops", "total_params", "n_averaged"}  # of thop and AveragedModel
 # Parts beside a backbone: classifiers, heads of self-supervised training, losses.
 _HEADS = re.compile(
@@ -143,9 +146,14 @@ def load_weights(
         for key, tensor in module.state_dict(keep_vars=True).items()
         if isinstance(tensor, torch.Tensor)  # there may be extra states
     }
-    found = _without_wrappers(
-        {rename(k): tensor for k, tensor in read_tensors(path).items()}, tensors
-    )
+    found = {rename(key): tensor for key, tensor in read_tensors(path).items()}
+    found = _without_wrappers(found, tensors)
+    adapter = next((key for key in found if _ADAPTER.search(key)), None)
+    if adapter is not None and not any(map(_ADAPTER.search, tensors)):
+        raise WeightsError(
+            f"{path.name} contains an adapter ({adapter}), which changes the weights of a base "
+            "model: merge the two, for example with peft's merge_and_unload, and save the result"
+        )
     removed, added = _prefixes(found, tensors, path.name)
     given = {added + k[len(removed) :]: found[k] for k in found if k.startswith(removed)}
     if given.keys() & tensors.keys():

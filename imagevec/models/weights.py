@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -118,6 +119,8 @@ def _existing(location: Location) -> Path:
         raise WeightsError(f"weights={location.path!r} is a folder: pass a file in it{inside}")
     if not path.is_file():
         raise WeightsError(f"weights={location.path!r}: no such file")
+    if not os.access(path, os.R_OK):
+        raise WeightsError(f"weights={location.path!r}: permission denied")
     return path
 
 
