@@ -131,7 +131,7 @@ class Tokenization:
         vocabulary: The name of a content-addressed file for Hugging Face's ``tokenizers``.
         clean: The cleaning before encoding, as in open_clip: ``"whitespace"`` repairs mojibake and
             HTML entities and collapses white space, ``"lower"`` also converts to lower case,
-            ``"canonicalize"`` also removes punctuation.
+            ``"canonicalize"`` also removes punctuation. ``"none"`` if the vocabulary does it.
         words: A regular expression whose matches are encoded separately; empty if the vocabulary
             splits texts itself.
         context_length: The number of tokens of a text, including the start and end tokens.
@@ -141,7 +141,7 @@ class Tokenization:
     """
 
     vocabulary: str
-    clean: Literal["whitespace", "lower", "canonicalize"]
+    clean: Literal["none", "whitespace", "lower", "canonicalize"]
     words: str
     context_length: int
     zeroed: int | None

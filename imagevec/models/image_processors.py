@@ -7,7 +7,7 @@ which this module does not import. Up to rounding, the result of an image is the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,12 +113,13 @@ def files(folder: Path) -> list[Path]:
     return [path for path in (folder / _NESTED, folder / CONFIG) if path.is_file()]
 
 
-def read(folder: Path, default_kind: str = "") -> Preprocessing:
+def read(folder: Path, class_name: Callable[[], str] | None = None) -> Preprocessing:
     """Returns the preprocessing that a folder's image processor does.
 
     Args:
         folder: A folder with ``preprocessor_config.json``.
-        default_kind: The name of the processor's class, if the file does not contain it.
+        class_name: A function that returns the name of the processor's class, for old files
+            without it.
 
     Raises:
         OptionError: The processor does what a ``Preprocessing`` cannot.
@@ -132,7 +133,9 @@ def read(folder: Path, default_kind: str = "") -> Preprocessing:
         if path.name == _NESTED:
             config = config.get("image_processor")
         if config is not None:
-            return to_preprocessing(config, default_kind)
+            if class_name is not None and not _class_name(config):
+                config = {**config, "image_processor_type": class_name()}
+            return to_preprocessing(config)
     raise WeightsError(
         f"{folder} has no {CONFIG}, which says how images are resized and normalised: copy the one "
         "of the model that these weights were trained from, or write it with "
@@ -140,19 +143,21 @@ def read(folder: Path, default_kind: str = "") -> Preprocessing:
     )
 
 
-def to_preprocessing(config: Mapping[str, Any], default_kind: str = "") -> Preprocessing:
+def to_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
     """Converts the content of ``preprocessor_config.json``.
 
     Raises:
         OptionError: The processor does what a ``Preprocessing`` cannot.
     """
-    name = _class_name(config) or default_kind
+    name = _class_name(config)
     kind = name.removesuffix("ImageProcessor")
     if kind not in KINDS:
         known = ", ".join(f"{kind}ImageProcessor" for kind in KINDS)
         raise OptionError(
             f"the image processor {name or '(unnamed)'} is not supported; use {known}"
         )
+    if "auto_map" in config:
+        raise OptionError(f"{name} is not supported: its code is in its folder (auto_map)")
     given = {key: value for key, value in config.items() if value is not None}
     steps = {"do_center_crop": False, **KINDS[kind], **given}
     try:

@@ -14,13 +14,22 @@ from typing import Any
 
 from imagevec.errors import OptionError
 from imagevec.files import expanded
-from imagevec.models import exported, factory, onnx, open_clip, saved, timm, torchvision
+from imagevec.models import (
+    exported,
+    factory,
+    onnx,
+    open_clip,
+    saved,
+    timm,
+    torchvision,
+    transformers,
+)
 from imagevec.models.factory import ModelFactory
 from imagevec.models.source import IMAGENET, REGISTERED, ModelSource
 from imagevec.spec import Preprocessing
 
 # In the order of the search; torchvision accepts any remaining name.
-SOURCES = (factory, saved, exported, onnx, timm, open_clip, torchvision)
+SOURCES = (factory, saved, exported, onnx, transformers, timm, open_clip, torchvision)
 
 
 def list_models() -> list[str]:
@@ -89,7 +98,10 @@ def find_source(model: str | Path | ModelFactory) -> ModelSource:
             return found
     path = expanded(str(model))
     if path.exists():
-        raise OptionError(f"model={str(model)!r} is not a saved model: it has no spec.json")
+        raise OptionError(
+            f"model={str(model)!r} is not a saved model, which has a spec.json, or a folder of "
+            "transformers, which has a config.json"
+        )
     raise OptionError(f"model={str(model)!r}: no such folder")
 
 
@@ -135,7 +147,10 @@ def check_is_name(model: str, origin: str) -> None:
     library = next((x.PREFIX for x in SOURCES if x.PREFIX and model.startswith(x.PREFIX)), "")
     name = model.removeprefix(library)
     is_path = name.startswith((".", "~")) or any(c in name for c in "/\\:")
+    if library == transformers.PREFIX:
+        is_path = False  # is_folder checks it
     is_path |= name.endswith((exported.SUFFIX, onnx.SUFFIX)) or saved.is_saved_model(model)
+    is_path |= transformers.is_folder(model)
     if not name or is_path or onnx.find(model):
         raise OptionError(
             f"the model {model!r} of {origin} is not a name: models are only loaded from paths "

@@ -1,7 +1,7 @@
 """Converts texts to int32 tokens like open_clip's tokenizers (``open_clip/tokenizer.py``).
 
-The vocabulary is one of the plan's files. Workers need the packages ftfy, regex and tokenizers, but
-not PyTorch or open_clip.
+The vocabulary is one of the plan's files. Workers need the package tokenizers, for open_clip's
+models also ftfy and regex, but not PyTorch, open_clip or transformers.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Path, tokenization: Tokenization) -> None:
         self._how = tokenization
-        self._regex, tokenizers = _library("regex"), _library("tokenizers")
-        self._encoder = tokenizers.Tokenizer.from_file(str(vocabulary))
+        self._encoder = _library("tokenizers").Tokenizer.from_file(str(vocabulary))
 
     def __call__(self, text: str) -> Tokens:
         """Returns the tokens of one text, int32 ``(context_length,)``."""
         cleaned: Any = clean(text, self._how.clean)
         if self._how.words:
             # Not the library's own split: its Unicode tables have a different version.
-            cleaned = self._regex.findall(self._how.words, cleaned, self._regex.IGNORECASE)
+            regex = _library("regex")
+            cleaned = regex.findall(self._how.words, cleaned, regex.IGNORECASE)
         encoded = self._encoder.encode(cleaned, is_pretokenized=bool(self._how.words))
         tokens = np.array(encoded.ids, np.int32)
         if self._how.zeroed is not None:
@@ -70,6 +70,8 @@ class Tokenizer:
 
 def clean(text: str, how: str) -> str:
     """Cleans a text as for training; ``how`` is the ``clean`` of ``Tokenization``."""
+    if how == "none":
+        return text
     text = html.unescape(html.unescape(_library("ftfy").fix_text(text)))
     if how == "canonicalize":
         text = text.translate(_NO_PUNCTUATION)

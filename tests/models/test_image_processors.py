@@ -104,7 +104,7 @@ def test_a_nested_configuration_comes_first(tmp_path):
     assert read(tmp_path).crop_size == 40
     (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
     (tmp_path / "preprocessor_config.json").write_text('{"size": 41}')
-    assert read(tmp_path, "ViTImageProcessor").crop_size == 41
+    assert read(tmp_path, lambda: "ViTImageProcessor").crop_size == 41
 
 
 def test_the_crop_is_rounded_down():
@@ -155,6 +155,13 @@ def test_the_crop_is_rounded_down():
         (
             {"image_processor_type": "ViTImageProcessor", "do_pad": True, "pad_size": 300},
             "it pads images to 300",
+        ),
+        (
+            {
+                "image_processor_type": "ViTImageProcessor",
+                "auto_map": {"AutoImageProcessor": "a.B"},
+            },
+            "its code is in its folder",
         ),
         ({"image_processor_type": "ViTImageProcessor", "do_thumbnail": True}, "step do_thumbnail"),
         (
