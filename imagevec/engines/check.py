@@ -32,22 +32,22 @@ if TYPE_CHECKING:
 
 Vectors = npt.NDArray[np.float32]
 
-# The lowest and highest values of two dark and two bright images. The range of the first contains
-# less than that of the second, because models may divide by the maximum of a batch.
-_RANGES = ((6, 70), (140, 255), (0, 95), (165, 247))
-_DARK, _BRIGHT = (0, 2), (3, 1)
+# The lowest and highest values of images: a dark, a varied and a bright one, and another dark and
+# bright one, whose ranges contain those of the first. Models may divide by the maximum of a batch.
+_RANGES = ((6, 70), (12, 240), (165, 247), (0, 95), (140, 255))
+_ALL = (0, 1, 2)
+_ALONE = ((0,), (2,))
+_ALIKE = ((0, 3), (2, 4))
 
-# As many texts as images. The last is longer than any context.
+# As many as in _ALL. The last is longer than any context.
 _TEXTS = (
     "dog",
     "a photo of two people who walk along a beach at sunset, with a small brown dog behind them",
-    "a red car",
     " ".join(["a plate of food on a wooden table, next to a glass of water,"] * 12),
 )
-_ALL = range(len(_TEXTS))
 
-# The batches for engines: the numbers of their inputs.
-_BATCHES = ((*_ALL, *reversed(_ALL)), (1, 3, 0), _DARK, _BRIGHT[:1])  # 8, 3, 2 and 1
+# The batches of 8, 3, 2 and 1 inputs for engines.
+_BATCHES = ((0, 1, 2, 2, 0, 1, 1, 0), (2, 0, 1), (0, 1), (2,))
 
 # The allowed distance between two vectors of an input. The first is relative to the vector's length
 # and to its distance from the mean of all vectors, whichever is smaller: those of untrained models
@@ -124,13 +124,12 @@ class Reference:
         Raises:
             OptionError: The vectors are random, or depend on the other inputs in a batch.
         """
-        dark, bright = _DARK[:1], _BRIGHT[:1]
         random_state = torch.get_rng_state()
-        alone = {numbers: self._run(numbers) for numbers in (dark, bright)}
+        alone = [self._run(numbers) for numbers in _ALONE]
         is_random = not random_state.equal(torch.get_rng_state())
         found = [
             self._difference(vectors, self._together[list(numbers)])
-            for numbers, vectors in alone.items()
+            for numbers, vectors in zip(_ALONE, alone, strict=True)
         ]
         if not any(found) and not is_random:
             return True
@@ -141,29 +140,29 @@ class Reference:
             raise self._refused(
                 f"two runs on the same {self._kind}s differ: {again}",
                 "random numbers, such as dropout that is always on, or state from earlier runs",
-                (dark, dark),
+                (_ALONE[0], _ALONE[0]),
             )
         if not any(found):
             return True
-        pairs = ((dark, _DARK), (bright, _BRIGHT))
-        alike = [self._difference(self._run(pair)[:1], alone[one]) for one, pair in pairs]
-        if any(alike) or self._kind == "text":
-            difference = next(filter(None, [*alike, *found]))
-            raise self._refused(
-                f"the vector of one {self._kind} depends on the others in its batch: {difference}",
-                "statistics of the batch, such as those of a BatchNorm without running statistics",
-                (dark, _ALL),
-            )
-        return False
+        if self._kind == "image":
+            pairs = [self._run(numbers)[:1] for numbers in _ALIKE]
+            if not any(map(self._difference, pairs, alone)):
+                return False
+        difference = next(filter(None, found))
+        raise self._refused(
+            f"the vector of one {self._kind} depends on the others in its batch: {difference}",
+            "statistics of the batch, such as those of a BatchNorm without running statistics",
+            (_ALONE[0], _ALL),
+        )
 
     def _check_state(self) -> None:
         """Raises ``OptionError`` if a forward pass changes a buffer that the same input changed.
 
         Two vectors do not show slow changes, such as those of a running mean.
         """
-        self._run(_DARK)
+        self._run(_ALL)
         buffers = _float_buffers(self._module)
-        self._run(_DARK)
+        self._run(_ALL)
         changed = _changed(buffers, self._module)
         if changed:
             raise OptionError(
@@ -289,26 +288,27 @@ def _batches(how: Preprocessing | Tokenization) -> Callable[[Sequence[int]], Inp
         tokenizer = Tokenizer(cache.stored(how.vocabulary), how)
         tokens = list(map(tokenizer, _TEXTS))
         return lambda numbers: tokenizer.stack([tokens[number] for number in numbers])
-    height, width = how.input_shape
-    rng = np.random.default_rng(0)
-    images = [_image(rng, height, width, *lowest_highest) for lowest_highest in _RANGES]
-    return lambda numbers: np.stack([images[number] for number in numbers])
+    image = functools.cache(functools.partial(_image, how.input_shape))
+    return lambda numbers: np.stack([image(number) for number in numbers])
 
 
-def _image(rng: np.random.Generator, height: int, width: int, lowest: int, highest: int) -> Pixels:
+def _image(shape: tuple[int, int], number: int) -> Pixels:
     """Returns noise whose amplitude is proportional to 1 / frequency, uint8 ``(H, W, 3)``.
 
     So is that of natural images (Field, 1987, "Relations between the statistics of natural images
     and the response properties of cortical cells").
     """
+    rng = np.random.default_rng(number)
+    height, width = shape
     image = np.zeros((height, width, 3))
     side = 2
-    while side <= max(height, width):
+    while side <= max(2, height, width):
         octave = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
         smooth = octave.resize((width, height), Image.Resampling.BICUBIC)
         image += (np.asarray(smooth) - 127.5) / side
         side *= 2
     image = (image - image.min()) / (image.max() - image.min())
+    lowest, highest = _RANGES[number]
     pixels: Pixels = np.round(lowest + (highest - lowest) * image).astype(np.uint8)
     return pixels
 

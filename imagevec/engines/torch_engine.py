@@ -93,7 +93,7 @@ def _fold_batch_norms(model: PixelModel) -> PixelModel:
         logger.info("batch norms are not folded: torch.fx cannot trace the model: %s", error)
         return model
     folded = PixelModel(fused, model.preprocessing).eval()
-    shape = (2, *model.preprocessing.input_shape, 3)
+    shape = (1, *model.preprocessing.input_shape, 3)
     pixels = torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).byte()
     pixels = pixels.to(next(model.buffers()).device)
     with torch.inference_mode():
