@@ -22,6 +22,7 @@ import logging
 import os
 import pickle
 import socket
+import subprocess
 import sys
 import threading
 import types
@@ -124,17 +125,18 @@ def explain_pickle(function: Callable[..., object], name: str = "fn") -> PickleR
 
 
 def _explain(function: Callable[..., object], name: str, by_value: bool) -> PickleReport:
-    size_of = functools.partial(_pickled_bytes, by_value=by_value)
     found = list(_walk(function, name, {}, 0, by_value))
     problems = tuple(
         CapturedObject(path, kind, _FIXES[kind]) for path, _, kind in found if kind is not None
     )
-    sizes = {path: size_of(value) for path, value, kind in found if kind is None}
-    largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
     try:
         size_bytes, error = len(_dumps(function, by_value)), None
     except Exception as raised:  # pickling runs the objects' own code
         size_bytes, error = None, f"{type(raised).__name__}: {raised}"
+    if by_value and size_bytes is not None and size_bytes <= _LARGE_BYTES:
+        found = []  # nobody reads the sizes of the parts, each of which would be pickled
+    sizes = {path: _pickled_bytes(x, by_value) for path, x, kind in found if kind is None}
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
     return PickleReport(size_bytes, problems, dict(largest), error)
 
 
@@ -222,8 +224,17 @@ def missing_module(error: ModuleNotFoundError) -> str:
 def _dumps(function: Any, by_value: bool) -> bytes:
     if not by_value:
         return cast(bytes, cloudpickle.dumps(function))
+    try:
+        return _dumps_by_value(function, careful=False)
+    except _CompiledError:
+        raise
+    except Exception:  # of a member that may not be needed
+        return _dumps_by_value(function, careful=True)
+
+
+def _dumps_by_value(function: Any, careful: bool) -> bytes:
     with _pickle_lock, io.BytesIO() as file, contextlib.ExitStack() as registered:
-        pickler = _Pickler(file, registered)
+        pickler = _Pickler(file, registered, careful)
         pickler.dump(function)
         while members := list(pickler.new_members()):
             pickler.dump(members)
@@ -241,18 +252,22 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     Args:
         file: The file to write to.
         registered: Ends the registration of modules at cloudpickle, which is global.
+        careful: Whether to leave out what cannot be pickled of the members of modules.
 
     Attributes:
         imported: The modules that the functions import when they run, by name.
     """
 
-    def __init__(self, file: io.BytesIO, registered: contextlib.ExitStack) -> None:
+    def __init__(
+        self, file: io.BytesIO, registered: contextlib.ExitStack, careful: bool = False
+    ) -> None:
         super().__init__(file)
         self.imported: dict[str, types.ModuleType] = {}
         self._functions: dict[int, types.FunctionType] = {}
         self._modules: dict[str, types.ModuleType] = {}
         self._sent: set[tuple[int, str]] = set()
         self._registered = registered
+        self._careful = careful
 
     def reducer_override(self, value: Any) -> Any:
         is_module = isinstance(value, types.ModuleType)
@@ -286,8 +301,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         named = set[str]().union(*(names_in(f.__code__) for f in self._functions.values()))
         for module in self._modules.values():
             for name in sorted(named & vars(module).keys()):
-                if self._is_new(module, name) and _can_be_carried(vars(module)[name]):
-                    yield module, name, vars(module)[name]
+                value = vars(module)[name]
+                is_wanted = self._is_new(module, name) and forbidden_kind(value) is None
+                if is_wanted and (not self._careful or _can_be_carried(value)):
+                    yield module, name, value
         for function in list(self._functions.values()):
             # cloudpickle overlooks the globals in the bodies of classes.
             for name in sorted(_global_names(function.__code__) & function.__globals__.keys()):
@@ -359,11 +376,14 @@ def _modules_of(function: Any) -> list[str]:
 
 
 def _is_on_workers(module: str) -> bool:
-    """Returns whether a module was added with ``addPyFile``, or is in ``PYTHONPATH``."""
-    added = [entry for entry in sys.path if "userFiles-" in entry]  # Spark's folder
-    entries = added + os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    """Returns whether a module was sent with ``addPyFile``, or a new process would find it."""
     name = module.partition(".")[0]
-    return importlib.machinery.PathFinder.find_spec(name, list(filter(None, entries))) is not None
+    sent = [entry for entry in sys.path if "userFiles-" in entry]  # Spark's folder
+    if importlib.machinery.PathFinder.find_spec(name, sent) is not None:
+        return True
+    code = f"import importlib.util, sys; sys.exit(not importlib.util.find_spec({name!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=os.path.abspath(os.sep), check=False)
+    return done.returncode == 0
 
 
 def is_installed(module: str | None) -> bool:
@@ -391,11 +411,11 @@ def imported_by(function: types.FunctionType) -> Iterator[types.ModuleType]:
     """
     package = function.__globals__.get("__package__") or ""
     for name, level, items in _import_statements(function.__code__):
-        with contextlib.suppress(Exception):  # a module that is missing, or whose code fails
+        with contextlib.suppress(Exception, SystemExit):  # it is missing, or its code fails
             base = importlib.util.resolve_name("." * level + name, package)
             yield from _own_modules(base)
             for item in items or ():
-                with contextlib.suppress(Exception):  # not a module
+                with contextlib.suppress(Exception, SystemExit):  # not a module
                     yield from _own_modules(f"{base}.{item}")
 
 

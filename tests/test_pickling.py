@@ -269,7 +269,8 @@ FILES = {
     "own/__init__": "",
     "own/helpers": "POWER = 3\n",
     "own/layers": (
-        "from torch import nn\n\nfrom .helpers import POWER\n\n\n"
+        "from torch import nn\n\nfrom .helpers import POWER\n\n"
+        "later = (x for x in ())  # not the one that is used: it cannot be pickled\n\n\n"
         "def block(x):\n    return x * POWER\n\n\n"
         "class Block(nn.Module):\n    def forward(self, x):\n        return block(x)\n"
     ),
