@@ -31,7 +31,7 @@ MAX_BYTES = 500_000_000
 """The largest accepted file."""
 
 RANDOM = "random"
-WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".index.json")
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".index.json")
 
 
 class Options(TypedDict, total=False):
