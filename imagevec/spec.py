@@ -185,7 +185,8 @@ class FeatureSpec:
         preprocessing: The preprocessing of images, or the tokenization of texts.
         precision: The lowest precision of the forward pass. Workers may compute in a higher one.
         normalize: Whether vectors are scaled to length 1.
-        code: A digest of a factory's code; empty for other models.
+        code: A digest of a factory's code, or of a configuration that comes with the weights; empty
+            for other models.
     """
 
     model: str

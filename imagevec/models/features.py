@@ -104,7 +104,7 @@ class FeatureModel:
     def code(self) -> str:
         """The value of ``FeatureSpec.code``."""
         if self.source.identity != "content":
-            return ""
+            return self.source.config_digest
         self._built = self._take_module()
         return self.source.code(self._built)
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from imagevec import cache
 from imagevec.errors import OptionError
 from imagevec.files import digest_of, expanded
+from imagevec.models import image_processors
 from imagevec.models.onnx_file import Input, OnnxFile, read
 from imagevec.models.source import IMAGENET, ModelSource
 from imagevec.options import RANDOM
@@ -84,7 +85,14 @@ class OnnxSource(ModelSource):
         return self.registered_name or f"onnx:{self.path.stem}"
 
     def files(self, weights: str) -> list[Path]:
-        return [self.path, *read(self.path).external]
+        described = [] if self.preset else image_processors.files(self._folder)
+        return [self.path, *read(self.path).external, *described]
+
+    @property
+    def _folder(self) -> Path:
+        """The folder that ``preprocessor_config.json`` is in."""
+        parent = self.path.parent
+        return parent.parent if parent.name == "onnx" else parent
 
     def to_save(
         self, weights: str, own: Callable[[], Path | None]
@@ -102,10 +110,13 @@ class OnnxSource(ModelSource):
         """Returns the file, or a list of the SHA-256 of all files if there are several."""
         if option != "DEFAULT":
             raise OptionError(f"weights={option!r} is not valid: {self.path.name} contains weights")
-        files = self.files(option)
-        if len(files) == 1:
+        external = read(self.path).external
+        if not external:
             return self.path
-        lines = [f"{digest_of(file)}  {file.relative_to(self.path.parent)}\n" for file in files]
+        lines = [
+            f"{digest_of(file)}  {file.relative_to(self.path.parent)}\n"
+            for file in (self.path, *external)
+        ]
         with cache.temporary_folder() as folder:
             path = folder / "sha256.txt"  # as `sha256sum` prints it
             path.write_text("".join(lines))
@@ -116,7 +127,7 @@ class OnnxSource(ModelSource):
 
     def preprocessing(self, weights_digest: str | None, weights: str = RANDOM) -> Preprocessing:
         image = read(self.path).image
-        chosen = self.preset or _of_input(image)
+        chosen = self.preset or self._of_folder() or _of_input(image)
         for side, taken in zip(chosen.input_shape, image.height_and_width, strict=True):
             if taken not in (None, side):
                 height, width = image.height_and_width
@@ -127,6 +138,10 @@ class OnnxSource(ModelSource):
         if image.dtype == "uint8":  # the pixels, from 0 to 255
             return dataclasses.replace(chosen, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3)
         return chosen
+
+    def _of_folder(self) -> Preprocessing | None:
+        folder = self._folder
+        return image_processors.read(folder) if image_processors.files(folder) else None
 
     def resized(
         self, preprocessing: Preprocessing, input_size: int | tuple[int, int]

@@ -1,5 +1,8 @@
 """open_clip models, named ``open_clip/<name>``, with comparable vectors of images and texts.
 
+``open_clip/local-dir:<folder>`` and ``open_clip/hf-hub:<owner>/<name>`` have an
+``open_clip_config.json`` and a file of weights, as ``open_clip.push_to_hf_hub`` writes them.
+
 Both towers use the same weights file. Features of images are the result of ``encode_image``, those
 of texts the result of ``encode_text``: the vectors after the projection, not normalised.
 """
@@ -7,9 +10,11 @@ of texts the result of ``encode_text``: the vectors after the projection, not no
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 from imagevec import cache
 from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
 from imagevec.files import expanded
+from imagevec.models import hub
 from imagevec.models.source import ModelSource
+from imagevec.models.weights import local_file
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES, names_file
 from imagevec.spec import Preprocessing, Tokenization, height_and_width
 
@@ -30,6 +37,14 @@ PREFIX = "open_clip/"
 # local weights file, they define its preprocessing and tokenization.
 _CONFIG = "open_clip_config.json"
 _TOKENIZER = "tokenizer.json"
+
+# As in open_clip.factory; "config.json" is that of a text tower of transformers.
+_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+_WEIGHTS += ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth")
+_WEIGHTS += ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+_TEXT_CONFIG = "config.json"
+_TOKENIZERS = (_TOKENIZER, "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 _DEFAULTS = {  # from open_clip.transform.PreprocessCfg
     "mean": (0.48145466, 0.4578275, 0.40821073),
@@ -46,7 +61,9 @@ def find(model: Any) -> OpenClipSource | None:
     """Returns the source of a name with the prefix. Whether it exists is checked later."""
     if not isinstance(model, str) or not model.startswith(PREFIX):
         return None
-    return OpenClipSource(model.removeprefix(PREFIX))
+    name = model.removeprefix(PREFIX)
+    repository = hub.find(name, PREFIX)
+    return OpenClipSource(name) if repository is None else _of_repository(repository)
 
 
 def names(part: str = "") -> list[str]:
@@ -60,19 +77,55 @@ def names(part: str = "") -> list[str]:
 
 @dataclass(frozen=True)
 class OpenClipSource(ModelSource):
-    """The image tower of an open_clip model; ``clip_name`` has no prefix."""
+    """The image tower of an open_clip model.
+
+    Attributes:
+        clip_name: The name without the prefix.
+        repository: The files of a model whose configuration is not open_clip's own. Workers do not
+            need them.
+        config: Its ``open_clip_config.json``, with the configuration of a text tower of
+            transformers as ``text_config``.
+    """
 
     clip_name: str
+    repository: hub.Repository | None = None
+    config: str = ""
 
     libraries = ("torch", "timm", "open_clip_torch")
     beside_weights = (_CONFIG, _TOKENIZER, "tokenizer_config.json")
 
     @property
     def name(self) -> str:
-        return PREFIX + self.clip_name
+        return self.repository.name("open_clip") if self.repository else PREFIX + self.clip_name
+
+    @property
+    def config_digest(self) -> str:
+        if not self.config:
+            return ""
+        return hashlib.sha256(json.dumps(self._config, sort_keys=True).encode()).hexdigest()
 
     def text_source(self) -> OpenClipTextSource:
-        return OpenClipTextSource(self.clip_name)
+        return OpenClipTextSource(self.clip_name, self.repository, self.config)
+
+    def has_weights(self) -> bool:
+        return self.repository is not None and self.repository.kind == "local-dir"
+
+    def files(self, weights: str) -> list[Path]:
+        if self.repository is None:
+            return super().files(weights)
+        own = [self._weights_file] if weights in ("", "DEFAULT") else super().files(weights)
+        config = self.repository.first((_CONFIG,), PREFIX)
+        beside = [config]
+        if self.repository.kind == "local-dir":
+            beside += map(config.with_name, (_TEXT_CONFIG, *_TOKENIZERS))
+        return [*own, *filter(Path.is_file, beside)]
+
+    def to_save(
+        self, weights: str, own: Callable[[], Path | None]
+    ) -> tuple[dict[str, str], dict[str, Path]]:
+        if self.repository is not None:
+            return self.repository.to_save(weights, own)
+        return super().to_save(weights, own)
 
     def check(self, layer: str | tuple[str, ...]) -> None:
         _ = self._config
@@ -83,9 +136,9 @@ class OpenClipSource(ModelSource):
             )
 
     def weights(self, option: str) -> Path | nn.Module | None:
-        from imagevec.models.state_dict import local_file
-
-        if option == RANDOM or names_file(option):
+        if self.repository is not None and option == "DEFAULT":
+            return self._weights_file
+        if self.repository is not None or option == RANDOM or names_file(option):
             return local_file(self.name, option)
         return _downloaded(self.name, self._tag(option))
 
@@ -151,6 +204,11 @@ class OpenClipSource(ModelSource):
         return tower
 
     @property
+    def _weights_file(self) -> Path:
+        assert self.repository is not None
+        return self.repository.first(_WEIGHTS, PREFIX)
+
+    @property
     def _config(self) -> dict[str, Any]:
         """open_clip's configuration of the model.
 
@@ -158,7 +216,9 @@ class OpenClipSource(ModelSource):
             OptionError: open_clip has no such model.
         """
         config: dict[str, Any] | None = None
-        if ":" not in self.clip_name:  # open_clip would read other places: hf-hub:, local-dir:
+        if self.config:
+            config = json.loads(self.config)["model_cfg"]
+        elif ":" not in self.clip_name:  # open_clip would read other places: hf-hub:, local-dir:
             config = _open_clip().get_model_config(self.clip_name)
         if config is None:
             known = (PREFIX + name for name in _open_clip().list_models())
@@ -173,6 +233,8 @@ class OpenClipSource(ModelSource):
             except ValueError as error:
                 raise WeightsError(f"{config} is not valid JSON: {error}") from error
             return found
+        if self.config:
+            return json.loads(self.config).get("preprocess_cfg") or {}
         tags = self._tags()
         return tags.get(weights) or next(iter({**self._fitting(tags), **tags}.values()), {})
 
@@ -218,6 +280,10 @@ class OpenClipSource(ModelSource):
 class OpenClipTextSource(OpenClipSource):
     """The text tower of an open_clip model."""
 
+    @property
+    def infers_shapes(self) -> bool:  # type: ignore[override]
+        return not self._config["text_cfg"].get("hf_model_name")  # its code depends on the padding
+
     def preprocessing(  # type: ignore[override]
         self, weights_digest: str | None, weights: str = RANDOM
     ) -> Tokenization:
@@ -234,9 +300,7 @@ class OpenClipTextSource(OpenClipSource):
             raise OptionError(f"the tokenizer of {self.name!r} is not supported: {text_cfg}")
         zeroed = None
         if text_cfg.get("hf_tokenizer_name"):
-            vocabulary = _beside(weights, _TOKENIZER)
-            where = str(vocabulary.parent) if vocabulary else text_cfg["hf_tokenizer_name"]
-            tokenizer = _of_transformers(self.name, where)
+            tokenizer = _of_transformers(self.name, self._tokenizer(weights))
             encoder = _padded_by(tokenizer, context_length)
             words, clean = "", "whitespace"
             if options.get("strip_sep_token"):
@@ -264,6 +328,15 @@ class OpenClipTextSource(OpenClipSource):
 
         return text_tower(self.name, self._config, weights, self._reads_padding)
 
+    def _tokenizer(self, weights: str) -> str:
+        """Returns the folder or the name on the hub of a tokenizer of transformers."""
+        vocabulary = _beside(weights, _TOKENIZER)
+        if vocabulary is None and self.repository is not None:
+            is_local = self.repository.kind == "local-dir"
+            vocabulary = self.repository.find(_TOKENIZERS) if is_local else None
+        name: str = self._config["text_cfg"]["hf_tokenizer_name"]
+        return name if vocabulary is None else str(vocabulary.parent)
+
     @property
     def _reads_padding(self) -> bool:
         """Whether the vector of a text depends on the tokens after its end.
@@ -274,6 +347,64 @@ class OpenClipTextSource(OpenClipSource):
         is_causal = not (text_cfg.get("no_causal_mask") or text_cfg.get("hf_model_name"))
         takes_end = text_cfg.get("pool_type", "argmax") == "argmax" and "embed_cls" not in text_cfg
         return not (is_causal and takes_end)
+
+
+def _of_repository(repository: hub.Repository) -> OpenClipSource:
+    """Reads the configuration.
+
+    Raises:
+        OptionError: It names files or models elsewhere.
+        WeightsError: There is none, or it is not open_clip's.
+    """
+    content = repository.json(_CONFIG, PREFIX)
+    model_cfg = content.get("model_cfg")
+    parts = ("vision_cfg", "text_cfg")
+    is_valid = isinstance(model_cfg, dict) and "embed_dim" in model_cfg
+    if not is_valid or not all(isinstance(model_cfg.get(part), dict) for part in parts):
+        raise WeightsError(
+            f"{_CONFIG} of {repository.where} is not open_clip's: it has no 'model_cfg' with "
+            "'embed_dim', 'vision_cfg' and 'text_cfg'"
+        )
+    text_cfg = model_cfg["text_cfg"]
+    timm_name = model_cfg["vision_cfg"].get("timm_model_name")
+    hub_names = [text_cfg.get(key) for key in ("hf_model_name", "hf_tokenizer_name")]
+    is_elsewhere = any(name and not _HUB_NAME.fullmatch(str(name)) for name in hub_names)
+    if is_elsewhere or (timm_name and not re.fullmatch(r"[\w.-]+", str(timm_name))):
+        named = ", ".join(map(repr, filter(None, [timm_name, *hub_names])))
+        raise OptionError(f"{_CONFIG} of {repository.where} is not valid: it names paths ({named})")
+    kept = {"model_cfg": model_cfg, "preprocess_cfg": content.get("preprocess_cfg")}
+    if text_cfg.get("hf_model_name"):
+        text_cfg["text_config"] = _text_config(repository, text_cfg["hf_model_name"])
+    return OpenClipSource(str(repository), repository, json.dumps(kept, sort_keys=True))
+
+
+def _text_config(repository: hub.Repository, name: str) -> dict[str, Any]:
+    """Returns the configuration of a text tower of transformers.
+
+    Args:
+        repository: The model's files, which may contain it.
+        name: The text tower's name on the hub.
+
+    Raises:
+        OptionError: It needs code of its own.
+        WeightsError: It cannot be found.
+    """
+    found = repository.find((_TEXT_CONFIG,)) if repository.kind == "local-dir" else None
+    place = repository if found else hub.Repository("hf-hub", name)
+    try:
+        config = place.json(_TEXT_CONFIG, PREFIX)
+    except WeightsError as error:
+        raise WeightsError(
+            f"the text tower of {repository.where} is {name!r} of transformers, and its "
+            f"configuration is missing: put {_TEXT_CONFIG} of {name} next to {_CONFIG} in the "
+            "folder"
+        ) from error
+    if "auto_map" in config or "model_type" not in config:
+        raise OptionError(
+            f"{_TEXT_CONFIG} of {place.where} is not supported: it needs code that is not in "
+            "transformers (auto_map), or has no model_type"
+        )
+    return config
 
 
 def _beside(weights: str, name: str) -> Path | None:
@@ -325,7 +456,7 @@ def _of_transformers(name: str, where: str) -> Any:
     except ImportError as error:
         raise MissingExtraError("transformers", "clip") from error
     try:
-        return AutoTokenizer.from_pretrained(where)
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError) as error:  # raised by transformers without a network
         first = str(error).partition("\n")[0]
         raise WeightsError(

@@ -17,6 +17,7 @@ from imagevec.files import expanded
 from imagevec.models import (
     exported,
     factory,
+    hub,
     onnx,
     open_clip,
     saved,
@@ -44,7 +45,7 @@ def register_model(
 
     Args:
         name: A new name.
-        factory: A function that returns a new ``nn.Module`` for input float32 ``(N, 3, S, S)``. It
+        factory: A function that returns a new ``nn.Module`` for input float32 ``(N, 3, H, W)``. It
             is pickled with cloudpickle, and called once per plan on the driver and once in each
             worker that runs it with PyTorch; OpenVINO's workers load the converted model. Or the
             path of an ``.onnx`` file: see ``imagevec.models.onnx``. Or the path of a ``.pt2`` file,
@@ -147,6 +148,8 @@ def check_is_name(model: str, origin: str) -> None:
     library = next((x.PREFIX for x in SOURCES if x.PREFIX and model.startswith(x.PREFIX)), "")
     name = model.removeprefix(library)
     is_path = name.startswith((".", "~")) or any(c in name for c in "/\\:")
+    if library in (timm.PREFIX, open_clip.PREFIX) and hub.is_repository(name):
+        is_path = False
     if library == transformers.PREFIX:
         is_path = False  # is_folder checks it
     is_path |= name.endswith((exported.SUFFIX, onnx.SUFFIX)) or saved.is_saved_model(model)

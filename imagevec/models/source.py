@@ -68,6 +68,7 @@ class ModelSource(ABC):
         infers_shapes: Whether PyTorch's ``meta`` device can infer the shapes without computing.
         beside_weights: The names of files next to a weights file that describe how to use it.
         defaults: The options whose defaults are the source's own.
+        config_digest: A digest of a configuration that comes with the weights, else empty.
     """
 
     backends: tuple[str, ...] = ENGINES
@@ -84,6 +85,10 @@ class ModelSource(ABC):
     @property
     def defaults(self) -> dict[str, Any]:
         return {}
+
+    @property
+    def config_digest(self) -> str:
+        return ""
 
     def precision(self, option: str) -> str:
         """Resolves a ``precision`` option: ``"auto"`` is whatever each worker computes fast.
@@ -320,7 +325,7 @@ class ModelSource(ABC):
         if self.identity == "name":  # and nothing has to be built
             files = self.files(model.weights)
             parts += [digest_of(file) if file.is_file() else "" for file in files]
-            parts += [] if files else [model.weights]
+            parts += [] if names_file(model.weights) else [model.weights]
         else:
             parts += [model.weights_name, content, dataclasses.asdict(model.preprocessing)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,7 +57,7 @@ class CausalTextTower(Tower):
 
 
 def image_tower(name: str, config: Mapping[str, Any], weights: Path | None) -> Tower:
-    """Builds the module of ``encode_image``, float32 ``(N, 3, S, S)`` to ``(N, D)``.
+    """Builds the module of ``encode_image``, float32 ``(N, 3, H, W)`` to ``(N, D)``.
 
     The arguments are those of ``model``.
     """
@@ -118,11 +121,26 @@ def _converted(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.
 def _built(name: str, config: Mapping[str, Any]) -> nn.Module:
     parts = {key: value for key, value in config.items() if key != "custom_text"}
     parts["vision_cfg"] = {**parts["vision_cfg"], "timm_model_pretrained": False}
-    parts["text_cfg"] = {**parts["text_cfg"], "hf_model_pretrained": False}
     kind: Any = open_clip.CoCa if "multimodal_cfg" in parts else open_clip.CustomTextCLIP
-    try:
-        built: nn.Module = kind(**parts)
-    except (OSError, RuntimeError) as error:  # a text tower from transformers without a network
-        first = str(error).partition("\n")[0]
-        raise OptionError(f"open_clip cannot build {name!r}: {first}") from error
+    with _text_cfg(parts["text_cfg"]) as text_cfg:
+        try:
+            built: nn.Module = kind(**{**parts, "text_cfg": text_cfg})
+        except Exception as error:  # no network for transformers' text tower, or a wrong key
+            first = str(error).partition("\n")[0]
+            raise OptionError(f"open_clip cannot build {name!r}: {first}") from error
     return built
+
+
+@contextmanager
+def _text_cfg(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields a configuration of a text tower whose ``text_config`` is in a folder.
+
+    ``open_clip.hf_model.HFTextEncoder`` reads the configuration of a model of transformers there.
+    """
+    text_cfg = {**config, "hf_model_pretrained": False}
+    text_config = text_cfg.pop("text_config", None)
+    with tempfile.TemporaryDirectory() as folder:
+        if text_config is not None:
+            (Path(folder) / "config.json").write_text(json.dumps(text_config))
+            text_cfg["hf_model_name"] = folder
+        yield text_cfg

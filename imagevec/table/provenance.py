@@ -34,7 +34,8 @@ class Provenance:
         preprocessing: How the pixels or texts were prepared for the model.
         precision: The lowest precision of the forward pass.
         normalize: Whether each vector has length 1.
-        code: A digest of a factory's code; empty for other models.
+        code: A digest of a factory's code, or of a configuration that comes with the weights; empty
+            for other models.
         imagevec: The version of imagevec that computed the features.
     """
 

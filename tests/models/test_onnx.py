@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -92,7 +94,7 @@ def network(path: Path, *, dtype: int = FLOAT, layout: str = "NCHW", **options: 
         *first,
         node("Conv", "y kernel", "maps", strides=[4, 4]),
         node("Relu", "maps", "relu"),
-        node("ReduceMean", "relu", "means", axes=[3], keepdims=0),
+        node("AveragePool", "relu", "means", kernel_shape=[1, 7]),
         node("Flatten", "means", "flat"),
         node("MatMul", "flat matrix", "products"),
         node("Cast", "products", "features", to=out_dtype),
@@ -213,6 +215,7 @@ def test_exported_models_equal_onnx_runtime(model, dynamo, batch, tmp_path):
     [
         {},
         {"opset": 11},
+        {"opset": 23},
         {"shape": (1, 3, 32, 32)},
         {"shape": (4, 3, 32, 32)},
         {"layout": "NHWC"},
@@ -576,6 +579,23 @@ def check_vectors_of(name: str, path: Path) -> Any:
     vector = vector_of(encode(photo()), model=name, engine="openvino")
     np.testing.assert_allclose(vector, expected_of(path, pixels, how)[0], rtol=1e-3, atol=1e-5)
     return spec
+
+
+@pytest.mark.parametrize("folder", [".", "onnx"])
+def test_preprocessor_config_of_the_folder(folder, tmp_path):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    path = network(tmp_path / folder / "model.onnx")
+    size = {"height": 32, "width": 32}
+    config: dict[str, Any] = {"image_processor_type": "ViTImageProcessor", "size": size}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    half = (0.5, 0.5, 0.5)
+    expected = Preprocessing(resize_size=32, crop_size=32, mean=half, std=half, squash=True)
+    spec = check_vectors(path)
+    assert dataclasses.replace(spec.preprocessing, crop_offset="round") == expected
+    assert make_plan(model=tmp_path).spec == spec
+    config["image_mean"] = [0.25, 0.5, 0.5]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    assert check_vectors(path).preprocessing.mean == (0.25, 0.5, 0.5)
 
 
 def test_graph_that_normalises_itself_takes_scaled_pixels(tmp_path):
