@@ -38,10 +38,12 @@ class Options(TypedDict, total=False):
     """The keyword options of ``features_udf``, ``make_features_udf`` and ``ImageVectorizer``."""
 
     model: str | Path | Callable[[], nn.Module]
-    """A name from ``list_models()``, ``"timm/<name>"``, ``"open_clip/<name>"``, a zero-argument
-    factory that returns an ``nn.Module``, the path of a saved model, or the path of a ``.pt2``
-    file. Loading a ``.pt2`` file can run code that it contains: see ``imagevec.models.exported``.
-    Default ``"resnet50"``."""
+    """A name from ``list_models()``, ``"timm/<name>"``, ``"open_clip/<name>"``,
+    ``"transformers/<name>"``, a zero-argument factory that returns an ``nn.Module``, the folder of
+    a saved model or of one of transformers, or the path of an ``.onnx`` or ``.pt2`` file. For timm
+    and open_clip, a name may be ``hf-hub:<owner>/<name>`` or ``local-dir:<folder>``. Loading a
+    ``.pt2`` file can run code that it contains: see ``imagevec.models.exported``. Default
+    ``"resnet50"``."""
     weights: str | Path
     """The name of pretrained weights (a torchvision name or an open_clip tag), the path or URI of a
     checkpoint, such as a ``.pth``, ``.ckpt`` or ``.safetensors`` file, or ``"random"`` (seeded:
@@ -295,8 +297,8 @@ OPTIONS = (
         "resnet50",
         "model",
         _model,
-        "a model name, timm/<name>, open_clip/<name>, a factory, the folder of a saved model, "
-        "or a .pt2 file",
+        "a model name, timm/<name>, open_clip/<name>, transformers/<name>, a factory, the folder "
+        "of a model, or an .onnx or .pt2 file",
     ),
     Option(
         "weights",

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="query text, for features of an open_clip model; repeat for several",
     )
     parser.add_argument("-k", type=int, default=10, help="neighbours per query (default: 10)")
-    parser.add_argument("--model", help="saved model or .pt2 file that the table was made with")
+    parser.add_argument("--model", help="folder, .onnx or .pt2 file that the table was made with")
     parser.add_argument(
         "--weights", help="weights that the table was made with, if not in the cache"
     )

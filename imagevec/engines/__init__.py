@@ -78,18 +78,6 @@ class Backend(Protocol):
             OptionError: The backend cannot run this model.
         """
 
-    def prepare_onnx(
-        self, file: OnnxFile, model: FeatureModel
-    ) -> tuple[tuple[Path, ...], tuple[int, ...]]:
-        """Returns the files for ``load``, and the length of each layer's vector.
-
-        Only for backends of ``OnnxSource``. Runs on the driver.
-
-        Raises:
-            OptionError: The backend cannot run the graph, or an option does not fit it.
-            WeightsError: The graph returns no finite numbers.
-        """
-
     def load(
         self,
         spec: FeatureSpec,
@@ -106,6 +94,22 @@ class Backend(Protocol):
             files: The files from ``prepare``, in order.
             device: ``"cpu"`` or ``"cuda:N"``.
             threads: The number of threads of one forward pass on the CPU.
+        """
+
+
+class OnnxBackend(Backend, Protocol):
+    """A backend that reads ONNX files."""
+
+    def prepare_onnx(
+        self, file: OnnxFile, model: FeatureModel
+    ) -> tuple[tuple[Path, ...], tuple[int, ...]]:
+        """Returns the files for ``load``, and the length of each layer's vector.
+
+        Runs on the driver.
+
+        Raises:
+            OptionError: The backend cannot run the graph, or an option does not fit it.
+            WeightsError: The graph returns no finite numbers.
         """
 
 

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from imagevec import cache
 from imagevec.errors import OptionError
@@ -34,7 +34,7 @@ from imagevec.spec import FeatureSpec, Preprocessing, Tokenization
 if TYPE_CHECKING:
     from torch import nn
 
-    from imagevec.engines import Backend
+    from imagevec.engines import Backend, OnnxBackend
     from imagevec.models.features import FeatureModel
 
 PREFIX = ""
@@ -156,7 +156,7 @@ class OnnxSource(ModelSource):
     def convert(
         self, backend: Backend, model: FeatureModel
     ) -> tuple[FeatureSpec, tuple[Path, ...]]:
-        files, sizes = backend.prepare_onnx(read(self.path), model)
+        files, sizes = cast("OnnxBackend", backend).prepare_onnx(read(self.path), model)
         return model.spec_of(sizes), files
 
 
