@@ -218,6 +218,34 @@ def test_features_of_another_size_are_timms(name, input_size, engine, tmp_path):
         assert cosine(engine_(np.stack([alone]))[0], wanted) >= 0.9999
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # by timm
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")
+@pytest.mark.parametrize("size", [(160, 96), (64, 192)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "layer", "pool"),
+    [
+        ("test_convnext", "stages.1", lambda node: node.mean((2, 3))),
+        ("swin_tiny_patch4_window7_224", "layers.1", lambda node: node.mean((1, 2))),
+        ("test_vit", "blocks.1", lambda node: node[:, 0]),
+        ("test_vit", "patch_embed", lambda node: node.mean((1, 2))),
+    ],
+)
+def test_layers_of_another_size_are_pooled_as_their_shape_says(name, layer, pool, size, tmp_path):
+    weights = tmp_path / "weights.pth"
+    options = {"img_size": size} if name != "test_convnext" else {}
+    model = saved(
+        functools.partial(pytest.importorskip("timm").create_model, name, **options), weights
+    )
+    nodes = []
+    model.get_submodule(layer).register_forward_hook(lambda module, args, out: nodes.append(out))
+    source = find_source(f"timm/{name}")
+    with torch.inference_mode():
+        model(model_input(source.resized(source.preprocessing(None), size)))
+    given = {"model": source.name, "weights": str(weights), "layer": layer, "input_size": size}
+    (expected,) = pool(nodes[0])
+    assert cosine(vector_of(PNG, **given), expected) >= 0.9999
+
+
 def test_weights_of_the_size_are_used_as_they_are(tmp_path):
     timm = pytest.importorskip("timm")
     weights = tmp_path / "weights.pth"
