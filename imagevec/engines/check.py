@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from imagevec import cache
-from imagevec.engines import Engine, Inputs
+from imagevec.engines import Engine, Inputs, devices
 from imagevec.engines.torch_engine import PixelModel
 from imagevec.errors import ImageVecError, OptionError, WeightsError
 from imagevec.images.decode import Pixels
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from imagevec.models.features import FeatureModel
 
 Vectors = npt.NDArray[np.float32]
+Batches = Callable[[Sequence[int]], Inputs]
+"""A function from the numbers of inputs to a new batch of them."""
 
 # The lowest and highest values of images: a dark, a varied and a bright one, and another dark and
 # bright one, whose ranges contain those of the first. Models may divide by the maximum of a batch.
@@ -56,6 +59,41 @@ _BATCHES = ((0, 1, 2, 2, 0, 1, 1, 0), (2, 0, 1), (0, 1), (2,))
 # to PyTorch was at most 1.4e-6 of the length and 2.5e-5 of the distance from the mean.
 _TOLERANCE = 1e-2
 _ROUNDING = 1e-4
+
+
+def check_conversion(model: FeatureModel, load: Callable[[int], Engine], hint: str = "") -> None:
+    """Compares the vectors of an engine with PyTorch's, in batches of 8, 3, 2 and 1 inputs.
+
+    Args:
+        model: The model.
+        load: A function from a number of threads to an engine that was made from the model.
+        hint: What may explain a difference, for the error.
+
+    Raises:
+        ConversionError: They differ.
+        OptionError: As ``Reference``.
+        WeightsError: As ``Reference``.
+    """
+    batch = _batches(model.preprocessing)
+    with devices.within_quota() as threads, ThreadPoolExecutor(max_workers=1) as executor:
+        # PyTorch's threads wait actively for each other: beside the engine's, few are faster.
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        outputs = executor.submit(lambda: run_batches(load(threads), batch))
+        reference = Reference(model)
+    reference.compare(outputs.result(), hint)
+
+
+def run_batches(engine: Engine, batch: Batches) -> list[Vectors | Exception]:
+    """Runs an engine on batches of 8, 3, 2 and 1 inputs. Returns an error in place of vectors."""
+    outputs: list[Vectors | Exception] = []
+    for numbers in _BATCHES:
+        try:
+            outputs.append(engine(batch(numbers)))
+        except MemoryError:
+            raise
+        except Exception as error:  # of the library
+            outputs.append(error)
+    return outputs
 
 
 class Reference:
@@ -86,12 +124,8 @@ class Reference:
         if _changed(buffers, self._module):
             self._check_state()
 
-    def compare(self, engine: Engine, hint: str = "") -> None:
-        """Compares the vectors of an engine with PyTorch's, in batches of 8, 3, 2 and 1 inputs.
-
-        Args:
-            engine: The engine that was made from the model.
-            hint: What is known about a difference, for the error.
+    def compare(self, outputs: Sequence[Vectors | Exception], hint: str = "") -> None:
+        """Compares the result of ``run_batches`` with the vectors of PyTorch.
 
         Raises:
             ConversionError: They differ.
@@ -100,15 +134,11 @@ class Reference:
             raise ConversionError(
                 f"it computes different functions of dark and bright images{hint}"
             )
-        for numbers in _BATCHES:
-            try:
-                vectors = engine(self._batch(numbers))
-            except MemoryError:
-                raise
-            except Exception as error:  # of the library
+        for numbers, vectors in zip(_BATCHES, outputs, strict=True):
+            if isinstance(vectors, Exception):
                 raise ConversionError(
-                    f"it fails for a batch of {len(numbers)} ({_lines(error)[-1]}){hint}"
-                ) from error
+                    f"it fails for a batch of {len(numbers)} ({_lines(vectors)[-1]}){hint}"
+                ) from vectors
             difference = self._difference(vectors, self._together[list(numbers)])
             if difference:
                 raise ConversionError(
@@ -282,16 +312,16 @@ def _forward(model: FeatureModel) -> Callable[[Inputs], Vectors]:
     return forward
 
 
-def _batches(how: Preprocessing | Tokenization) -> Callable[[Sequence[int]], Inputs]:
-    """Returns a function from the numbers of inputs to a new batch of them."""
+def _batches(how: Preprocessing | Tokenization) -> Batches:
     if isinstance(how, Tokenization):
         tokenizer = Tokenizer(cache.stored(how.vocabulary), how)
         tokens = list(map(tokenizer, _TEXTS))
         return lambda numbers: tokenizer.stack([tokens[number] for number in numbers])
-    image = functools.cache(functools.partial(_image, how.input_shape))
-    return lambda numbers: np.stack([image(number) for number in numbers])
+    shape = how.input_shape
+    return lambda numbers: np.stack([_image(shape, number) for number in numbers])
 
 
+@functools.lru_cache(maxsize=len(_RANGES))
 def _image(shape: tuple[int, int], number: int) -> Pixels:
     """Returns noise whose amplitude is proportional to 1 / frequency, uint8 ``(H, W, 3)``.
 

@@ -72,16 +72,17 @@ def has_bfloat16(device: str) -> bool:
 
 def prepare(model: FeatureModel) -> tuple[Path, ...]:
     """Returns the files of the graph and its weights, whose vectors are PyTorch's."""
-    from imagevec.engines.check import Reference
+    from imagevec.engines.check import check_conversion
 
-    spec = model.spec
+    precision = model.spec.precision
     converted, hint = _converted(model)
     needed_bytes = sum(tensor.nbytes for tensor in model.module.state_dict().values())
     with cache.temporary_folder(needed_bytes) as folder:
         files = save(converted, folder)
         del converted
-        with devices.within_quota() as threads:
-            Reference(model).compare(OpenVINOEngine(read(files), spec.precision, threads), hint)
+        check_conversion(
+            model, lambda threads: OpenVINOEngine(read(files), precision, threads), hint
+        )
         return tuple(cache.store(path, move=True) for path in files)
 
 

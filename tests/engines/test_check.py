@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from imagevec import ImageVecError, OptionError, Preprocessing, WeightsError, cache, register_model
-from imagevec.engines.check import Reference
+from imagevec.engines.check import Reference, check_conversion
 from imagevec.engines.torch_engine import TorchEngine
 from imagevec.models.factory import FactorySource
 from imagevec.models.features import FeatureModel
@@ -533,17 +533,17 @@ class TwoLayers(nn.Module):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_each_of_several_layers_is_compared(normalize):
     model = feature_model(TwoLayers, layer=("small", "large"), normalize=normalize)
-    reference = Reference(model)
     sizes = model.spec.sizes
     assert sizes == (3, 8)
 
-    def engine(inputs: np.ndarray, factor: float = 1.0) -> np.ndarray:
-        vectors = TorchEngine(model.module, SMALL, "cpu", "float32")(inputs)
-        return vectors * np.repeat([factor, 1], sizes).astype(np.float32)
+    engine = TorchEngine(model.module, SMALL, "cpu", "float32")
+    check_conversion(model, lambda threads: engine)
 
-    reference.compare(engine)
+    def changed(inputs: np.ndarray) -> np.ndarray:
+        return engine(inputs) * np.repeat([1.1, 1], sizes).astype(np.float32)
+
     with pytest.raises(ConversionError, match="differs from PyTorch"):
-        reference.compare(lambda inputs: engine(inputs, 1.1))
+        check_conversion(model, lambda threads: changed)
 
 
 @pytest.mark.parametrize(
@@ -564,20 +564,26 @@ def test_any_difference_is_found(change, kind):
     if kind is NearlyConstant and change[0] == "reordered":
         return  # all its vectors are equal up to rounding errors
     model = feature_model(kind)
-    reference = Reference(model)
     engine = TorchEngine(model.module, SMALL, "cpu", "float32")
-    reference.compare(engine)
+    check_conversion(model, lambda threads: engine)
+
+    def changed(inputs: np.ndarray) -> np.ndarray:
+        return change[1](engine(inputs)).astype(np.float32)
+
     with pytest.raises(ConversionError, match="differs from PyTorch"):
-        reference.compare(lambda inputs: change[1](engine(inputs)).astype(np.float32))
+        check_conversion(model, lambda threads: changed)
 
 
 @pytest.mark.parametrize("wrong", [1, 2, 3, 8])
 def test_batches_of_1_2_3_and_8_are_compared(wrong):
     model = feature_model(Net)
     engine = TorchEngine(model.module, SMALL, "cpu", "float32")
-    reference = Reference(model)
+
+    def changed(inputs: np.ndarray) -> np.ndarray:
+        return engine(inputs) * (2 if len(inputs) == wrong else 1)
+
     with pytest.raises(ConversionError, match=f"for a batch of {wrong}, it differs"):
-        reference.compare(lambda inputs: engine(inputs) * (2 if len(inputs) == wrong else 1))
+        check_conversion(model, lambda threads: changed)
 
 
 def test_lack_of_memory_is_no_difference():
@@ -585,7 +591,7 @@ def test_lack_of_memory_is_no_difference():
         raise MemoryError("too little")
 
     with pytest.raises(MemoryError, match="too little"):
-        Reference(feature_model(Net)).compare(engine)
+        check_conversion(feature_model(Net), lambda threads: engine)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_32", "timm/test_vit", "timm/test_resnet"])
