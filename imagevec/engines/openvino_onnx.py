@@ -124,8 +124,8 @@ def _output(graph: Any, file: OnnxFile, batch: int, layer: str) -> Any:
         if len(vectors) != 1:
             cure = f"choose one with layer={vectors[0]!r}" if vectors else cure
             raise OptionError(
-                f"layer='pooled' is not valid: {len(vectors)} outputs of {file.path.name} are "
-                f"vectors (N, D), of {listed}: {cure}"
+                f"layer='pooled' is not valid: {len(vectors) or 'none'} of the outputs of "
+                f"{file.path.name} are vectors (N, D): {cure} (outputs: {listed})"
             )
         layer = vectors[0]
     if layer not in by_name:

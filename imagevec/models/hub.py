@@ -68,16 +68,17 @@ class Repository:
         Raises:
             WeightsError: There is none, or the hub cannot be reached.
         """
+        listed = " or ".join(names[:2])  # the others are rare
         try:
             found = self.find(names)
         except WeightsError as error:
             raise WeightsError(
-                f"{error}. Without a network, download {' or '.join(names)} of {self.where} on "
+                f"{error}. Without a network, download {listed} of {self.where} on "
                 "another machine, put it in a folder with the other files of the model, and use "
                 f"model='{prefix}local-dir:<folder>'"
             ) from error
         if found is None:
-            raise WeightsError(f"{self.where} does not contain {' or '.join(names)}")
+            raise WeightsError(f"{self.where} does not contain {listed}")
         return found
 
     def find(self, names: Sequence[str]) -> Path | None:

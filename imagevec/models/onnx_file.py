@@ -112,7 +112,7 @@ def _check_begin(path: Path) -> None:
     if not begin:
         raise WeightsError(f"{path} is empty")
     if begin == _LFS:
-        raise WeightsError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
+        raise WeightsError(f"{path} is a git-lfs pointer, not the file: run 'git lfs pull' there")
     if begin.startswith((b"PK\x03\x04", b"\x1f\x8b")):
         raise WeightsError(f"{path} is an archive: unpack it, and use the .onnx file in it")
 
