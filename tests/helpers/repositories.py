@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.helpers.clip import CONFIGS, write_tokenizer
 
 SMALL = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
-DATA = {"input_size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+DATA: dict[str, Any] = {"input_size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
 DATA |= {"crop_pct": 0.8, "interpolation": "bilinear"}
 
 

@@ -292,7 +292,8 @@ def test_open_clip_repository(hub_cache, tmp_path):
     shutil.copy(bert / "config.json", folder)
     local: dict[str, Any] = {"model": f"open_clip/local-dir:{folder}"}
     remote: dict[str, Any] = {"model": "open_clip/hf-hub:someone/model"}
-    one, other = (ImageVectorizer(**options).extract_features(PNG) for options in (local, remote))
+    one: Any = ImageVectorizer(**local).extract_features(PNG)
+    other: Any = ImageVectorizer(**remote).extract_features(PNG)
     assert np.array_equal(one, other)
     assert find_source(**remote).text_source().name == "open_clip/hf-hub:someone/model"
 
