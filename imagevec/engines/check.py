@@ -61,13 +61,12 @@ _TOLERANCE = 1e-2
 _ROUNDING = 1e-4
 
 
-def check_conversion(model: FeatureModel, load: Callable[[int], Engine], hint: str = "") -> None:
+def check_conversion(model: FeatureModel, load: Callable[[int], Engine]) -> None:
     """Compares the vectors of an engine with PyTorch's, in batches of 8, 3, 2 and 1 inputs.
 
     Args:
         model: The model.
         load: A function from a number of threads to an engine that was made from the model.
-        hint: What may explain a difference, for the error.
 
     Raises:
         ConversionError: They differ.
@@ -80,7 +79,7 @@ def check_conversion(model: FeatureModel, load: Callable[[int], Engine], hint: s
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
         outputs = executor.submit(lambda: run_batches(load(threads), batch))
         reference = Reference(model)
-    reference.compare(outputs.result(), hint)
+    reference.compare(outputs.result())
 
 
 def run_batches(engine: Engine, batch: Batches) -> list[Vectors | Exception]:
@@ -124,25 +123,23 @@ class Reference:
         if _changed(buffers, self._module):
             self._check_state()
 
-    def compare(self, outputs: Sequence[Vectors | Exception], hint: str = "") -> None:
+    def compare(self, outputs: Sequence[Vectors | Exception]) -> None:
         """Compares the result of ``run_batches`` with the vectors of PyTorch.
 
         Raises:
             ConversionError: They differ.
         """
         if self.branches:
-            raise ConversionError(
-                f"it computes different functions of dark and bright images{hint}"
-            )
+            raise ConversionError("it computes different functions of dark and bright images")
         for numbers, vectors in zip(_BATCHES, outputs, strict=True):
             if isinstance(vectors, Exception):
                 raise ConversionError(
-                    f"it fails for a batch of {len(numbers)} ({_lines(vectors)[-1]}){hint}"
+                    f"it fails for a batch of {len(numbers)} ({_lines(vectors)[-1]})"
                 ) from vectors
             difference = self._difference(vectors, self._together[list(numbers)])
             if difference:
                 raise ConversionError(
-                    f"for a batch of {len(numbers)}, it differs from PyTorch: {difference}{hint}"
+                    f"for a batch of {len(numbers)}, it differs from PyTorch: {difference}"
                 )
 
     def _is_a_function(self) -> bool:

@@ -23,9 +23,13 @@ import numpy.typing as npt
 from imagevec import cache
 from imagevec.engines import Inputs, devices
 from imagevec.errors import MissingExtraError
+from imagevec.models.source import ConversionError
 from imagevec.spec import FeatureSpec, Tokenization
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from imagevec.models.features import FeatureModel
     from imagevec.models.onnx_file import OnnxFile
     from imagevec.models.source import ModelSource
@@ -75,14 +79,15 @@ def prepare(model: FeatureModel) -> tuple[Path, ...]:
     from imagevec.engines.check import check_conversion
 
     precision = model.spec.precision
-    converted, hint = _converted(model)
+    converted = convert(model)
     needed_bytes = sum(tensor.nbytes for tensor in model.module.state_dict().values())
     with cache.temporary_folder(needed_bytes) as folder:
         files = save(converted, folder)
         del converted
-        check_conversion(
-            model, lambda threads: OpenVINOEngine(read(files), precision, threads), hint
-        )
+        try:
+            check_conversion(model, lambda n: OpenVINOEngine(read(files), precision, n))
+        except ConversionError as error:
+            raise ConversionError(f"{error}{_tracing_hint(model)}") from error
         return tuple(cache.store(path, move=True) for path in files)
 
 
@@ -108,32 +113,18 @@ def load(
 
 def convert(model: FeatureModel) -> Any:
     """Converts a model to an ``openvino.Model`` from ``Inputs`` to float32 ``(?, D)``."""
-    return _converted(model)[0]
-
-
-def _converted(model: FeatureModel) -> tuple[Any, str]:
-    """Returns the result of ``convert``, and where tracing may have fixed a value, for errors."""
     import torch
 
-    from imagevec.engines.torch_engine import PixelModel
-
     openvino = _openvino()
-    how, module = model.preprocessing, model.module
-    if isinstance(how, Tokenization):
-        example = torch.zeros(2, how.context_length, dtype=torch.int32)
-        shape = [-1, how.context_length if how.reads_padding else -1]
-    else:
-        example = torch.zeros(2, *how.input_shape, 3, dtype=torch.uint8)
-        shape = [-1, *example.shape[1:]]
-        module = PixelModel(module, how).eval()
+    module, example, shape = _traceable(model)
     with (
         devices.within_quota(),
         without_telemetry(),
         _root_logger_kept(),
-        warnings.catch_warnings(record=True) as warned,
+        warnings.catch_warnings(),
         torch.no_grad(),
     ):
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")  # tracing warns about each shape it treats as constant
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
         decoder = TorchScriptPythonDecoder(
@@ -142,17 +133,39 @@ def _converted(model: FeatureModel) -> tuple[Any, str]:
             # Tracing again to compare takes longer than the rest of the conversion.
             trace_kwargs={"check_trace": False},
         )
-        converted = openvino.convert_model(decoder, input=[openvino.PartialShape(shape)])
-    return converted, _tracing_hint(warned)
+        return openvino.convert_model(decoder, input=[openvino.PartialShape(shape)])
 
 
-def _tracing_hint(warned: Sequence[warnings.WarningMessage]) -> str:
-    """Returns the first place in the user's own code where a Python value was made of a tensor.
+def _traceable(model: FeatureModel) -> tuple[nn.Module, torch.Tensor, list[int]]:
+    """Returns a module that takes ``Inputs``, two of them, and their shape, with -1 for any."""
+    import torch
 
-    Libraries do the same with shapes, which they only check.
+    from imagevec.engines.torch_engine import PixelModel
+
+    how, module = model.preprocessing, model.module
+    if isinstance(how, Tokenization):
+        length = how.context_length
+        example = torch.zeros(2, length, dtype=torch.int32)
+        return module, example, [-1, length if how.reads_padding else -1]
+    example = torch.zeros(2, *how.input_shape, 3, dtype=torch.uint8)
+    return PixelModel(module, how).eval(), example, [-1, *example.shape[1:]]
+
+
+def _tracing_hint(model: FeatureModel) -> str:
+    """Returns the first place in the user's code where tracing fixes a value, for an error.
+
+    Libraries make Python values of tensors, too: of their shapes, which they only check.
     """
+    import torch
+
+    module, example, _ = _traceable(model)
+    with warnings.catch_warnings(record=True) as warned, torch.no_grad():
+        warnings.simplefilter("always")
+        torch.jit.trace(  # type: ignore[no-untyped-call]
+            module, example, check_trace=False, strict=False
+        )
     for warning in warned:
-        is_own = not {"site-packages", "dist-packages"} & set(Path(warning.filename).parts)
+        is_own = {"site-packages", "dist-packages"}.isdisjoint(Path(warning.filename).parts)
         if is_own and "to a Python" in str(warning.message):
             what = str(warning.message).partition(" might cause")[0]
             return f". Tracing fixes Python values: {warning.filename}:{warning.lineno}: {what}"
