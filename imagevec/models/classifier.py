@@ -12,6 +12,7 @@ layers are registered matter:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import weakref
@@ -59,7 +60,7 @@ def find_classifier(model: nn.Module, inputs: torch.Tensor) -> str | None:
         # Hooks would miss fc.forward(x).
         for name, module in layers.items():
             module.forward = functools.partial(flow.call, name, module.forward)
-        with torch.device(inputs.device), torch.inference_mode(), flow:
+        with torch.device(inputs.device), torch.inference_mode(), _without_compilation(), flow:
             output = model(inputs)
     finally:
         for name, module in layers.items():
@@ -74,6 +75,12 @@ def _is_linear(module: nn.Module) -> bool:
         is_plain = module.groups == 1 and module.stride == (1, 1)
         return is_plain and module.kernel_size == (1, 1) and module.padding in ((0, 0), "same")
     return isinstance(module, nn.Linear)
+
+
+def _without_compilation() -> contextlib.AbstractContextManager[Any]:
+    """Runs functions of ``torch.compile`` eagerly: they do not run in a dispatch mode."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
+    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -41,7 +41,9 @@ def to_feature_model(
             cannot run on the example; or its weights are not float32.
     """
     check_weights(model)
-    model.eval().requires_grad_(False)
+    model.eval()
+    for parameter in model.parameters():  # ScriptModules lack requires_grad_
+        parameter.requires_grad_(False)
     if layer == "pooled":
         return FeatureModule(*without_classifier(model, example), layer, normalize).eval()
     if layer == "logits":

@@ -32,11 +32,13 @@ def without_classifier(model: nn.Module, example: Example) -> tuple[nn.Module, s
     """
     classifier: Any = _classifier(model, "pooled", example)
     dropped = _description(model, classifier)
+    if not classifier:
+        return model, ""
     if _timm_classifier(model) is not None:
         model.reset_classifier(0)  # type: ignore[operator]
     elif _is_squeezenet(model):
         model.classifier = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)))
-    elif classifier:
+    else:
         _replace(model, classifier[0], _Dropped(classifier[0]))
         model = _Kept(model)
     return model, dropped
@@ -51,18 +53,20 @@ def mark_pooled(model: nn.Module, layers: tuple[str, ...], example: Example) -> 
         example: A function that returns a model input with the given number of images or texts.
 
     Raises:
-        OptionError: The model has several classifiers.
+        OptionError: The model has several classifiers, and ``"logits"`` needs them.
     """
     classifier = _classifier(model, layers, example)
-    if not classifier:
-        return "output", ""
-    if len(classifier) > 1:
-        raise OptionError(
-            f"layer={layers!r}: the model has two classifiers, so 'pooled' cannot be combined with "
-            "other layers"
-        )
-    name = _names(model)[classifier[0]]
     dropped = _description(model, classifier)
+    if len(classifier) > 1:
+        if "logits" in layers:
+            raise OptionError(
+                f"layer={layers!r}: the model has several classifiers, so 'pooled' cannot be "
+                "combined with 'logits'"
+            )
+        model.reset_classifier(0)  # type: ignore[operator]
+    if len(classifier) != 1:
+        return "output", dropped
+    name = _names(model)[classifier[0]]
     if _is_squeezenet(model):
         return "features", dropped
     _replace(model, classifier[0], _Marked(classifier[0]))
@@ -70,7 +74,7 @@ def mark_pooled(model: nn.Module, layers: tuple[str, ...], example: Example) -> 
 
 
 def _classifier(
-    model: nn.Module, layer: str | tuple[str, ...], example: Callable[[int], torch.Tensor]
+    model: nn.Module, layer: str | tuple[str, ...], example: Example
 ) -> list[nn.Module]:
     """Returns the classifier: no module, one, or several for timm's distilled models."""
     if getattr(model, "returns_features", False):
@@ -89,15 +93,16 @@ def _classifier(
 def _timm_classifier(model: nn.Module) -> list[nn.Module] | None:
     """Returns the classifier of a timm model, or ``None`` for another model or classifier.
 
-    A factory may replace the classifier by one that timm does not know.
+    A factory may replace the classifier by one that timm does not know. A backbone has none.
     """
     if not type(model).__module__.startswith("timm.") or not hasattr(model, "reset_classifier"):
         return None
     classifier: Any = model.get_classifier()  # type: ignore[operator]
     modules = list(classifier) if isinstance(classifier, tuple | nn.ModuleList) else [classifier]
+    modules = [x.fc if hasattr(x, "global_pool") else x for x in modules]  # heads that also pool
     plain = (nn.Linear, nn.Conv2d, nn.Identity)
     is_known = all(type(x) in plain or type(x).__module__.startswith("timm.") for x in modules)
-    return modules if is_known else None
+    return [x for x in modules if not isinstance(x, nn.Identity)] if is_known else None
 
 
 def _is_squeezenet(model: nn.Module) -> bool:
@@ -119,7 +124,7 @@ def _description(model: nn.Module, modules: list[nn.Module]) -> str:
     for module in modules:
         sizes = [str(getattr(module, size)) for size in _SIZES if hasattr(module, size)]
         kind = ", ".join([type(module).__name__, *([" to ".join(sizes)] if sizes else [])])
-        texts += [] if isinstance(module, nn.Identity) else [f"{names[module]} ({kind})"]
+        texts.append(f"{names[module]} ({kind})")
     return ", ".join(texts)
 
 

@@ -226,6 +226,14 @@ def test_a_graph_calls_its_classifier():
     assert find_classifier(model, torch.randn(1, 3, 8, 8)) == "fc"
 
 
+def test_compiled_parts_run_eagerly():
+    if not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("since PyTorch 2.6")
+    compiled: Any = torch.compile(nn.Linear(6, 6), fullgraph=True, backend="eager")
+    model = Net(lambda net, x: net.fc(net.hidden(x)), hidden=compiled).eval()
+    assert find_classifier(model, torch.randn(1, 3, 8, 8)) == "fc"
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_a_scripted_model_has_no_layers_to_drop():
     model = torch.jit.script(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from imagevec import Preprocessing
+from imagevec import OptionError, Preprocessing
 from imagevec.models.layers import infer_num_features, to_feature_model
 from tests.helpers.factories import tiny_swin, tiny_vit
 from tests.helpers.images import encode, photo
@@ -390,3 +391,69 @@ def test_a_dropped_layer_of_a_named_model_is_not_logged(caplog):
     with caplog.at_level(logging.WARNING):
         vector_of(PNG, model="resnet18", weights="random")
     assert not caplog.records
+
+
+class Branching(Net):
+    """Classifies dark images by another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dark = nn.Linear(8, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.features(images)
+        return self.fc(x) if images.sum() > 0 else self.dark(x)
+
+
+def test_images_that_skip_the_classifier_are_an_error():
+    images = torch.ones(2, 3, 8, 8)
+    feature_model = to_feature_model(Branching(), "pooled", False, lambda count: images[:count])
+    assert feature_model(images).shape == (2, 8)
+    with pytest.raises(OptionError, match="for some inputs only; use layer='logits'"):
+        feature_model(-images)
+
+
+def test_threads_do_not_get_the_features_of_others():
+    batches = [torch.randn(2, 3, 16, 16) for _ in range(64)]
+    model = Net().eval()
+    with torch.inference_mode():
+        expected = [model.features(batch) for batch in batches]
+    feature_model = to_feature_model(model, "pooled", False, lambda count: batches[0][:count])
+    with ThreadPoolExecutor(4) as pool:
+        for features_, vectors in zip(expected, pool.map(feature_model, batches), strict=True):
+            torch.testing.assert_close(vectors, features_)
+
+
+def test_the_classifiers_weights_are_not_part_of_the_features():
+    feature_model = to_feature_model(Net(), "pooled", False, lambda n: torch.zeros(n, 3, 8, 8))
+    assert set(feature_model.state_dict()) == {"model.model.body.weight", "model.model.body.bias"}
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("mobilenet_v3_small", ("pooled", "logits")),
+        ("googlenet", ("pooled", "logits")),
+        ("timm/resnet10t", ("pooled", "logits")),
+        ("timm/convnext_atto", ("pooled", "logits")),
+        ("timm/dla46_c", ("pooled", "logits")),
+        ("timm/repvit_m0_9", ("pooled", "logits")),
+        ("timm/sequencer2d_s", ("pooled", "logits")),
+        ("timm/levit_128s", ("pooled", "stages.0")),
+        ("timm/deit_tiny_distilled_patch16_224", ("pooled", "blocks.0")),
+    ],
+)
+def test_pooled_of_a_library_is_the_same_beside_other_layers(name, layers):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    both = vector_of(PNG, model=name, weights="random", layer=layers)
+    alone = np.array(vector_of(PNG, model=name, weights="random"))
+    np.testing.assert_allclose(both["pooled"], alone, atol=1e-4 * np.abs(alone).max())
+
+
+@pytest.mark.models
+def test_several_classifiers_do_not_fit_beside_the_logits():
+    pytest.importorskip("timm")
+    with pytest.raises(OptionError, match="several classifiers"):
+        vector_of(PNG, model="timm/levit_128s", weights="random", layer=("pooled", "logits"))

@@ -23,7 +23,10 @@ from imagevec import (
     list_models,
 )
 from imagevec.images.preprocess import resize_and_crop
+from imagevec.models.classifier import find_classifier
+from imagevec.models.features import example_input
 from imagevec.models.registry import find_source
+from imagevec.models.state_dict import no_memory
 from imagevec.spec import height_and_width
 from tests.helpers.images import cosine, encode, photo
 from tests.helpers.pipeline import (
@@ -149,6 +152,17 @@ def test_pooled_is_the_input_of_the_last_linear_layer(name, tmp_path):
         model(model_input(find_source(name).preprocessing(None)))
     vector = vector_of(PNG, model=name, weights=str(weights))
     assert cosine(vector, inputs[0][0]) >= 0.9999
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_the_last_linear_layer_is_the_classifier(name):
+    source = find_source(name)
+    preprocessing = source.preprocessing(None)
+    with no_memory():
+        model = source.build(preprocessing).to("meta").eval()
+    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
+    images = example_input(preprocessing, 1).to("meta")
+    assert find_classifier(model, images) == (linear[-1] if linear else None)
 
 
 def test_squeezenets_pooled_layer_is_its_pooled_features(tmp_path):
