@@ -210,7 +210,9 @@ def test_features_of_another_size_are_timms(name, input_size, engine, tmp_path):
     expected = features_by_timm(name, weights, input_size, images)
     options = {"model": f"timm/{name}", "weights": str(weights), "engine": engine}
     plan, engine_ = plan_and_engine(**options, input_size=input_size)
-    inputs = [resize_and_crop(pixels_of(x), plan.spec.preprocessing) for x in images]
+    preprocessing = plan.spec.preprocessing
+    assert isinstance(preprocessing, Preprocessing)
+    inputs = [resize_and_crop(pixels_of(x), preprocessing) for x in images]
     together = engine_(np.stack(inputs))
     assert together.shape == tuple(expected.shape)
     for vector, alone, wanted in zip(together, inputs, expected, strict=True):
@@ -250,7 +252,8 @@ def test_weights_of_the_size_are_used_as_they_are(tmp_path):
     timm = pytest.importorskip("timm")
     weights = tmp_path / "weights.pth"
     model = saved(functools.partial(timm.create_model, "test_vit", img_size=(160, 96)), weights)
-    model.reset_classifier(0)
+    reset_classifier: Any = model.reset_classifier
+    reset_classifier(0)
     with torch.inference_mode():
         expected = model(transform_of("test_vit", (160, 96))(IMAGE)[None])[0]
     options = {"model": "timm/test_vit", "weights": str(weights), "input_size": (160, 96)}
@@ -283,7 +286,7 @@ def test_default_weights_are_resampled(tmp_path, monkeypatch):
         return create_model(name, pretrained=pretrained, **options)
 
     monkeypatch.setattr(timm, "create_model", downloaded)
-    options = {"model": "timm/test_vit", "weights": "DEFAULT"}
+    options: dict[str, Any] = {"model": "timm/test_vit", "weights": "DEFAULT"}
     resized = ImageVectorizer(**options, input_size=(160, 96), engine="torch")
     assert resized.spec.weights == ImageVectorizer(**options, engine="torch").spec.weights
     (expected,) = features_by_timm("test_vit", weights, (160, 96), [IMAGE])
@@ -303,6 +306,6 @@ def test_default_weights_are_resampled(tmp_path, monkeypatch):
 def test_a_size_that_a_model_does_not_take_is_refused(name, input_size, reason, tmp_path):
     weights = tmp_path / "weights.pth"
     with_positions(name, weights)
-    options = {"model": f"timm/{name}", "weights": str(weights), "engine": "torch"}
+    options: dict[str, Any] = {"model": f"timm/{name}", "weights": str(weights), "engine": "torch"}
     with pytest.raises(OptionError, match=f"input_size=.* is not valid: .*{reason}"):
         ImageVectorizer(**options, input_size=input_size)
