@@ -75,7 +75,9 @@ class Backend(Protocol):
         Runs on the driver. The files do not depend on the precision.
 
         Raises:
-            OptionError: The backend cannot run this model.
+            ConversionError: The backend cannot run this model, or computes other vectors.
+            OptionError: The vectors are not finite, random, or depend on other inputs.
+            WeightsError: The vectors are not finite because the weights are not.
         """
 
     def load(
