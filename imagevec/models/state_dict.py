@@ -304,11 +304,12 @@ def _prefixes(found: Tensors, tensors: Tensors, file: str) -> tuple[str, str]:
 
 
 def _votes_to_add(found: Tensors, tensors: Tensors) -> Counter[tuple[str, str]]:
-    """Counts the keys that fit after a prefix of the model's keys replaces one of the file's."""
+    """Counts the keys that fit once a prefix of half the model's keys replaces the file's own."""
+    counts = Counter(prefix for key in tensors for prefix, _ in _splits(key) if prefix)
     by_rest: dict[str, list[str]] = defaultdict(list)
     for key in tensors:
         for prefix, rest in _splits(key):
-            if prefix and "." in rest:
+            if 2 * counts[prefix] >= len(tensors):
                 by_rest[rest].append(prefix)
     votes: Counter[tuple[str, str]] = Counter()
     for key, tensor in found.items():

@@ -473,7 +473,7 @@ def test_compiled_model_takes_plain_keys(tmp_path):
     def compiled() -> nn.Module:
         model = nn.Module()
         model._orig_mod = forms.Small()  # as torch.compile names it
-        model.forward = model._orig_mod.forward  # type: ignore[method-assign]
+        model.forward = model._orig_mod.forward
         return model
 
     model = with_weights(FactorySource(compiled), Preprocessing(), write(forms.state(), tmp_path))
