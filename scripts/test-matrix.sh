@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-of_users = ("spark", "timm", "clip", "openvino", "quantize", "connect", "fsspec", "search")
+of_users = ("spark", "timm", "clip", "transformers", "openvino", "quantize", "connect", "fsspec", "search")
 extras = project["optional-dependencies"]
 for requirement in project["dependencies"] + [line for name in of_users for line in extras[name]]:
     name, version = re.match(r"(.+?)>=([\d.]+)", requirement).groups()

@@ -31,12 +31,13 @@ def text_features(
         text_features(["a red shoe"], model="open_clip/ViT-B-32", weights="laion2b_s34b_b79k")
 
     They are comparable with image features from the same model and weights. A text that exceeds the
-    model's context length (77 tokens for CLIP, 64 for SigLIP) is truncated, as in open_clip's
+    model's context length (77 tokens for CLIP, 64 for SigLIP) is truncated, as in the library's
     tokenizer.
 
     Args:
         texts: Any number of strings.
-        model: ``"open_clip/<name>"``.
+        model: ``"open_clip/<name>"``, or ``"transformers/<name>"`` or a folder of CLIP, SigLIP or
+            another dual encoder.
         **options: See ``imagevec.options.TextOptions``.
 
     Returns:
@@ -78,7 +79,8 @@ def text_features_udf(
 
     Args:
         column: A column of type string.
-        model: ``"open_clip/<name>"``.
+        model: ``"open_clip/<name>"``, or ``"transformers/<name>"`` or a folder of CLIP, SigLIP or
+            another dual encoder.
         metrics: A ``Metrics`` that counts what the queries process.
         **options: See ``imagevec.options.TextOptions``.
 

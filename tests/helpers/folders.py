@@ -8,7 +8,10 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tests.helpers.clip import SENTENCES
+from tests.helpers.images import photo
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
@@ -34,6 +37,7 @@ _CLIP = {**_TWO, "text_config": _CLIP_TEXT}
 
 _SQUARE = {"size": {"height": SIDE, "width": SIDE}}
 _CROP = {"size": {"shortest_edge": SIDE + 3}, "crop_size": {"height": SIDE, "width": SIDE}}
+_LARGE = {"size": {"shortest_edge": 130}, "crop_size": {"height": 128, "width": 128}}
 _CROP_ONLY = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
 
 
@@ -281,7 +285,7 @@ IMAGE_MODELS = {
         "BitConfig",
         {**_PYRAMID, "embedding_size": 8, "num_groups": 4},
         "BitImageProcessor",
-        _CROP,
+        _LARGE,
     ),
 }
 
@@ -292,24 +296,36 @@ def write(name: str, folder: Path) -> Path:
 
     tiny = IMAGE_MODELS[name]
     settings = getattr(transformers, tiny.config)(**tiny.options)
-    save(getattr(transformers, tiny.model), settings, folder)
-    getattr(transformers, tiny.processor)(**tiny.processing).save_pretrained(folder)
+    size: Any = tiny.processing.get("crop_size") or tiny.processing["size"]
+    side = size.get("height") or size["shortest_edge"]
+    model = random_model(getattr(transformers, tiny.model), settings, side)
+    model.save_pretrained(folder)
+    processor = getattr(transformers, tiny.processor)(**tiny.processing)
+    processor.save_pretrained(folder)
     return folder
 
 
-def save(kind: Any, settings: Any, folder: Path, **options: Any) -> None:
-    """Saves a model with random weights, large enough for vectors that differ."""
+def random_model(kind: Any, settings: Any, side: int) -> Any:
+    """Builds a model whose random weights are large enough for vectors that differ."""
     import torch
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = kind(settings)
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.data.normal_(0, 1.5 / math.sqrt(parameter[0].numel()))
+                parameter.normal_(0, 1.5 / math.sqrt(parameter[0].numel()))
             else:
-                parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder, **options)
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        norms = [x for x in model.modules() if isinstance(x, torch.nn.BatchNorm2d)]
+        if norms:  # they get the statistics of photos, as after training
+            for norm in norms:
+                norm.momentum = 1.0
+            encode = getattr(model, "get_image_features", model)
+            model.train()
+            photos = [np.array(photo(side, side, seed=seed), np.float32) for seed in range(16)]
+            encode(pixel_values=torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2) / 128 - 1)
+    return model.eval()
 
 
 def write_tokenizer(model_type: str, folder: Path, length: int) -> None:
