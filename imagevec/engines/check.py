@@ -55,7 +55,7 @@ _BATCHES = ((0, 1, 2, 2, 0, 1, 1, 0), (2, 0, 1), (0, 1), (2,))
 # The allowed distance between two vectors of an input. The first is relative to the vector's length
 # and to its distance from the mean of all vectors, whichever is smaller: those of untrained models
 # are nearly equal. 0.01 of the length is a cosine of 0.99995. The second is relative to the longest
-# vector, for vectors that differ by rounding errors alone. On 40 models of torchvision and timm with
+# vector, for vectors that only differ by rounding errors. Of 40 models of torchvision and timm with
 # random weights, OpenVINO's distance to PyTorch was at most 1.4e-6 of the length, and 2.5e-5 of the
 # distance from the mean where that was more than 1e-4 of the length.
 _TOLERANCE = 1e-2
