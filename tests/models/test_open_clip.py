@@ -30,7 +30,6 @@ from imagevec.images.preprocess import resize_and_crop
 from imagevec.models import open_clip as module
 from imagevec.models.open_clip import OpenClipSource
 from imagevec.models.registry import find_source
-from imagevec.models.source import IMAGENET
 from tests.helpers.clip import TINY, built, encoded, write_tokenizer
 from tests.helpers.factories import Tiny
 from tests.helpers.images import cosine, encode, photo
@@ -364,10 +363,7 @@ def test_weights_that_are_no_tensors_are_not_unpickled(clip, tmp_path):
     ("options", "message"),
     [
         ({"model": "open_clip/ViT-B32"}, "is not known: did you mean 'open_clip/ViT-B-32'"),
-        (
-            {"model": "open_clip/hf-hub:org/model"},
-            "model='open_clip/hf-hub:org/model' is not known",
-        ),
+        ({"model": "open_clip/hf_hub:org/model"}, "'open_clip/hf_hub:org/model' is not known"),
         ({"model": "resnet50"}, "model='resnet50' cannot encode text: use an open_clip model"),
         ({"model": "timm/vit_tiny_patch16_224"}, "cannot encode text: use an open_clip model"),
         ({"weights": "laion2b_s34b_b79"}, "did you mean 'laion2b_s34b_b79k'"),
@@ -434,13 +430,12 @@ def test_it_is_quantized_and_exported_like_others(clip, tmp_path):
     int8 = ImageVectorizer(model=tmp_path / "int8")
     assert int8.spec.model == name
     assert cosine(int8.extract_features(PNG), exact.extract_features(PNG)) >= 0.9
-    tower = find_source(name).module(IMAGENET, None).eval()
+    preprocessing = find_source(name).preprocessing(None)
+    tower = find_source(name).module(preprocessing, None).eval()
     example = (torch.zeros(2, 3, 64, 64),)
     program = torch.export.export(tower, example, dynamic_shapes=({0: torch.export.Dim("n")},))
     torch.export.save(program, tmp_path / "tower.pt2")
-    register_model(
-        "tower", tmp_path / "tower.pt2", preprocessing=find_source(name).preprocessing(None)
-    )
+    register_model("tower", tmp_path / "tower.pt2", preprocessing=preprocessing)
     assert (
         cosine(ImageVectorizer(model="tower").extract_features(PNG), exact.extract_features(PNG))
         >= 0.9999
