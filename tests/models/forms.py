@@ -297,6 +297,7 @@ def settings() -> dict[str, Any]:
         "best": np.float64(0.5),
         "accuracies": np.array([0.5, 0.6]),
         "dtype": np.dtype("float32"),
+        "version": torch.__version__,
         "when": datetime.datetime(2026, 11, 29),
         "rng": np.random.RandomState(0).get_state(),
         "tasks": tasks,
