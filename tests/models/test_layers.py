@@ -14,6 +14,7 @@ from imagevec import (
     OptionError,
     Preprocessing,
 )
+from imagevec.models.layers import to_feature_model
 from tests.helpers.factories import Tiny, tiny, tiny_swin, tiny_vit
 from tests.helpers.images import cosine, encode, photo
 from tests.helpers.pipeline import (
@@ -164,3 +165,24 @@ def test_a_backbone_without_a_classifier_is_its_pooled_layer():
 
     vectors = vector_of(PNG, model=backbone, weights="random", layer=("0", "pooled"))
     assert vectors["0"] == vectors["pooled"]
+
+
+@pytest.mark.parametrize("size", [(64, 32), (32, 64)], ids=str)
+def test_the_channels_of_an_oblong_input_are_told_from_its_rows(size):
+    class ChannelsLast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, kernel_size=5, stride=4)
+            self.last = nn.Identity()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            maps = self.conv(images)
+            return self.last(maps.permute(0, 2, 3, 1)).mean((1, 2))
+
+    images = torch.randn(2, 3, *size)
+    model = ChannelsLast().eval()
+    with torch.inference_mode():
+        expected = model(images)
+        layers = ("conv", "last")
+        vectors = to_feature_model(model, layers, False, lambda count: images[:count])(images)
+    torch.testing.assert_close(vectors, torch.cat([expected, expected], dim=1))
