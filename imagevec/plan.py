@@ -184,12 +184,13 @@ def _candidates(
         )
     reasons = []
     found = False
+    may_skip = engine == "auto" and len(source.backends) > 1
     for device in devices(chosen["device"], gpus):
         for name in source.backends if engine == "auto" else (engine,):
             reason = backend(name).why_not(chosen["precision"], device)
             if reason is not None:
                 reasons.append(reason)
-            elif engine == "auto" and not backend(name).is_available():
+            elif may_skip and not backend(name).is_available():
                 _warn_once_that_it_is_missing(name)
             else:
                 found = True

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from imagevec.engines import devices
-from imagevec.engines.openvino import OpenVINOEngine, without_telemetry
+from imagevec.engines.openvino import OpenVINOEngine, preload, without_telemetry
 from imagevec.errors import OptionError, WeightsError, did_you_mean
 from imagevec.images.decode import Pixels
 from imagevec.models.onnx_file import OnnxFile
@@ -47,9 +47,11 @@ def convert(file: OnnxFile, model: FeatureModel) -> tuple[Any, tuple[int, ...]]:
         The model, and the length of each layer's vector.
 
     Raises:
+        MissingExtraError: OpenVINO is not installed.
         OptionError: OpenVINO cannot convert the graph, or an option does not fit it.
         WeightsError: The weights are not numbers.
     """
+    preload()
     preprocessing = cast(Preprocessing, model.preprocessing)
     with devices.within_quota() as threads, without_telemetry():
         graph = _read(file)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 from imagevec import (
     ImageFeaturizer,
     ImageVectorizer,
+    MissingExtraError,
     OptionError,
     Preprocessing,
     WeightsError,
@@ -593,6 +595,14 @@ def test_wrong_options_are_refused(options, message, tmp_path):
     path = network(tmp_path / "net.onnx")
     with pytest.raises(OptionError, match=message):
         ImageVectorizer(**{"model": str(path), **options})
+
+
+@pytest.mark.parametrize("engine", ["auto", "openvino"])
+def test_without_openvino_the_extra_is_named(engine, tmp_path, monkeypatch):
+    path = network(tmp_path / "net.onnx")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=r"imagevec\[openvino\]"):
+        make_plan(model=path, engine=engine)
 
 
 def test_files_are_only_given_by_the_user(tmp_path, monkeypatch):
