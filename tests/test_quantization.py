@@ -238,5 +238,5 @@ def test_a_saved_model_runs_on_the_cpu_where_tasks_have_gpus(saved_model: Path) 
 def test_a_folder_that_is_no_saved_model_says_so(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no such folder"):
         ImageVectorizer(model=str(tmp_path / "moved"))
-    with pytest.raises(OptionError, match=r"it has no spec\.json"):
+    with pytest.raises(OptionError, match="is not a saved model"):
         ImageVectorizer(model=str(tmp_path))
