@@ -177,8 +177,9 @@ class FeatureSpec:
     """Everything that determines the numbers of a feature vector.
 
     Attributes:
-        model: The model's name, ``factory:<module>.<qualname>`` for a factory, or
-            ``pt2:<name without suffix>`` for a ``.pt2`` file.
+        model: The model's name, ``factory:<module>.<qualname>`` for a factory,
+            ``pt2:<name without suffix>`` or ``onnx:<name without suffix>`` for a file, or
+            ``<library>:<name>`` for a folder.
         weights: ``sha256:<hex digest of the weights file>`` (the ``.pt2`` file), or ``random``.
         layer: ``"pooled"``, ``"logits"`` or a node name; a tuple for several layers.
         num_features: The length of a vector; a tuple in layer order for several layers.
