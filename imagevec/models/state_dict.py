@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from imagevec import cache
-from imagevec.errors import WeightsError
+from imagevec.errors import ImageVecError, WeightsError
 from imagevec.models.checkpoints import read_tensors
 from imagevec.models.source import ModelSource
 from imagevec.models.weights import local_file as local_file
@@ -128,6 +128,7 @@ def load_weights(
     name: str,
     rename: Callable[[str], str] = str,
     convert: Callable[[Tensors], Tensors] = dict,
+    adds: bool = True,
 ) -> None:
     """Loads the tensors of a checkpoint that fit a module. ``check_loaded`` must follow.
 
@@ -137,6 +138,7 @@ def load_weights(
         name: The model's name, for messages.
         rename: A function that converts each key of the file, with its prefix.
         convert: A function that converts the tensors, with their prefix removed.
+        adds: Whether a prefix of the model's keys may be added to those of the file.
 
     Raises:
         WeightsError: The file contains no weights, or none that fit.
@@ -154,10 +156,18 @@ def load_weights(
             f"{path.name} contains an adapter ({adapter}), which changes the weights of a base "
             "model: merge the two, for example with peft's merge_and_unload, and save the result"
         )
-    removed, added = _prefixes(found, tensors, path.name)
+    removed, added = _prefixes(found, tensors, path.name, adds)
     given = {added + k[len(removed) :]: found[k] for k in found if k.startswith(removed)}
     if given.keys() & tensors.keys():
-        given = convert(given)
+        try:
+            given = convert(given)
+        except ImageVecError:
+            raise
+        except Exception as error:  # of a library, for weights of another model
+            first = str(error).partition("\n")[0]
+            raise WeightsError(
+                f"the weights do not fit {name!r}: {path.name} cannot be converted ({first})"
+            ) from error
     misfits, extra = _load_fitting(module, tensors, given, name)
     counted = [key for key, tensor in tensors.items() if _is_trained(tensor) or key in given]
     fits = f"{len(counted) - len(misfits)} of {len(counted)} fit"
@@ -271,7 +281,7 @@ def _is_beside(key: str, modules: set[str], needed: set[str]) -> bool:
     return not any(tensor.startswith(f"{deepest}.") for tensor in needed)
 
 
-def _prefixes(found: Tensors, tensors: Tensors, file: str) -> tuple[str, str]:
+def _prefixes(found: Tensors, tensors: Tensors, file: str, adds: bool) -> tuple[str, str]:
     """Returns the prefix to remove from a file's keys, and the one to add, so that most fit.
 
     Of prefixes with which equally many fit, one of averaged weights is preferred, as in timm, then
@@ -283,7 +293,7 @@ def _prefixes(found: Tensors, tensors: Tensors, file: str) -> tuple[str, str]:
             for prefix, rest in _splits(key):
                 if rest in tensors and not _why_not(tensor, tensors[rest]):
                     votes[prefix, ""] += 1
-    if 2 * max(votes.values(), default=0) < sum(map(_is_trained, tensors.values())):
+    if adds and 2 * max(votes.values(), default=0) < sum(map(_is_trained, tensors.values())):
         votes += _votes_to_add(found, tensors)
     if not votes:
         return "", ""

@@ -95,7 +95,8 @@ def model(name: str, config: Mapping[str, Any], weights: Path | None) -> nn.Modu
             return _built(name, config)
     with no_random_init():
         built = _built(name, config)
-    load_weights(built, weights, name, convert=functools.partial(_converted, built))
+    convert = functools.partial(_converted, built)
+    load_weights(built, weights, name, convert=convert, adds=False)
     check_loaded(built, built)
     return built
 

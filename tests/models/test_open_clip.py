@@ -336,6 +336,18 @@ def test_weights_of_another_model(clip, tmp_path):
         text_features(["a"], model="open_clip/tiny-vit", weights=tmp_path / "weights.pt")
 
 
+def test_weights_of_another_width(clip, tmp_path):
+    model = save_weights(clip, "open_clip/tiny-vit", tmp_path / "plain.pt")
+    wider = {
+        key: torch.cat([value, value]) if value.ndim else value
+        for key, value in model.state_dict().items()
+    }
+    wider["positional_embedding"] = torch.ones(70, 96)
+    torch.save(wider, tmp_path / "weights.pt")
+    with pytest.raises(WeightsError, match=r"do not fit 'open_clip/tiny-vit': weights.pt cannot"):
+        text_features(["a"], model="open_clip/tiny-vit", weights=tmp_path / "weights.pt")
+
+
 def test_weights_that_end_early(clip, tmp_path):
     path = tmp_path / "weights.pt"
     save_weights(clip, "open_clip/tiny-vit", path)
