@@ -50,7 +50,15 @@ def save(weights: Path, config: Mapping[str, Any]) -> Path:
     Args:
         weights: A safetensors file with the tensors.
         config: The content of ``config.json``.
+
+    Raises:
+        WeightsError: The file is damaged.
     """
+    try:
+        with safe_open(weights, "pt"):
+            pass
+    except Exception as error:  # of safetensors
+        raise WeightsError(f"{weights.name} is damaged or ends early ({error})") from error
     with weights.open("rb") as source, cache.temporary_folder(weights.stat().st_size) as folder:
         header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
         header["__metadata__"] = {_CONFIG: json.dumps(config, sort_keys=True)}
@@ -65,7 +73,7 @@ def save(weights: Path, config: Mapping[str, Any]) -> Path:
 
 def save_random(config: Mapping[str, Any]) -> Path:
     """Writes a weights file with random weights, identical on every machine."""
-    with _quiet(), seeded(), _explained(config):
+    with quiet(), seeded(), _explained(config):
         settings = _settings(config)
         model = _class(settings, config, "logits")(settings)
     with cache.temporary_folder() as folder:
@@ -76,7 +84,7 @@ def save_random(config: Mapping[str, Any]) -> Path:
 
 def text_settings(config: Mapping[str, Any]) -> Any:
     """Returns the configuration of the text encoder of a ``config.json``."""
-    with _quiet():
+    with quiet():
         return _settings(config).get_text_config()
 
 
@@ -295,7 +303,7 @@ def _loaded(checkpoint: Checkpoint, layer: str, drop: tuple[str, ...] = ()) -> t
         OptionError: transformers cannot build the model.
         WeightsError: Tensors have another shape than the model's.
     """
-    with _quiet(), _explained(checkpoint.config):
+    with quiet(), _explained(checkpoint.config):
         settings = _settings(checkpoint.config)
         model, found = _class(settings, checkpoint.config, layer).from_pretrained(
             None,
@@ -348,7 +356,7 @@ def _prefix_tokens(encoder: Any) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the progress bars and reports of transformers."""
     logging: Any = transformers.utils.logging
     level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -56,6 +56,7 @@ _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
 )
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _FROM_HUB = [_CONFIG, "preprocessor_config.json", "processor_config.json", *_TOKENIZER, *_WEIGHTS]
 _FROM_HUB += ["model-*-of-*.safetensors"]
 
@@ -266,10 +267,9 @@ class TransformersSource(ModelSource):
         if folder is None:
             return []
         tensors = [] if weights == RANDOM else sorted(folder.glob("model*.safetensors*"))
-        return [folder / _CONFIG, *self._files_of_input(folder), *tensors]
-
-    def _files_of_input(self, folder: Path) -> list[Path]:
-        return image_processors.files(folder)
+        tokenizer = (folder / name for name in _TOKENIZER)
+        described = [*image_processors.files(folder), *filter(Path.is_file, tokenizer)]
+        return [folder / _CONFIG, *described, *tensors]
 
     def _has_own_weights(self, weights: str) -> bool:
         return False
@@ -358,9 +358,6 @@ class TransformersTextSource(TransformersSource):
                 "folder of CLIP or SigLIP with both"
             )
         _check_model_type(self.name, config, _DUAL)
-
-    def _files_of_input(self, folder: Path) -> list[Path]:
-        return [path for name in _TOKENIZER if (path := folder / name).is_file()]
 
     def preprocessing(  # type: ignore[override]
         self, weights_digest: str | None, weights: str = RANDOM
@@ -483,24 +480,29 @@ def _processor_name(folder: Path) -> str:
 
 
 def _tokenizer(folder: Path) -> Any:
-    """Loads the tokenizer of a folder.
+    """Loads the tokenizer of a folder, in the form of the package tokenizers.
 
     Raises:
-        OptionError: It has no form for the package tokenizers, which workers use.
         WeightsError: It cannot be loaded.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    cure = "put its tokenizer.json and tokenizer_config.json there"
+    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+        raise WeightsError(f"{folder} has no tokenizer: {cure}")  # some classes make an empty one
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
-        if not hasattr(tokenizer, "backend_tokenizer"):  # of sentencepiece
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        with _pretrained().quiet():
+            try:
+                tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
+            except ImportError:  # SigLIP's needs sentencepiece, but not with a tokenizer.json
+                tokenizer = None
+            if not hasattr(tokenizer, "backend_tokenizer"):
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
     except Exception as error:  # tokenizers raise arbitrary exceptions
         first = str(error).strip().partition("\n")[0]
         raise WeightsError(
-            f"cannot load the tokenizer of {folder} ({type(error).__name__}: {first}): put its "
-            "tokenizer.json and tokenizer_config.json there"
+            f"cannot load the tokenizer of {folder} ({type(error).__name__}: {first}): {cure}"
         ) from error
     return tokenizer
 

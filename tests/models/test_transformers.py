@@ -301,7 +301,11 @@ def test_other_forms_of_weights(folder_of, tmp_path, form):
     (folder / "model.safetensors").unlink()
     if form == "shards":
         model.save_pretrained(folder, max_shard_size="20KB")
-        assert (folder / "model.safetensors.index.json").is_file()
+        shards = sorted(folder.glob("model-*-of-*.safetensors"))
+        shards[-1].rename(tmp_path / "shard")
+        with pytest.raises(WeightsError, match=f"{shards[-1].name}.*: no such file"):
+            make_plan(model=folder)
+        (tmp_path / "shard").rename(shards[-1])
     else:
         model.to(getattr(torch, form)).save_pretrained(folder)
     wanted = expected("vit", folder)
@@ -380,11 +384,11 @@ def test_workers_do_not_have_the_folder(folder_of, tmp_path, engine):
     for plan in plans:
         assert len(pickle.dumps(plan)) < 4000
     images, libraries = on_worker(plans[0], pixels)
-    texts, _ = on_worker(plans[1], TEXTS)
+    texts, libraries_of_texts = on_worker(plans[1], TEXTS)
     assert images.shape == (3, 24)
     assert cosine(texts, here).min() >= 0.99999
     if engine == "openvino":
-        assert libraries == set()
+        assert libraries == libraries_of_texts == set()
 
 
 def hub_cache(monkeypatch: Any, tmp_path: Path, folder: Path, commit: str) -> None:
@@ -500,7 +504,10 @@ def test_configurations_that_are_refused(folder_of, tmp_path, changes, message):
 
 def test_configurations_do_not_choose_code(folder_of, tmp_path):
     # attn_implementation may name a repository whose kernels transformers downloads and runs.
-    evil: dict[str, Any] = {"attn_implementation": "owner/kernels", "_attn_implementation": "owner/kernels"}
+    evil: dict[str, Any] = {
+        "attn_implementation": "owner/kernels",
+        "_attn_implementation": "owner/kernels",
+    }
     evil |= {"dtype": "float16", "return_dict": False, "architectures": ["AutoModel"]}
     folder = edited(folder_of("vit"), tmp_path / "edited", **evil)
     wanted = expected("vit", folder_of("vit"))
@@ -526,6 +533,11 @@ def test_files_that_are_missing_or_damaged(folder_of, tmp_path):
     pointer = folder("model.safetensors") / "model.safetensors"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
     with pytest.raises(WeightsError, match="is a Git LFS pointer"):
+        make_plan(model=tmp_path / "vit")
+    cut = (folder("config.json") / "model.safetensors", folder_of("vit") / "config.json")
+    shutil.copy(cut[1], tmp_path / "vit")
+    cut[0].write_bytes(cut[0].read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="model.safetensors is damaged or ends early"):
         make_plan(model=tmp_path / "vit")
     (folder("config.json") / "config.json").write_text("{")
     with pytest.raises(WeightsError, match="config.json is not valid JSON"):
@@ -572,10 +584,22 @@ def test_a_tokenizer_of_another_model(folder_of, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match="has 200 tokens, its text encoder 150"):
         text_features(["a"], model=str(folder), weights="random")
-    with pytest.raises(WeightsError, match="cannot load the tokenizer of .*: put its tokenizer"):
+    with pytest.raises(WeightsError, match="has no tokenizer: put its tokenizer.json"):
         for path in folder.glob("*token*"):
             path.unlink()
         text_features(["a"], model=str(folder))
+
+
+def test_a_tokenizer_whose_class_needs_sentencepiece(folder_of, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    wanted = text_features(TEXTS, model=str(folder_of("siglip")), engine="torch")
+    file = "tokenizer_config.json"
+    folder = edited(folder_of("siglip"), tmp_path / "s", file, tokenizer_class="SiglipTokenizer")
+    ours = text_features(TEXTS, model=str(folder), engine="torch")
+    np.testing.assert_array_equal(ours, wanted)
+    (folder / "tokenizer.json").unlink()  # the plan is not the earlier one
+    with pytest.raises(WeightsError, match="put its tokenizer.json and tokenizer_config.json"):
+        text_features(TEXTS, model=str(folder), engine="torch")
 
 
 def test_other_options_are_refused(folder_of):
