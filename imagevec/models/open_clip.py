@@ -39,7 +39,7 @@ _CONFIG = "open_clip_config.json"
 _TOKENIZER = "tokenizer.json"
 
 # As in open_clip.factory; "config.json" is that of a text tower of transformers.
-_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+_WEIGHTS: tuple[str, ...] = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 _WEIGHTS += ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth")
 _WEIGHTS += ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 _TEXT_CONFIG = "config.json"
@@ -357,10 +357,12 @@ def _of_repository(repository: hub.Repository) -> OpenClipSource:
         WeightsError: There is none, or it is not open_clip's.
     """
     content = repository.json(_CONFIG, PREFIX)
-    model_cfg = content.get("model_cfg")
+    model_cfg: dict[str, Any] = content.get("model_cfg") or {}
     parts = ("vision_cfg", "text_cfg")
-    is_valid = isinstance(model_cfg, dict) and "embed_dim" in model_cfg
-    if not is_valid or not all(isinstance(model_cfg.get(part), dict) for part in parts):
+    has_parts = isinstance(model_cfg, dict) and all(
+        isinstance(model_cfg.get(part), dict) for part in parts
+    )
+    if not has_parts or "embed_dim" not in model_cfg:
         raise WeightsError(
             f"{_CONFIG} of {repository.where} is not open_clip's: it has no 'model_cfg' with "
             "'embed_dim', 'vision_cfg' and 'text_cfg'"
@@ -373,6 +375,7 @@ def _of_repository(repository: hub.Repository) -> OpenClipSource:
         named = ", ".join(map(repr, filter(None, [timm_name, *hub_names])))
         raise OptionError(f"{_CONFIG} of {repository.where} is not valid: it names paths ({named})")
     kept = {"model_cfg": model_cfg, "preprocess_cfg": content.get("preprocess_cfg")}
+    text_cfg.pop("text_config", None)
     if text_cfg.get("hf_model_name"):
         text_cfg["text_config"] = _text_config(repository, text_cfg["hf_model_name"])
     return OpenClipSource(str(repository), repository, json.dumps(kept, sort_keys=True))

@@ -33,7 +33,7 @@ PREFIX = "timm/"
 
 _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-_NOT_READ = ("labels", "label_names", "label_descriptions")  # of config.json
+_NOT_READ: tuple[str, ...] = ("labels", "label_names", "label_descriptions")  # of config.json
 _NOT_READ += ("url", "file", "hf_hub_id", "hf_hub_filename", "state_dict", "source", "custom_load")
 
 
