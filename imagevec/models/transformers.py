@@ -373,11 +373,14 @@ class TransformersTextSource(TransformersSource):
         config = self._config()
         settings = _pretrained().text_settings(config)
         tokenizer = _tokenizer(self.place.fetched())
-        if len(tokenizer) > settings.vocab_size:
+        highest = max(tokenizer.get_vocab().values())
+        if highest >= settings.vocab_size:
             raise WeightsError(
-                f"the tokenizer of {self.name!r} has {len(tokenizer)} tokens, its text encoder "
-                f"{settings.vocab_size}: they belong to different models"
+                f"the tokenizer of {self.name!r} has tokens up to {highest}, its text encoder "
+                f"{settings.vocab_size} tokens: they belong to different models"
             )
+        if tokenizer.pad_token_id is None:
+            raise WeightsError(f"the tokenizer of {self.name!r} has no pad_token for short texts")
         length = min(settings.max_position_embeddings, tokenizer.model_max_length)
         is_masked = "attention_mask" in tokenizer.model_input_names
         is_masked &= config["model_type"] not in _CAUSAL
