@@ -171,11 +171,9 @@ class HubName:
 
     def found(self) -> Path | None:
         """Returns the folder if it has its files on this machine, in the hub's cache."""
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
         try:
             folder = self._snapshot(local_files_only=True)
-        except (LocalEntryNotFoundError, MissingExtraError):
+        except (OSError, ValueError, MissingExtraError):  # not in the cache, or not a valid name
             return None
         return folder if (folder / _CONFIG).is_file() and _has_weights(folder) else None
 

@@ -426,6 +426,11 @@ def test_without_a_network_it_says_what_to_fetch(tmp_path, monkeypatch):
     ):
         make_plan(model="transformers/owner/name")
     assert not find_source("transformers/owner/name@abc").has_weights()
+    with pytest.raises(WeightsError, match="cannot download owner/na--me"):
+        make_plan(model="transformers/owner/na--me")  # not a valid name
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingExtraError, match=r"imagevec\[transformers\]"):
+        make_plan(model="transformers/owner/name")
 
 
 def test_names_from_data_are_no_folders(folder_of, tmp_path, monkeypatch):
