@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from imagevec import ImageVectorizer, Preprocessing
 from imagevec.errors import ImageVecError
 from imagevec.images.preprocess import resize_and_crop
+from tests.helpers.folders import write as write_transformers
 from tests.helpers.images import cosine, encode, photo
 from tests.helpers.onnx_files import INT64, UINT8, expected_of, network, node, write
 from tests.helpers.pipeline import pixels_of
@@ -28,6 +30,7 @@ from tests.models.test_checkpoints import PAGE, WRITES, tables
 pytest.importorskip("openvino")
 pytest.importorskip("timm")
 pytest.importorskip("open_clip")
+pytest.importorskip("transformers")
 
 GROUP = "models in files"
 IMAGE = photo(64, 64)
@@ -58,6 +61,32 @@ def folder_form(
         return {"model": f"{library}/local-dir:{model}"}
 
     return Form(GROUP, name, written, error)
+
+
+def transformers_form(
+    name: str,
+    model: str = "vit",
+    error: str = "",
+    change: Callable[[Path], Any] = lambda folder: None,
+) -> Form:
+    """A folder of transformers, which ``test_transformers.py`` compares with ``AutoModel``."""
+
+    def written(folder: Path) -> Mapping[str, Any]:
+        write_transformers(model, folder / "mine")
+        change(folder / "mine")
+        return {"model": folder / "mine"}
+
+    return Form(GROUP, name, written, error)
+
+
+def edited(name: str, **changes: Any) -> Callable[[Path], Any]:
+    """Returns a function that changes values of a JSON file in a folder."""
+
+    def edit(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
 
 
 def with_bytes(content: bytes) -> Callable[[Path], Path]:
@@ -112,6 +141,29 @@ MODEL_FORMS = [
         "open_clip",
         "does not contain",
         lambda folder: (folder / "open_clip_config.json").unlink(),
+    ),
+    transformers_form("a folder of transformers"),
+    transformers_form("a folder of transformers, a classifier", "vit-classifier"),
+    transformers_form("a folder of transformers, a dual encoder", "clip"),
+    transformers_form(
+        "a folder of transformers without its preprocessing",
+        error="has no preprocessor_config.json",
+        change=lambda folder: (folder / "preprocessor_config.json").unlink(),
+    ),
+    transformers_form(
+        "a folder of transformers with pickled weights",
+        error="pytorch_model.bin",
+        change=lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+    ),
+    transformers_form(
+        "a folder of transformers with its own code",
+        error="needs the code in its folder",
+        change=edited("config.json", auto_map={"AutoModel": "modeling_own.Own"}),
+    ),
+    transformers_form(
+        "a folder of transformers whose preprocessing reverses the channels",
+        error="channel",
+        change=edited("preprocessor_config.json", do_flip_channel_order=True),
     ),
     Form(GROUP, "a folder that does not exist", lambda f: {"model": "timm/local-dir:x"}, "no such"),
 ]
