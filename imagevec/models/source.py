@@ -111,7 +111,7 @@ class ModelSource(ABC):
         """
         raise OptionError(
             f"model={self.name!r} cannot encode text: use an open_clip model, for example "
-            "'open_clip/ViT-B-32'"
+            "'open_clip/ViT-B-32', or CLIP or SigLIP of transformers"
         )
 
     @abstractmethod
