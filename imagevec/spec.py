@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -114,8 +115,14 @@ class Preprocessing:
             )
         for option in ("mean", "std"):
             value = getattr(self, option)
-            if not isinstance(value, tuple) or len(value) != 3:
+            if not isinstance(value, tuple) or len(value) != 3 or not all(map(_is_finite, value)):
                 raise OptionError(f"{option} is not valid: use a tuple of 3 numbers, R, G and B")
+        if min(self.std) <= 0:
+            raise OptionError(f"std={self.std} is not valid: use numbers above 0")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:

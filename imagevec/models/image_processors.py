@@ -104,6 +104,14 @@ _SHORTER_SIDE = [
     "Siglip",
 ]
 
+# The options that a kind does not read, whatever its file says.
+_ONLY_OF_EFFICIENTNET = {"rescale_offset", "include_top"}
+_NOT_READ: dict[str, set[str]] = {
+    "EfficientNet": set(),
+    "MobileViT": {*_ONLY_OF_EFFICIENTNET, "do_normalize"},
+    "Segformer": {*_ONLY_OF_EFFICIENTNET, "do_center_crop"},
+}
+
 _LEVIT_RATIO = 256 / 224  # of its resize to "size"
 _SQUASHED_SIZE = 384  # from which ConvNext's processor resizes without a crop
 
@@ -130,9 +138,11 @@ def read(folder: Path, class_name: Callable[[], str] | None = None) -> Preproces
             config = json.loads(path.read_text())
         except ValueError as error:
             raise WeightsError(f"{path} is not valid JSON: {error}") from error
-        if path.name == _NESTED:
+        if path.name == _NESTED and isinstance(config, dict):
             config = config.get("image_processor")
         if config is not None:
+            if not isinstance(config, dict):
+                raise WeightsError(f"{path} is not valid: it contains no JSON object")
             if class_name is not None and not _class_name(config):
                 config = {**config, "image_processor_type": class_name()}
             return to_preprocessing(config)
@@ -158,13 +168,16 @@ def to_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
         )
     if "auto_map" in config:
         raise OptionError(f"{name} is not supported: its code is in its folder (auto_map)")
-    given = {key: value for key, value in config.items() if value is not None}
-    steps = {"do_center_crop": False, **KINDS[kind], **given}
+    not_read = _NOT_READ.get(kind, _ONLY_OF_EFFICIENTNET)
+    given = {key: value for key, value in config.items() if key not in not_read}
+    steps = {"do_center_crop": False, **KINDS[kind], **given}  # null is a step that is not done
     try:
         _check_steps(steps)
         return Preprocessing(**_sizes(kind, steps), **_statistics(steps), crop_offset="floor")
-    except _Unsupported as error:
+    except (_Unsupported, OptionError) as error:
         raise OptionError(f"{name} is not supported: {error}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:  # of numbers that are not
+        raise OptionError(f"{name} is not supported: it has a wrong number ({error})") from error
 
 
 class _Unsupported(Exception):
@@ -197,10 +210,11 @@ def _sizes(kind: str, steps: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of ``Preprocessing`` that follow from the sizes."""
     if not steps["do_resize"]:
         raise _Unsupported("it does not resize images (do_resize)")
-    size: Any = _size("size", steps["size"], kind in _SHORTER_SIDE)
+    to_square = steps.get("default_to_square", kind not in _SHORTER_SIDE)
+    size: Any = _size("size", steps["size"], not to_square)
     crop: Any = None
     if steps["do_center_crop"]:
-        crop = _size("crop_size", steps["crop_size"], False)
+        crop = _size("crop_size", steps.get("crop_size"), False)
     if kind == "ConvNext" and isinstance(size, int):
         if size >= _SQUASHED_SIZE:
             size = (size, size)
@@ -241,7 +255,10 @@ def _size(option: str, value: Any, shorter_side: bool) -> int | tuple[int, int]:
 
 def _statistics(steps: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the mean and standard deviation for pixels from 0 to 1, and the interpolation."""
-    scale = steps["rescale_factor"] * 255 if steps["do_rescale"] else 255.0
+    factor = steps["rescale_factor"] if steps["do_rescale"] else 1.0
+    if not isinstance(factor, int | float) or factor <= 0:
+        raise _Unsupported(f"its rescale_factor is {factor!r}, not a number above 0")
+    scale = factor * 255
     is_plain = abs(scale - 1) < 1e-6  # else the statistics are those of other numbers
     mean, std = [0.0] * 3, [1.0] * 3
     if steps["do_normalize"]:
@@ -260,8 +277,9 @@ def _statistics(steps: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _channels(steps: Mapping[str, Any], option: str) -> list[float]:
-    value = steps[option]
-    values = list(value) if isinstance(value, list | tuple) else [value] * 3
-    if len(values) != 3:
+    value = steps.get(option)
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    values *= 3 if len(values) == 1 else 1
+    if len(values) != 3 or not all(isinstance(channel, int | float) for channel in values):
         raise _Unsupported(f"its {option} is {value}, not one number for each of 3 channels")
     return [float(channel) for channel in values]

@@ -61,6 +61,21 @@ CASES: list[dict[str, Any]] = [
     | {"image_mean": [127.5] * 3, "image_std": [60.0] * 3},
     {"image_processor_type": "ViTImageProcessor", "rescale_factor": 1 / 127.5},
     {"image_processor_type": "ViTImageProcessor", "image_mean": 0.4, "image_std": 0.3},
+    {"image_processor_type": "ViTImageProcessor", "image_mean": [0.4], "image_std": [0.3] * 3},
+    # Steps that a processor does not have
+    {"image_processor_type": "ViTImageProcessor", "rescale_offset": True, "include_top": True},
+    {"image_processor_type": "MobileViTImageProcessor", "size": 288, "do_flip_channel_order": False}
+    | {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.2] * 3},
+    {"image_processor_type": "SegformerImageProcessor", "size": 64, "do_center_crop": True}
+    | {"crop_size": 48},
+    # null is a step that is not done
+    {"image_processor_type": "ViTImageProcessor", "do_normalize": None},
+    {"image_processor_type": "ViTImageProcessor", "do_rescale": None},
+    {"image_processor_type": "DeiTImageProcessor", "size": 64, "do_center_crop": None},
+    {"image_processor_type": "PoolFormerImageProcessor", "size": 64, "crop_pct": None}
+    | {"crop_size": 48},
+    {"image_processor_type": "CLIPImageProcessor", "size": 64, "default_to_square": True}
+    | {"crop_size": 48},
 ]
 
 
@@ -165,9 +180,30 @@ def test_the_crop_is_rounded_down():
         ),
         ({"image_processor_type": "ViTImageProcessor", "do_thumbnail": True}, "step do_thumbnail"),
         (
-            {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5]},
+            {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 2},
             "not one number for each of 3 channels",
         ),
+        (
+            {"image_processor_type": "ViTImageProcessor", "image_std": ["1"] * 3},
+            "not one number for each of 3 channels",
+        ),
+        ({"image_processor_type": "ViTImageProcessor", "image_std": 0}, r"std=.*above 0"),
+        ({"image_processor_type": "ViTImageProcessor", "image_mean": None}, "its image_mean is No"),
+        ({"image_processor_type": "ViTImageProcessor", "rescale_factor": "1"}, "'1', not a numb"),
+        ({"image_processor_type": "ViTImageProcessor", "do_center_crop": True}, "crop_size is Non"),
+        (
+            {"image_processor_type": "ViTImageProcessor", "size": {"height": "a", "width": 1}},
+            "ViTImageProcessor is not supported: it has a wrong number .*'a'",
+        ),
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "size": 64, "crop_pct": None},
+            "ConvNextImageProcessor is not supported: it has a wrong number",
+        ),
+        (
+            {"image_processor_type": "ViTImageProcessor", "default_to_square": False, "size": 64},
+            "it keeps the aspect ratio",
+        ),
+        ({"image_processor_type": "ViTImageProcessor", "size": 0}, "ViTImageP.*crop_size=0"),
     ],
     ids=str,
 )
@@ -182,3 +218,7 @@ def test_missing_and_damaged_files(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(WeightsError, match="preprocessor_config.json is not valid JSON"):
         read(tmp_path)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / name).write_text("[]")
+        with pytest.raises(WeightsError, match=f"{name} is not valid: it contains no JSON object"):
+            read(tmp_path)
