@@ -5,6 +5,7 @@ This module does not import PyTorch. ``checkpoints`` reads the tensors.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from imagevec import cache
-from imagevec.errors import OptionError, ReadError, WeightsError
+from imagevec.errors import FingerprintError, OptionError, ReadError, WeightsError
 from imagevec.files import digest_of
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES, names_file
 from imagevec.storage.location import Location, UnsupportedURIError
@@ -78,6 +79,31 @@ def weights_file(option: str) -> Path:
     if location.name.endswith(INDEX_SUFFIX):
         return _joined(location)
     return _existing(location) if location.is_local else _downloaded(location)
+
+
+def option_of(model: str, weights: str) -> str:
+    """Returns the ``weights`` option of a ``FeatureSpec``, from the plans and files in the cache.
+
+    Args:
+        model: ``FeatureSpec.model``.
+        weights: ``FeatureSpec.weights``.
+
+    Raises:
+        FingerprintError: ``weights`` is not valid.
+    """
+    if weights == RANDOM:
+        return RANDOM
+    digest = weights.removeprefix("sha256:")
+    if not re.fullmatch("[0-9a-f]{64}", digest):  # a pattern would choose any file of the cache
+        raise FingerprintError(f"the weights {weights!r} of the table are not valid")
+    option = cache.weights_option(model, weights) or "DEFAULT"
+    if names_file(option):
+        with contextlib.suppress(WeightsError):  # it was deleted or moved
+            if digest_of(weights_file(option)) == digest:
+                return option  # the files next to it count, too
+    elif option != "DEFAULT":
+        return option
+    return str(cache.find(digest) or "DEFAULT")
 
 
 def check_is_weights(path: Path, name: str = "") -> bytes:

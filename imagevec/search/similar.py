@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from imagevec.cache import find, weights_option
-from imagevec.errors import FingerprintError, WeightsError
-from imagevec.files import digest_of
+from imagevec.errors import FingerprintError
 from imagevec.images.parallel import map_ahead
 from imagevec.models.registry import named
-from imagevec.models.weights import weights_file
-from imagevec.options import RANDOM, Options, check_positive, names_file
+from imagevec.models.weights import option_of
+from imagevec.options import Options, check_positive
 from imagevec.search.neighbours import Vectors, nearest
 from imagevec.spec import Preprocessing
 from imagevec.storage.location import Location
@@ -37,16 +33,17 @@ def similar(
     """Finds the ``k`` nearest images to each query, by cosine.
 
     If a query is not in the table, or has no features there, its vector is computed with the
-    table's model. The table records the model, but a saved model or a ``.pt2`` file must be passed
-    as ``model``. A query that is in the table is not its own neighbour.
+    table's model. The table records the model, but a file or folder must be passed as ``model``. A
+    query that is in the table is not its own neighbour.
 
     Args:
         features: The folder that ``imagevec extract`` wrote, or its URI.
         queries: Paths or URIs of images.
         k: The number of neighbours, at least 1. If the table has fewer, all are returned.
-        model: The saved model or ``.pt2`` file that the table was made with, if any.
+        model: The file or folder of the model that the table was made with, if any.
         weights: The weights that the table was made with, if they are not in the cache.
-        texts: Descriptions of images. The features must come from an open_clip model.
+        texts: Descriptions of images. The features must come from a model with a text
+            encoder, such as CLIP.
 
     Returns:
         For each query, and then for each text,
@@ -199,21 +196,5 @@ def _model_options(
     """Returns the options ``model`` and ``weights`` of the table, or those that are given."""
     if model is None:
         model = named(made_of.model, made_of.precision, features)
-        weights = weights or _weights_at_hand(made_of)
+        weights = weights or option_of(made_of.model, made_of.weights)
     return {"model": model, "weights": weights} if weights else {"model": model}
-
-
-def _weights_at_hand(made_of: Provenance) -> str:
-    if made_of.weights == RANDOM:
-        return RANDOM
-    digest = made_of.weights.removeprefix("sha256:")
-    if not re.fullmatch("[0-9a-f]{64}", digest):  # a pattern would choose any file of the cache
-        raise FingerprintError(f"the weights {made_of.weights!r} of the table are not valid")
-    option = weights_option(made_of.model, made_of.weights) or "DEFAULT"
-    if names_file(option):
-        with contextlib.suppress(WeightsError):  # it is there no more
-            if digest_of(weights_file(option)) == digest:
-                return option  # the files next to it count, too
-    elif option != "DEFAULT":
-        return option
-    return str(find(digest) or "DEFAULT")
