@@ -210,7 +210,7 @@ def test_siglip_attends_to_padding_unless_its_tokenizer_has_a_mask(folder_of, tm
         ("swin", "mean", lambda x: x.last_hidden_state.mean(1)),
         ("resnet", "mean", lambda x: x.last_hidden_state.mean((2, 3))),
     ],
-    ids=str,
+    ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_layers(folder_of, name, layer, select):
     folder = folder_of(name)
@@ -482,7 +482,9 @@ def edited(folder: Path, to: Path, file: str = "config.json", **changes: Any) ->
             {"auto_map": {"AutoModel": "modeling_evil.Evil"}},
             r"needs the code in its folder \(auto_map of config.json: modeling_evil.Evil\)",
         ),
+        ({"auto_map": "modeling_evil.Evil"}, r"\(auto_map of config.json: modeling_evil.Evil\)"),
         ({"quantization_config": {"load_in_8bit": True}}, "has quantized weights"),
+        ({"model_type": ["vit"]}, r"has model_type=\['vit'\], which is not supported"),
         ({"model_type": "llava"}, "has model_type='llava', which is not supported: use a model"),
         ({"model_type": "detr"}, "has model_type='detr', which is not supported"),
         ({"model_type": "videomae"}, "has model_type='videomae', which is not supported"),
@@ -505,6 +507,15 @@ def test_configurations_that_are_refused(folder_of, tmp_path, changes, message):
     folder = edited(folder_of("vit"), tmp_path / "edited", **changes)
     with pytest.raises((OptionError, WeightsError), match=message):
         make_plan(model=folder)
+
+
+def test_code_and_quantization_may_be_null(folder_of, tmp_path):
+    folder = Path(shutil.copytree(folder_of("vit"), tmp_path / "vit"))
+    content = json.loads((folder / "config.json").read_text())
+    content |= {"auto_map": None, "quantization_config": None}
+    (folder / "config.json").write_text(json.dumps(content))
+    vectors = vectors_of(FILES, (8,), model=folder)
+    assert cosine(vectors, expected("vit", folder_of("vit"))).min() >= 0.9999
 
 
 def test_configurations_do_not_choose_code(folder_of, tmp_path):
