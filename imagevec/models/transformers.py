@@ -330,13 +330,15 @@ class TransformersSource(ModelSource):
         """
         folder = self.place.fetched()
         config = _read_json(folder / _CONFIG)
-        if "auto_map" in config:
+        code = config.get("auto_map")
+        if code:
+            names = code.values() if isinstance(code, dict) else [code]
             raise OptionError(
                 f"{self.name!r} needs the code in its folder (auto_map of {_CONFIG}: "
-                f"{', '.join(map(str, config['auto_map'].values()))}), which imagevec does not "
+                f"{', '.join(map(str, names))}), which imagevec does not "
                 "run: use a model that transformers contains, or a function that returns it"
             )
-        if "quantization_config" in config:
+        if config.get("quantization_config"):
             raise OptionError(
                 f"{self.name!r} has quantized weights (quantization_config of {_CONFIG}): use the "
                 "original, with precision='bfloat16' or imagevec.quantize"
@@ -415,7 +417,7 @@ def _check_model_type(name: str, config: dict[str, Any], known: tuple[str, ...])
         return
     if kind is None and "architecture" in config:
         kind = "timm_wrapper"
-    if kind in _WHY_NOT:
+    if isinstance(kind, str) and kind in _WHY_NOT:
         raise OptionError(f"model={name!r} (model_type={kind!r}) {_WHY_NOT[kind]}")
     if kind is None:
         raise OptionError(
