@@ -184,13 +184,14 @@ def check_size(option: str, value: object) -> int | tuple[int, int]:
     Raises:
         OptionError: The value is neither an integer of at least 1 nor two of them.
     """
-    if not isinstance(value, list | tuple):
-        return check_positive(option, value)
-    if len(value) != 2:
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    try:
+        height, width = (check_positive(option, side) for side in sides)
+    except ValueError:  # also an OptionError
         raise OptionError(
-            f"{option}={value!r} is not valid: use an integer, or two: (height, width)"
-        )
-    height, width = (check_positive(option, side) for side in value)
+            f"{option}={value!r} is not valid: use an integer of at least 1, or two: "
+            "(height, width)"
+        ) from None
     return height if height == width else (height, width)
 
 

@@ -28,6 +28,8 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"layer": None}, "layer=None"),
     ({"input_size": 0}, "an integer of at least 1"),
     ({"input_size": "224"}, "an integer of at least 1"),
+    ({"input_size": {"height": 64, "width": 64}}, "or two: (height, width)"),
+    ({"input_size": "64x48"}, "or two: (height, width)"),
     ({"input_size": (224, 0)}, "an integer of at least 1"),
     ({"input_size": (3, 224, 224)}, "(height, width)"),
     ({"input_size": 8}, "its own size is 224"),
