@@ -66,6 +66,7 @@ class ExportedSource(ModelSource):
     backends = ("torch",)  # tracing would fix the batch size
     identity = "file"
     infers_shapes = False
+    contains_weights = True
 
     @property
     def name(self) -> str:

@@ -79,6 +79,7 @@ class OnnxSource(ModelSource):
     backends = ("openvino",)
     identity = "file"
     libraries = ()
+    contains_weights = True
 
     @property
     def name(self) -> str:

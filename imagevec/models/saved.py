@@ -164,6 +164,7 @@ class SavedSource(ModelSource):
     backends: tuple[str, ...]
 
     identity = "file"
+    contains_weights = True
 
     @property
     def name(self) -> str:

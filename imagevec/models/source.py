@@ -67,6 +67,7 @@ class ModelSource(ABC):
         libraries: The packages that build the model. A new version of one invalidates cached plans.
         infers_shapes: Whether PyTorch's ``meta`` device can infer the shapes without computing.
         beside_weights: The names of files next to a weights file that describe how to use it.
+        contains_weights: Whether the model comes with its weights, so that no others can be given.
         defaults: The options whose defaults are the source's own.
         config_digest: A digest of a configuration that comes with the weights, else empty.
     """
@@ -76,6 +77,7 @@ class ModelSource(ABC):
     libraries: tuple[str, ...] = ("torch",)
     infers_shapes: bool = True
     beside_weights: tuple[str, ...] = ()
+    contains_weights: bool = False
 
     @property
     @abstractmethod

@@ -216,6 +216,7 @@ class TransformersSource(ModelSource):
 
     libraries = ("torch", "transformers")
     infers_shapes = False
+    contains_weights = True
 
     @property
     def name(self) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 
 from imagevec.errors import FingerprintError
 from imagevec.images.parallel import map_ahead
-from imagevec.models.registry import named
+from imagevec.models.registry import find_source, named
 from imagevec.models.weights import option_of
-from imagevec.options import Options, check_positive
+from imagevec.options import RANDOM, Options, check_positive
 from imagevec.search.neighbours import Vectors, nearest
 from imagevec.spec import Preprocessing
 from imagevec.storage.location import Location
@@ -196,5 +196,6 @@ def _model_options(
     """Returns the options ``model`` and ``weights`` of the table, or those that are given."""
     if model is None:
         model = named(made_of.model, made_of.precision, features)
-        weights = weights or option_of(made_of.model, made_of.weights)
+        if made_of.weights == RANDOM or not find_source(model).contains_weights:
+            weights = weights or option_of(made_of.model, made_of.weights)
     return {"model": model, "weights": weights} if weights else {"model": model}

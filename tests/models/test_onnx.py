@@ -33,6 +33,7 @@ from imagevec.models import onnx_file
 from imagevec.models.registry import check_is_name, find_source, named
 from imagevec.plan import make_plan
 from imagevec.runtime import get_engine
+from imagevec.search.similar import similar
 from tests.helpers.images import encode, photo
 from tests.helpers.onnx_files import (
     DOUBLE,
@@ -49,6 +50,7 @@ from tests.helpers.onnx_files import (
     write,
 )
 from tests.helpers.pipeline import pixels_of, vector_of
+from tests.helpers.tables import write_made_of
 
 pytest.importorskip("openvino")
 
@@ -482,6 +484,17 @@ def test_digest_covers_external_data(tmp_path):
     after = make_plan(model=path).spec
     assert (after.weights, after.fingerprint) != (before.weights, before.fingerprint)
     check_vectors(path)
+
+
+def test_queries_of_a_table_made_with_a_registered_file(tmp_path):
+    register_model("of-table", with_location(tmp_path / "net.onnx", "net.data"))
+    vectorizer = ImageVectorizer(model="of-table")
+    files = [encode(photo(60 + seed, 50, seed)) for seed in range(3)]
+    rows = {f"file:/{seed}.png": vectorizer.extract_features(x) for seed, x in enumerate(files)}
+    folder = write_made_of(tmp_path / "table", rows, vectorizer.spec.metadata)
+    (tmp_path / "query.png").write_bytes(files[1])
+    (found,) = similar(folder, [str(tmp_path / "query.png")], 1)
+    assert [x["path"] for x in found["neighbours"]] == ["file:/1.png"]
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "onnx/model.onnx"])

@@ -29,9 +29,11 @@ from imagevec.images.preprocess import resize_and_crop
 from imagevec.models.registry import check_is_name, find_source, named
 from imagevec.plan import make_plan
 from imagevec.runtime import get_engine
+from imagevec.search.similar import similar
 from tests.helpers.folders import IMAGE_MODELS, SIDE, write, write_tokenizer
 from tests.helpers.images import cosine, encode, photo
 from tests.helpers.pipeline import decoded
+from tests.helpers.tables import write_made_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -417,6 +419,17 @@ def test_names_of_the_hub(folder_of, tmp_path, monkeypatch):
     options, files = find_source(name).to_save("DEFAULT", lambda: None)
     assert (options, files) == ({"model": f"{name}@{new}"}, {})
     assert named(spec.model, "float32", "table") == spec.model  # a table's provenance names it
+
+
+def test_queries_of_a_table_made_with_a_name_of_the_hub(folder_of, tmp_path, monkeypatch):
+    hub_cache(monkeypatch, tmp_path, folder_of("clip"), "1" * 40)
+    vectorizer = ImageVectorizer(model="transformers/owner/name", layer="cls")
+    rows = {f"file:/{seed}.png": vectorizer.extract_features(FILES[seed]) for seed in range(3)}
+    write_made_of(tmp_path / "table", rows, vectorizer.spec.metadata)
+    (tmp_path / "query.png").write_bytes(FILES[1])
+    (found,) = similar(str(tmp_path / "table"), [str(tmp_path / "query.png")], 1)
+    assert [x["path"] for x in found["neighbours"]] == ["file:/1.png"]
+    assert found["neighbours"][0]["cosine"] >= 0.9999
 
 
 def test_without_a_network_it_says_what_to_fetch(tmp_path, monkeypatch):
