@@ -277,7 +277,7 @@ def _statistics(steps: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _channels(steps: Mapping[str, Any], option: str) -> list[float]:
-    value = steps.get(option)
+    value: Any = steps.get(option)
     values = list(value) if isinstance(value, list | tuple) else [value]
     values *= 3 if len(values) == 1 else 1
     if len(values) != 3 or not all(isinstance(channel, int | float) for channel in values):
