@@ -116,6 +116,11 @@ class Twice(Net):
         return self.fc(self.fc(self.features(images)).relu())
 
 
+class OncePerImage(Net):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.fc(self.features(image[None])) for image in images])
+
+
 class Probabilities(Net):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return F.log_softmax(self.fc(self.features(images)), dim=1)
@@ -403,6 +408,13 @@ class Branching(Net):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.features(images)
         return self.fc(x) if images.sum() > 0 else self.dark(x)
+
+
+def test_layer_that_runs_once_per_image_is_no_classifier():
+    images = torch.randn(3, 3, 8, 8)
+    feature_model = to_feature_model(OncePerImage(), "pooled", False, lambda n: images[:n])
+    assert feature_model.dropped == ""
+    assert feature_model(images).shape == (3, 5)
 
 
 def test_images_that_skip_the_classifier_are_an_error():
