@@ -71,6 +71,8 @@ _MAPPINGS = (
 )
 _BUILTINS = (bool, bytes, dict, float, frozenset, int, list, str, tuple)
 
+_OLD_FORMAT = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # before PyTorch 1.6
+
 _SCRIPT_DTYPES = {
     "BFloat16Storage": torch.bfloat16,
     "BoolStorage": torch.bool,
@@ -216,20 +218,21 @@ def _why(path: Path, error: Exception) -> str:
     """Explains why a file cannot be read, without the advice to run what is in it."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(16)
+        head = file.read(32)
     if is_safetensors(head) or (head.startswith(b"PK") and not zipfile.is_zipfile(path)):
         return f"it is damaged or ends early, after {size} bytes"
+    names, texts = _names_and_texts(path)
+    is_of_torch = head.startswith(b"PK") or _OLD_FORMAT in head
+    if not is_of_torch or "torch.storage._load_from_bytes" in names:
+        return "it was written by pickle, not by torch.save: use torch.save(state_dict, path)"
     if "Unsupported operand" in str(error):
         return (
             "it was saved with another pickle_protocol than torch.save's default: save it again "
             "without that argument"
         )
-    names = _globals(path)
-    if "torch.storage._load_from_bytes" in names:
-        return "it was written by pickle, not by torch.save: use torch.save(state_dict, path)"
     modules = [name for name in names if name.startswith("torch.nn.modules.")]
     code = [name for name in names if name not in _known_names()]
-    if modules:
+    if modules and "_parameters" in texts:
         return (
             f"it is a pickled module ({[*code, *modules][0]}), which only code could restore: save "
             "model.state_dict() in place of the model"
@@ -239,8 +242,6 @@ def _why(path: Path, error: Exception) -> str:
             f"it contains Python objects ({', '.join(code[:3])}), which only code could restore: "
             "save the state_dict only"
         )
-    if "magic number" in str(error).lower():
-        return "it was written by pickle, not by torch.save"
     return f"it is damaged or ends early, after {size} bytes"
 
 
@@ -251,9 +252,10 @@ def _known_names() -> set[str]:
     return {*unpickler._get_allowed_globals(), *stand_ins}
 
 
-def _globals(path: Path) -> list[str]:
-    """Returns the names of the classes and functions in a file's pickles, in order."""
+def _names_and_texts(path: Path) -> tuple[list[str], set[str]]:
+    """Returns the classes and functions in a file's pickles, in order, and the other texts."""
     names: list[str] = []
+    texts: set[str] = set()
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.suppress(Exception))  # the end of what is readable
         stream = stack.enter_context(path.open("rb"))
@@ -265,8 +267,10 @@ def _globals(path: Path) -> list[str]:
             for operation, argument, _ in pickletools.genops(stream):
                 if operation.name == "GLOBAL":
                     names.append(str(argument).replace(" ", "."))
+                elif isinstance(argument, str):
+                    texts.add(argument)
     python_3 = (re.sub("^(__builtin__|copy_reg)", _renamed, name) for name in names)
-    return list(dict.fromkeys(python_3))
+    return list(dict.fromkeys(python_3)), texts
 
 
 def _renamed(match: re.Match[str]) -> str:

@@ -47,6 +47,7 @@ _WRAPPERS = {
     *("_fpw_module", "_module"),
 }
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|polyak|averaged|teacher|shadow)([._]|$)")
+_SWAPPED = "ema_state_dict.steps"  # MMEngine's; it saves the average as state_dict
 _ADAPTER = re.compile(
     r"(^|[._])(lora|loha|lokr|hada|ia3|vera)_(A|B|up|down|w\d|l|lambda|embedding)(_|\.|\d|$)"
 )
@@ -299,10 +300,15 @@ def _prefixes(found: Tensors, tensors: Tensors, file: str, adds: bool) -> tuple[
         return "", ""
     most = max(votes.values())
     best = [prefixes for prefixes, count in votes.items() if count == most]
-    removed, added = min(best, key=lambda pair: (not _AVERAGED.search(pair[0]), pair[1]))
+    is_swapped = _SWAPPED in found
+
+    def is_average(prefix: str) -> bool:
+        return (_AVERAGED.search(prefix) is not None) is not is_swapped
+
+    removed, added = min(best, key=lambda pair: (not is_average(pair[0]), pair[1]))
     others = [repr(prefix) for prefix, _ in best if prefix != removed]
     if others:
-        is_known = _AVERAGED.search(removed) is not None
+        is_known = is_average(removed)
         logger.log(
             logging.INFO if is_known else logging.WARNING,
             "%s has several sets of weights: using the keys under %r, not those under %s",
@@ -323,7 +329,7 @@ def _votes_to_add(found: Tensors, tensors: Tensors) -> Counter[tuple[str, str]]:
                 by_rest[rest].append(prefix)
     votes: Counter[tuple[str, str]] = Counter()
     for key, tensor in found.items():
-        for removed, rest in _splits(key):
+        for removed, rest in _splits(key) if _is_trained(tensor) else ():
             for added in by_rest.get(rest, ()):
                 if not _why_not(tensor, tensors[added + rest]):
                     votes[removed, added] += 1

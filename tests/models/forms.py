@@ -391,6 +391,14 @@ FORMS: list[Form] = [
     ),
     saved("`model` and `model_ema`: the second", lambda: {"model": OTHER(), "model_ema": state()}),
     saved(
+        "MMEngine's `state_dict` and `ema_state_dict`: the first, which is the average",
+        lambda: {
+            "meta": {"mmengine_version": "0.10.5"},
+            "state_dict": under("backbone."),
+            "ema_state_dict": {**under("module.backbone.", OTHER()), "steps": torch.tensor(9)},
+        },
+    ),
+    saved(
         "`ema` under `module`: the average",
         lambda: {"model": OTHER(), "ema": {"module": state(), "decay": 0.99}},
     ),
@@ -533,10 +541,20 @@ FORMS: list[Form] = [
         "Python objects (tests.models.forms.Settings)",
     ),
     saved(
+        "with classes of PyTorch among the hyperparameters",
+        lambda: {"state_dict": state(), "norm": functools.partial(nn.LayerNorm, eps=1e-6)},
+        "Python objects (functools.partial, torch.nn.modules.normalization.LayerNorm)",
+    ),
+    saved(
         "with code", lambda: {"state_dict": state(), "cfg": Code()}, "Python objects (posix.mkdir)"
     ),
     saved("without tensors", lambda: {"epoch": 3, "path": "a"}, "no state_dict"),
-    written("`pickle.dump(state_dict)`", lambda: pickle.dumps(state(), 2), "pickle"),
+    written("`pickle.dump(state_dict)`", lambda: pickle.dumps(state(), 2), "by pickle"),
+    written(
+        "`pickle.dump` of NumPy arrays, as of Detectron2",
+        lambda: pickle.dumps({"model": {k: v.numpy() for k, v in state().items()}}, 4),
+        "by pickle",
+    ),
     written(
         "another `pickle_protocol`", lambda: bytes_of(state(), pickle_protocol=4), "pickle_protocol"
     ),

@@ -9,6 +9,7 @@ import re
 import shutil
 import urllib.error
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -422,6 +423,19 @@ def test_part_beside_the_model_is_logged(key, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     loaded(forms.small, write({**forms.state(), key: torch.ones(8)}, tmp_path))
     assert f"Not needed: {key} (8,)" in caplog.text
+
+
+def with_stem() -> nn.Module:
+    return nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 3, 1, bias=False), body=forms.small()))
+
+
+def test_prefix_is_not_replaced_by_itself(tmp_path):
+    tensors = with_stem().state_dict()
+    body = {key for key, tensor in tensors.items() if key.startswith("body.") and tensor.ndim}
+    other = {**tensors, **dict.fromkeys(body, torch.ones(9, 9))}
+    path = write(other, tmp_path)
+    with pytest.raises(WeightsError, match=r"the keys of \S+: 3 of 17 fit. body.conv.weight is"):
+        loaded(with_stem, path)
 
 
 def test_choice_is_logged(tmp_path, caplog):
