@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagevec.errors import OptionError, SerializationError
 from imagevec.models.source import IMAGENET, REGISTERED, ModelSource
+from imagevec.models.weights import local_file
 from imagevec.options import RANDOM
 from imagevec.pickling import check_pickle, dumps, forbidden_kind, loads, missing_module
 from imagevec.spec import Preprocessing, Tokenization
@@ -90,7 +91,6 @@ class FactorySource(ModelSource):
 
     def weights(self, option: str) -> Path | nn.Module | None:
         from imagevec.models.checks import check_weights
-        from imagevec.models.state_dict import local_file
 
         if option != "DEFAULT":
             return local_file(self.name, option)

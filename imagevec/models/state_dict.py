@@ -27,7 +27,6 @@ from imagevec import cache
 from imagevec.errors import ImageVecError, WeightsError
 from imagevec.models.checkpoints import read_tensors
 from imagevec.models.source import ModelSource
-from imagevec.models.weights import local_file as local_file
 from imagevec.spec import Preprocessing, Tokenization
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,9 @@ _WRAPPERS = {
     *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
     *("_fpw_module", "_module"),
 }
-_AVERAGED = re.compile(r"(^|[._])(ema|swa|polyak|averaged|teacher|shadow)([._]|$)")
+_AVERAGED = re.compile(
+    r"(^|[._])(ema|swa|avg|averaged?|polyak|teacher|shadow)([._]|$)", re.IGNORECASE
+)
 _SWAPPED = "ema_state_dict.steps"  # MMEngine's; it saves the average as state_dict
 _ADAPTER = re.compile(
     r"(^|[._])(lora|loha|lokr|hada|ia3|vera)_(A|B|up|down|w\d|l|lambda|embedding)(_|\.|\d|$)"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from imagevec.errors import OptionError, WeightsError, did_you_mean
 from imagevec.files import digest_of
 from imagevec.models.source import REGISTERED, ModelSource
+from imagevec.models.weights import local_file
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES, names_file
 from imagevec.spec import Preprocessing, Tokenization
 
@@ -64,8 +65,6 @@ class TorchvisionSource(ModelSource):
             raise OptionError(f"model={self.name!r} is not known: {near}")
 
     def weights(self, option: str) -> Path | nn.Module | None:
-        from imagevec.models.state_dict import local_file
-
         members = self.weights_enum.__members__
         if option == RANDOM or names_file(option):
             return local_file(self.name, option)

@@ -451,6 +451,13 @@ def test_choice_is_logged(tmp_path, caplog):
     assert "keys under 'state_dict_ema.': 16 of 16 fit after removing it" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "name", ["ema", "EMA", "model_ema", "swa_model", "model_avg", "average_model", "teacher"]
+)
+def test_averages_are_chosen_by_their_name(name, tmp_path):
+    assert seed_of(write({"model": forms.state(seed=2), name: forms.state()}, tmp_path)) == 1
+
+
 def test_choice_that_no_name_decides_is_a_warning(tmp_path, caplog):
     pair = {**forms.under("encoder_q."), **forms.under("encoder_k.", forms.state(seed=2))}
     assert seed_of(write(pair, tmp_path)) == 1
