@@ -13,8 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 from imagevec.errors import WeightsError
-
-_LFS = b"version https://git-lfs"
+from imagevec.models.weights import GIT_LFS
 
 # The fields of each message that contain tensors, by their number.
 _PARTS = {
@@ -107,12 +106,13 @@ def read(path: Path) -> OnnxFile:
 
 
 def _check_begin(path: Path) -> None:
+    pointer, what = GIT_LFS
     with path.open("rb") as file:
-        begin = file.read(len(_LFS))
+        begin = file.read(len(pointer))
     if not begin:
         raise WeightsError(f"{path} is empty")
-    if begin == _LFS:
-        raise WeightsError(f"{path} is a git-lfs pointer, not the file: run 'git lfs pull' there")
+    if begin == pointer:
+        raise WeightsError(f"{path} {what}")
     if begin.startswith((b"PK\x03\x04", b"\x1f\x8b")):
         raise WeightsError(f"{path} is an archive: unpack it, and use the .onnx file in it")
 

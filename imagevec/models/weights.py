@@ -32,9 +32,14 @@ _MAX_HEADER_BYTES = 100_000_000  # as in safetensors
 _ZIP = b"PK\x03\x04"
 _PICKLE = re.compile(rb"\x80[\x00-\x05]")
 
+GIT_LFS = (
+    b"version https://git-lfs",
+    "is a Git LFS pointer, not the file: run 'git lfs pull' there",
+)
+
 # What else is passed as weights, by the first bytes.
 _OTHERS = (
-    (rb"version https://git-lfs", "is a Git LFS pointer, not the file: run 'git lfs pull' there"),
+    GIT_LFS,
     (rb"\s*(?:\xef\xbb\xbf)?\s*<[!?a-zA-Z]", "is a web page or XML, not the file that it links to"),
     (rb"\s*[{\[]", "is JSON: pass the file of weights, or an index that ends in .index.json"),
     (rb"\x89HDF\r\n", "is an HDF5 file, of Keras or TensorFlow"),

@@ -342,7 +342,7 @@ def test_weights_that_are_not_numbers_are_refused(value, message, tmp_path):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs pointer"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
         (b"PK\x03\x04" + bytes(40), "is an archive"),
         (b"<!DOCTYPE html><html></html>", "is not an ONNX file"),
         (b"garbage", "is not an ONNX file"),
@@ -437,7 +437,7 @@ def test_the_last_of_repeated_names_of_files_counts(tmp_path):
     [
         (lambda data: data.unlink(), "net.onnx needs 'net.data' in its folder"),
         (lambda data: os.truncate(data, 100), "net.data is truncated: it has 100 of"),
-        (lambda data: data.write_bytes(b"version https://git-lfs"), "net.data is a git-lfs"),
+        (lambda data: data.write_bytes(b"version https://git-lfs"), "net.data is a Git LFS"),
         (lambda data: data.write_bytes(b""), "net.data is empty"),
     ],
     ids=["missing", "truncated", "pointer", "empty"],
