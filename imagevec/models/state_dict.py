@@ -307,7 +307,11 @@ def _prefixes(found: Tensors, tensors: Tensors, file: str, adds: bool) -> tuple[
         return (_AVERAGED.search(prefix) is not None) is not is_swapped
 
     removed, added = min(best, key=lambda pair: (not is_average(pair[0]), pair[1]))
-    others = [repr(prefix) for prefix, _ in best if prefix != removed]
+    others = [
+        repr(prefix)
+        for (prefix, _), count in votes.items()
+        if prefix != removed and (count == most or (is_average(prefix) and 2 * count >= most))
+    ]
     if others:
         is_known = is_average(removed)
         logger.log(

@@ -465,10 +465,12 @@ def test_choice_that_no_name_decides_is_a_warning(tmp_path, caplog):
     assert "using the keys under 'encoder_q.', not those under 'encoder_k.'" in caplog.text
 
 
-def test_averages_that_lack_a_part_are_not_taken(tmp_path):
+def test_averages_that_lack_a_part_are_not_taken(tmp_path, caplog):
     partial = {key: value for key, value in forms.state(seed=2).items() if "running" not in key}
     named = {"state_dict": forms.state(), "state_dict_ema": partial}
     assert seed_of(write(named, tmp_path)) == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "using the keys under 'state_dict.', not those under 'state_dict_ema.'" in caplog.text
 
 
 def test_tied_tensor_that_is_saved_once(tmp_path):
