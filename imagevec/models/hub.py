@@ -26,21 +26,24 @@ class Repository:
     """The files of a model.
 
     Attributes:
+        library: ``"timm"`` or ``"open_clip"``.
         kind: ``"local-dir"`` or ``"hf-hub"``.
         where: The absolute folder, or the repository with its revision.
     """
 
+    library: str
     kind: str
     where: str
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.where}"
 
-    def name(self, library: str) -> str:
-        """Returns the value of ``FeatureSpec.model``, which has no path."""
+    @property
+    def name(self) -> str:
+        """The value of ``FeatureSpec.model``, which has no path."""
         if self.kind == "local-dir":
-            return f"{library}:{Path(self.where).name}"
-        return f"{library}/{self}"
+            return f"{self.library}:{Path(self.where).name}"
+        return f"{self.library}/{self}"
 
     def to_save(
         self, weights: str, own: Callable[[], Path | None]
@@ -58,12 +61,8 @@ class Repository:
         copy = own() if names_file(weights) else None
         return ({}, {}) if copy is None else ({"weights": copy.name}, {copy.name: copy})
 
-    def first(self, names: Sequence[str], prefix: str) -> Path:
+    def first(self, names: Sequence[str]) -> Path:
         """Returns the first of these files that exists.
-
-        Args:
-            names: The names.
-            prefix: The prefix of the model's name, for the message.
 
         Raises:
             WeightsError: There is none, or the hub cannot be reached.
@@ -75,7 +74,7 @@ class Repository:
             raise WeightsError(
                 f"{error}. Without a network, download {listed} of {self.where} on "
                 "another machine, put it in a folder with the other files of the model, and use "
-                f"model='{prefix}local-dir:<folder>'"
+                f"model='{self.library}/local-dir:<folder>'"
             ) from error
         if found is None:
             raise WeightsError(f"{self.where} does not contain {listed}")
@@ -93,7 +92,7 @@ class Repository:
         missing: WeightsError | None = None
         for name in names:
             try:
-                path = _downloaded(self.where, name)
+                path = _downloaded(self.library, self.where, name)
             except WeightsError as error:
                 missing = missing or error
                 continue
@@ -103,9 +102,9 @@ class Repository:
             raise missing
         return None
 
-    def json(self, name: str, prefix: str) -> dict[str, Any]:
-        """Returns the content of a JSON file. The arguments and errors are those of ``first``."""
-        path = self.first((name,), prefix)
+    def json(self, name: str) -> dict[str, Any]:
+        """Returns the content of a JSON file. The errors are those of ``first``."""
+        path = self.first((name,))
         try:
             content = json.loads(path.read_bytes())
         except ValueError as error:
@@ -121,19 +120,20 @@ def find(name: str, prefix: str) -> Repository | None:
     Raises:
         OptionError: The folder does not exist, or the name is not that of a repository.
     """
+    library = prefix.rstrip("/")
     kind, _, where = name.partition(":")
     if kind == "local-dir":
         folder = expanded(where).absolute()
         if not where or not folder.is_dir():
             raise OptionError(f"model={prefix + name!r}: no such folder")
-        return Repository(kind, str(folder))
+        return Repository(library, kind, str(folder))
     if kind == "hf-hub":
         if not is_repository(name):
             raise OptionError(
                 f"model={prefix + name!r} is not valid: use '{prefix}hf-hub:<owner>/<name>', with "
                 "'@<revision>' if it is not the newest"
             )
-        return Repository(kind, where)
+        return Repository(library, kind, where)
     return None
 
 
@@ -144,7 +144,7 @@ def is_repository(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _downloaded(where: str, file: str) -> Path | None:
+def _downloaded(library: str, where: str, file: str) -> Path | None:
     """Returns a file of a repository in the hub's cache, or ``None`` if it does not exist.
 
     Raises:
@@ -153,7 +153,8 @@ def _downloaded(where: str, file: str) -> Path | None:
     try:
         from huggingface_hub import errors, hf_hub_download
     except ImportError as error:
-        raise MissingExtraError("huggingface_hub", "timm") from error
+        extra = {"timm": "timm", "open_clip": "clip"}[library]
+        raise MissingExtraError("huggingface_hub", extra) from error
     repository, _, revision = where.partition("@")
     try:
         return Path(hf_hub_download(repository, file, revision=revision or None))

@@ -96,7 +96,7 @@ class OpenClipSource(ModelSource):
 
     @property
     def name(self) -> str:
-        return self.repository.name("open_clip") if self.repository else PREFIX + self.clip_name
+        return self.repository.name if self.repository else PREFIX + self.clip_name
 
     @property
     def config_digest(self) -> str:
@@ -114,7 +114,7 @@ class OpenClipSource(ModelSource):
         if self.repository is None:
             return super().files(weights)
         own = [self._weights_file] if weights in ("", "DEFAULT") else super().files(weights)
-        config = self.repository.first((_CONFIG,), PREFIX)
+        config = self.repository.first((_CONFIG,))
         beside = [config]
         if self.repository.kind == "local-dir":
             beside += map(config.with_name, (_TEXT_CONFIG, *_TOKENIZERS))
@@ -206,7 +206,7 @@ class OpenClipSource(ModelSource):
     @property
     def _weights_file(self) -> Path:
         assert self.repository is not None
-        return self.repository.first(_WEIGHTS, PREFIX)
+        return self.repository.first(_WEIGHTS)
 
     @property
     def _config(self) -> dict[str, Any]:
@@ -356,7 +356,7 @@ def _of_repository(repository: hub.Repository) -> OpenClipSource:
         OptionError: It names files or models elsewhere.
         WeightsError: There is none, or it is not open_clip's.
     """
-    content = repository.json(_CONFIG, PREFIX)
+    content = repository.json(_CONFIG)
     model_cfg: dict[str, Any] = content.get("model_cfg") or {}
     parts = ("vision_cfg", "text_cfg")
     has_parts = isinstance(model_cfg, dict) and all(
@@ -393,9 +393,9 @@ def _text_config(repository: hub.Repository, name: str) -> dict[str, Any]:
         WeightsError: It cannot be found.
     """
     found = repository.find((_TEXT_CONFIG,)) if repository.kind == "local-dir" else None
-    place = repository if found else hub.Repository("hf-hub", name)
+    place = repository if found else hub.Repository("open_clip", "hf-hub", name)
     try:
-        config = place.json(_TEXT_CONFIG, PREFIX)
+        config = place.json(_TEXT_CONFIG)
     except WeightsError as error:
         raise WeightsError(
             f"the text tower of {repository.where} is {name!r} of transformers, and its "

@@ -195,7 +195,7 @@ class TimmRepositorySource(TimmSource):
         Raises:
             WeightsError: There is none, or it is not timm's.
         """
-        content = repository.json(_CONFIG, PREFIX)
+        content = repository.json(_CONFIG)
         if not isinstance(content.get("architecture"), str):
             raise WeightsError(
                 f"{_CONFIG} of {repository.where} is not timm's: it names no 'architecture'"
@@ -207,14 +207,14 @@ class TimmRepositorySource(TimmSource):
 
     @property
     def name(self) -> str:
-        return self.repository.name("timm")
+        return self.repository.name
 
     @property
     def config_digest(self) -> str:
         return hashlib.sha256(self.config.encode()).hexdigest()
 
     def files(self, weights: str) -> list[Path]:
-        config = self.repository.first((_CONFIG,), PREFIX)
+        config = self.repository.first((_CONFIG,))
         is_own = weights in ("", "DEFAULT")
         return [*([self._weights_file] if is_own else super().files(weights)), config]
 
@@ -237,7 +237,7 @@ class TimmRepositorySource(TimmSource):
 
     @property
     def _weights_file(self) -> Path:
-        return self.repository.first(_WEIGHTS, PREFIX)
+        return self.repository.first(_WEIGHTS)
 
     def has_weights(self) -> bool:
         return self.repository.kind == "local-dir"

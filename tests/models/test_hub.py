@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from imagevec import (
     ImageFeaturizer,
     ImageVectorizer,
+    MissingExtraError,
     OptionError,
     WeightsError,
     cache,
@@ -53,6 +55,15 @@ def to_hub(folder: Path, hub_cache: Path, name: str = "someone/model") -> None:
     shutil.copytree(folder, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
+
+
+@pytest.mark.parametrize(("library", "extra"), [("timm", "timm"), ("open_clip", "clip")])
+def test_without_the_client_of_the_hub_the_extra_of_the_library_is_named(
+    hub_cache, monkeypatch, library, extra
+):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingExtraError, match=rf"pip install 'imagevec\[{extra}\]'"):
+        find_source(f"{library}/hf-hub:someone/model")
 
 
 def expected_of_timm(folder: Path) -> Any:
