@@ -18,7 +18,7 @@ from imagevec.errors import MissingExtraError, OptionError, WeightsError
 from imagevec.files import expanded
 from imagevec.options import names_file
 
-_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
+NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def find(name: str, prefix: str) -> Repository | None:
 def is_repository(name: str) -> bool:
     """Returns whether a name without the prefix of its library is that of a repository."""
     kind, _, where = name.partition(":")
-    return kind == "hf-hub" and _NAME.fullmatch(where) is not None and ".." not in where
+    return kind == "hf-hub" and NAME.fullmatch(where) is not None and ".." not in where
 
 
 @functools.lru_cache(maxsize=64)

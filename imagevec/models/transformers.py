@@ -26,7 +26,6 @@ The other names are also layers, and several of them are computed in one forward
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from imagevec import cache
 from imagevec.errors import MissingExtraError, OptionError, WeightsError, did_you_mean
 from imagevec.files import expanded
-from imagevec.models import image_processors
+from imagevec.models import hub, image_processors
 from imagevec.models.source import ModelSource, Prepared
 from imagevec.models.weights import check_is_weights, weights_file
 from imagevec.options import RANDOM
@@ -59,8 +58,6 @@ _TOKENIZER = (
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _FROM_HUB = [_CONFIG, "preprocessor_config.json", "processor_config.json", *_TOKENIZER, *_WEIGHTS]
 _FROM_HUB += ["model-*-of-*.safetensors"]
-
-_HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
 _LAYERS = ("pooled", "pooler", "cls", "mean", "logits")
 
@@ -102,7 +99,7 @@ def find(model: Any) -> TransformersSource | None:
     if not str(model).startswith(PREFIX) or isinstance(model, Path):
         return None
     name = model.removeprefix(PREFIX)
-    hub_name = _HUB_NAME.fullmatch(name)
+    hub_name = hub.NAME.fullmatch(name)
     if hub_name and ".." not in name and not expanded(name).is_dir():
         return TransformersSource(HubName(**hub_name.groupdict()))
     return TransformersSource(Folder(expanded(name).absolute()))
