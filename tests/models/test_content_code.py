@@ -197,12 +197,17 @@ def imported(folder: Path, files: dict[str, str]) -> Iterator[Any]:
         path.write_text(text)
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
+    forget_modules()  # other tests have modules of these names
     try:
         yield importlib.import_module("model")
     finally:
         sys.path.remove(str(folder))
-        for name in [name for name in sys.modules if name.split(".")[0] in ("model", "own")]:
-            del sys.modules[name]
+        forget_modules()
+
+
+def forget_modules() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("model", "own")]:
+        del sys.modules[name]
 
 
 def digest(factory: Callable[[], nn.Module]) -> str:

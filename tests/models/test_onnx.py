@@ -26,6 +26,7 @@ from imagevec import (
     Preprocessing,
     WeightsError,
     cache,
+    plan,
     register_model,
 )
 from imagevec.images.preprocess import resize_and_crop
@@ -613,6 +614,8 @@ def test_wrong_options_are_refused(options, message, tmp_path):
 @pytest.mark.parametrize("engine", ["auto", "openvino"])
 def test_without_openvino_the_extra_is_named(engine, tmp_path, monkeypatch):
     path = network(tmp_path / "net.onnx")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no plan is remembered
+    monkeypatch.setattr(plan, "_plans", {})
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"imagevec\[openvino\]"):
         make_plan(model=path, engine=engine)
