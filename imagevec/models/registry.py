@@ -118,7 +118,8 @@ def named(model: str, precision: str, origin: str) -> str:
         OptionError: The option was a path or a factory.
     """
     kind, is_kind, _ = model.partition(":")
-    if kind == "factory" and is_kind:
+    is_factory = is_kind and kind == "factory"
+    if is_factory and precision != "int8":
         raise OptionError(
             f"the table was made with a function, {model!r}: only its own images can be queries"
         )

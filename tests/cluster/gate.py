@@ -13,7 +13,7 @@ from tests.helpers.factories import Tiny
 
 GATE = "IMAGEVEC_TEST_GATE"  # a folder; where it is not set, nothing stops
 OPEN = "open"
-_calls = 0
+_calls: dict[int, int] = {}  # by process: this module travels with its values
 
 
 class Gated(nn.Module):
@@ -36,11 +36,11 @@ def gated() -> nn.Module:
 
 
 def _pass_gate() -> None:
-    global _calls
-    _calls += 1
+    process = os.getpid()
+    _calls[process] = _calls.get(process, 0) + 1
     folder = os.environ.get(GATE)
-    if folder is None or _calls != 3:
+    if folder is None or _calls[process] != 3:
         return
-    (Path(folder) / str(os.getpid())).touch()
+    (Path(folder) / str(process)).touch()
     while not (Path(folder) / OPEN).exists():
         time.sleep(0.05)

@@ -184,6 +184,13 @@ class Untrained(TorchvisionSource):
         return super().weights(RANDOM if option == "DEFAULT" else option)
 
 
+class UntrainedFactory(FactorySource):
+    """A factory whose default weights are random ones, the same in each plan."""
+
+    def weights(self, option: str) -> Path | torch.nn.Module | None:
+        return super().weights(RANDOM if option == "DEFAULT" else option)
+
+
 @dataclass(frozen=True)
 class UntrainedClip(OpenClipSource):
     """The image tower of a small model, whose weights are random ones."""
@@ -208,7 +215,7 @@ def find_small_source(model: Any) -> ModelSource:
         return UntrainedClip("tiny-vit")
     if source.name in REAL:
         return Untrained(source.name)
-    return FactorySource(tiny, registered_name=source.name)
+    return UntrainedFactory(tiny, registered_name=source.name)
 
 
 def in_folder(code: str, folder: Path) -> str:
