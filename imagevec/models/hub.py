@@ -104,14 +104,22 @@ class Repository:
 
     def json(self, name: str) -> dict[str, Any]:
         """Returns the content of a JSON file. The errors are those of ``first``."""
-        path = self.first((name,))
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise WeightsError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise WeightsError(f"{path} is not valid: it contains no JSON object")
-        return content
+        return read_json(self.first((name,)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file that describes a model.
+
+    Raises:
+        WeightsError: It is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise WeightsError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} is not valid: it contains no JSON object")
+    return content
 
 
 def find(name: str, prefix: str) -> Repository | None:

@@ -6,12 +6,12 @@ which this module does not import. Up to rounding, the result of an image is the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from imagevec.errors import OptionError, WeightsError
+from imagevec.models import hub
 from imagevec.spec import Preprocessing
 
 CONFIG = "preprocessor_config.json"
@@ -134,11 +134,8 @@ def read(folder: Path, class_name: Callable[[], str] | None = None) -> Preproces
         WeightsError: There is no such file, or it is damaged.
     """
     for path in files(folder):
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise WeightsError(f"{path} is not valid JSON: {error}") from error
-        if path.name == _NESTED and isinstance(config, dict):
+        config: Any = hub.read_json(path)
+        if path.name == _NESTED:
             config = config.get("image_processor")
         if config is not None:
             if not isinstance(config, dict):

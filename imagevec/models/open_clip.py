@@ -27,6 +27,7 @@ from imagevec.models.source import ModelSource
 from imagevec.models.weights import local_file
 from imagevec.options import RANDOM, WEIGHTS_SUFFIXES, names_file
 from imagevec.spec import Preprocessing, Tokenization, height_and_width
+from imagevec.texts.tokenize import encoder_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -228,11 +229,7 @@ class OpenClipSource(ModelSource):
     def _preprocess_cfg(self, weights: str) -> Mapping[str, Any]:
         config = _beside(weights, _CONFIG)
         if config is not None:
-            try:
-                found: dict[str, Any] = json.loads(config.read_text()).get("preprocess_cfg", {})
-            except ValueError as error:
-                raise WeightsError(f"{config} is not valid JSON: {error}") from error
-            return found
+            return hub.read_json(config).get("preprocess_cfg") or {}
         if self.config:
             return json.loads(self.config).get("preprocess_cfg") or {}
         tags = self._tags()
@@ -301,7 +298,7 @@ class OpenClipTextSource(OpenClipSource):
         zeroed = None
         if text_cfg.get("hf_tokenizer_name"):
             tokenizer = _of_transformers(self.name, self._tokenizer(weights))
-            encoder = _padded_by(tokenizer, context_length)
+            encoder = encoder_of(tokenizer, context_length, tokenizer.pad_token_id)
             words, clean = "", "whitespace"
             if options.get("strip_sep_token"):
                 zeroed = tokenizer.sep_token_id
@@ -466,21 +463,6 @@ def _of_transformers(name: str, where: str) -> Any:
             f"cannot load the tokenizer of {name}, {where} ({first}). Without a network, put its "
             f"{_TOKENIZER} and tokenizer_config.json next to the weights and use weights='<path>'"
         ) from error
-
-
-def _padded_by(tokenizer: Any, context_length: int) -> Any:
-    """Converts a tokenizer of transformers to a ``tokenizers.Tokenizer`` of texts."""
-    from tokenizers import Tokenizer
-
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.enable_truncation(context_length, direction=tokenizer.truncation_side)
-    encoder.enable_padding(
-        length=context_length,
-        direction=tokenizer.padding_side,
-        pad_id=tokenizer.pad_token_id,
-        pad_token=tokenizer.pad_token,
-    )
-    return encoder
 
 
 def _open_clip() -> Any:

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +313,7 @@ def _loaded(checkpoint: Checkpoint, layer: str, drop: tuple[str, ...] = ()) -> t
             ignore_mismatched_sizes=True,  # they are checked below
             output_loading_info=True,
         )
+    _check_no_more_layers(checkpoint, model, found["unexpected_keys"])
     for part in drop:
         if hasattr(model, part):
             setattr(model, part, None)
@@ -328,6 +329,21 @@ def _loaded(checkpoint: Checkpoint, layer: str, drop: tuple[str, ...] = ()) -> t
                 f"by config.json {tuple(ours)}"
             )
     return model.eval().requires_grad_(False), tensors & {*found["missing_keys"]}
+
+
+def _check_no_more_layers(checkpoint: Checkpoint, model: Any, unexpected: Iterable[str]) -> None:
+    """Raises ``WeightsError`` if a file has more layers in a list than ``config.json`` says."""
+    parts = model.named_modules()
+    lengths = {name: len(part) for name, part in parts if isinstance(part, nn.ModuleList)}
+    for key in sorted(unexpected):
+        own = key.removeprefix(f"{model.base_model_prefix}.")
+        for name, length in lengths.items():
+            number = own.removeprefix(f"{name}.").partition(".")[0]
+            if own.startswith(f"{name}.") and number.isdecimal() and int(number) >= length:
+                raise WeightsError(
+                    f"the weights do not fit {checkpoint.name!r}: by config.json, the model lacks "
+                    f"{key} of its files"
+                )
 
 
 def _check_complete(checkpoint: Checkpoint, missing: set[str]) -> None:

@@ -25,7 +25,6 @@ The other names are also layers, and several of them are computed in one forward
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from imagevec.models.source import ModelSource, Prepared
 from imagevec.models.weights import check_is_weights, weights_file
 from imagevec.options import RANDOM
 from imagevec.spec import Preprocessing, Tokenization
+from imagevec.texts.tokenize import encoder_of
 
 if TYPE_CHECKING:
     import torch
@@ -327,7 +327,7 @@ class TransformersSource(ModelSource):
             WeightsError: The file is damaged.
         """
         folder = self.place.fetched()
-        config = _read_json(folder / _CONFIG)
+        config = hub.read_json(folder / _CONFIG)
         code = config.get("auto_map")
         if code:
             names = code.values() if isinstance(code, dict) else [code]
@@ -383,7 +383,7 @@ class TransformersTextSource(TransformersSource):
         is_masked = "attention_mask" in tokenizer.model_input_names
         is_masked &= config["model_type"] not in _CAUSAL
         padding = tokenizer.pad_token_id + (settings.vocab_size if is_masked else 0)
-        encoder = _padded(tokenizer, length, padding)
+        encoder = encoder_of(tokenizer, length, padding)
         with cache.temporary_folder() as temporary:
             encoder.save(str(temporary / "tokenizer.json"))
             stored = cache.store(temporary / "tokenizer.json", move=True)
@@ -425,16 +425,6 @@ def _check_model_type(name: str, config: dict[str, Any], known: tuple[str, ...])
         f"model={name!r} has model_type={kind!r}, which is not supported: use a model whose "
         f"model_type is {', '.join(map(repr, sorted(known)))}"
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} is not valid: it contains a {type(content).__name__}")
-    return content
 
 
 def _has_weights(folder: Path) -> bool:
@@ -506,27 +496,6 @@ def _tokenizer(folder: Path) -> Any:
             f"cannot load the tokenizer of {folder} ({type(error).__name__}: {first}): {cure}"
         ) from error
     return tokenizer
-
-
-def _padded(tokenizer: Any, length: int, padding: int) -> Any:
-    """Converts a tokenizer to a ``tokenizers.Tokenizer`` that pads texts to a length.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-        length: The number of tokens.
-        padding: The token of the padding.
-    """
-    from tokenizers import Tokenizer
-
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.enable_truncation(length, direction=tokenizer.truncation_side)
-    encoder.enable_padding(
-        length=length,
-        direction=tokenizer.padding_side,
-        pad_id=padding,
-        pad_token=tokenizer.pad_token,
-    )
-    return encoder
 
 
 def _pretrained() -> Any:

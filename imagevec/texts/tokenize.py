@@ -68,6 +68,28 @@ class Tokenizer:
         return np.ascontiguousarray(tokens[:, : -(-used // _LENGTH_STEP) * _LENGTH_STEP])
 
 
+def encoder_of(tokenizer: Any, length: int, pad_id: int) -> Any:
+    """Converts a tokenizer of transformers to what ``Tokenizer`` reads, on the driver.
+
+    Args:
+        tokenizer: A tokenizer of transformers with a ``backend_tokenizer``.
+        length: The number of tokens to which texts are truncated or padded.
+        pad_id: The token of the padding.
+
+    Returns:
+        A ``tokenizers.Tokenizer``.
+    """
+    encoder = _library("tokenizers").Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.enable_truncation(length, direction=tokenizer.truncation_side)
+    encoder.enable_padding(
+        length=length,
+        direction=tokenizer.padding_side,
+        pad_id=pad_id,
+        pad_token=tokenizer.pad_token,
+    )
+    return encoder
+
+
 def clean(text: str, how: str) -> str:
     """Cleans a text as for training; ``how`` is the ``clean`` of ``Tokenization``."""
     if how == "none":

@@ -512,6 +512,10 @@ def edited(folder: Path, to: Path, file: str = "config.json", **changes: Any) ->
         ({"hidden_size": "many"}, "transformers cannot build a 'vit' from this config.json: "),
         ({"hidden_size": 64}, "do not fit 'transformers:edited': .* has the shape"),
         ({"num_hidden_layers": 3}, "do not fit .*: 16 tensors of the model are not in its files"),
+        (
+            {"num_hidden_layers": 1},
+            r"do not fit .*: by config.json, the model lacks .*\.1\..* of its",
+        ),
         ({"image_size": 64}, "position_embeddings has the shape"),
     ],
     ids=str,
