@@ -184,11 +184,11 @@ class Untrained(TorchvisionSource):
         return super().weights(RANDOM if option == "DEFAULT" else option)
 
 
-class UntrainedFactory(FactorySource):
-    """A factory whose default weights are random ones, the same in each plan."""
-
-    def weights(self, option: str) -> Path | torch.nn.Module | None:
-        return super().weights(RANDOM if option == "DEFAULT" else option)
+def seeded_tiny() -> torch.nn.Module:
+    """A tiny model with the same weights in each plan."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tiny()
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def find_small_source(model: Any) -> ModelSource:
         return UntrainedClip("tiny-vit")
     if source.name in REAL:
         return Untrained(source.name)
-    return UntrainedFactory(tiny, registered_name=source.name)
+    return FactorySource(seeded_tiny, registered_name=source.name)
 
 
 def in_folder(code: str, folder: Path) -> str:
