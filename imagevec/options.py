@@ -6,7 +6,9 @@ the table.
 
 from __future__ import annotations
 
+import math
 import numbers
+import operator
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,11 @@ from imagevec.errors import OptionError, did_you_mean
 if TYPE_CHECKING:
     from torch import nn
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+"""The formats that are accepted by default. HEIF needs the extra ``heif`` on the workers."""
+
+OTHER_FORMATS = ("JPEG2000", "ICO")
+"""The formats that are accepted where ``formats`` names them."""
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
@@ -26,6 +32,8 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 ENGINES = ("openvino", "torch")
 
 DECODES = ("exact", "scaled")
+
+TRUNCATED = ("error", "accept")
 
 MAX_BYTES = 500_000_000
 """The largest accepted file."""
@@ -79,8 +87,8 @@ class Options(TypedDict, total=False):
     """The largest accepted file, in bytes. Larger files become error rows, and are not read.
     Default 500,000,000."""
     formats: str | Sequence[str]
-    """The accepted image formats. Images in other formats become error rows. Default
-    ``FORMATS``."""
+    """The accepted image formats, from ``FORMATS`` and ``OTHER_FORMATS``. Images in other formats
+    become error rows. Default ``FORMATS``."""
     allowed_roots: str | Sequence[str]
     """Absolute folders and URI prefixes, such as ``"s3://bucket/photos"`` or ``"s3://"``, under
     which paths in the input column may be read. Default ``()``: any path that the worker can
@@ -91,6 +99,20 @@ class Options(TypedDict, total=False):
     decode: Literal["exact", "scaled"]
     """``"scaled"`` decodes JPEGs at the smallest scale that keeps twice ``resize_size``, which is
     faster for large images. Default ``"exact"``."""
+    background: str | Sequence[int] | None
+    """The colour behind transparent pixels: a name or ``"#rrggbb"``, as in Pillow's ``ImageColor``,
+    or three numbers from 0 to 255. Default ``None``: alpha is dropped, as in torchvision, which
+    shows whatever colour the transparent pixels have."""
+    value_range: Sequence[float] | None
+    """``(low, high)``, the values that become black and white in images of integers of more than 8
+    bits and of floats. Default ``None``: unsigned 16-bit images have their full range, and others
+    become error rows."""
+    truncated: Literal["error", "accept"]
+    """``"accept"`` takes the pixels that a truncated file still has. Default ``"error"``."""
+    boxes: str | None
+    """The name of a column of boxes, ``array<struct<left, top, width, height>>`` in pixels of the
+    image as displayed. The result is then an array with one vector for each box. Default ``None``:
+    a vector of the whole image."""
     on_error: Literal["null", "raise"]
     """``"null"`` returns a null for a bad image; ``"raise"`` fails the query with the reason.
     Default ``"null"``."""
@@ -100,9 +122,9 @@ class Options(TypedDict, total=False):
     starts. Default ``False``."""
     output: Literal["array", "struct"]
     """``array<float>``, or ``struct<features: array<float>, error: string, width: int,
-    height: int>``. With several layers, ``struct<<layer>: array<float>, ...>`` replaces
-    ``array<float>``. A pandas UDF cannot return a null struct, so without an image every field of
-    this struct is null instead. Default ``"array"``."""
+    height: int, truncated: boolean>``. With several layers, ``struct<<layer>: array<float>, ...>``
+    replaces ``array<float>``. A pandas UDF cannot return a null struct, so without an image every
+    field of this struct is null instead. Default ``"array"``."""
 
 
 class TextOptions(TypedDict, total=False):
@@ -138,6 +160,7 @@ class Option:
         "layer",
         "size",
         "names",
+        "range",
         "flag",
         "choice",
         "text",
@@ -195,6 +218,52 @@ def check_size(option: str, value: object) -> int | tuple[int, int]:
     return height if height == width else (height, width)
 
 
+def check_colour(option: str, value: object) -> str | None:
+    """Returns a colour as ``"#rrggbb"``, or ``None``.
+
+    Raises:
+        OptionError: The value is neither a colour of Pillow's ``ImageColor`` without alpha nor
+            three integers from 0 to 255.
+    """
+    if value is None:
+        return None
+    from PIL import ImageColor
+
+    try:
+        rgb = ImageColor.getrgb(value) if isinstance(value, str) else value
+        red, green, blue = (operator.index(level) for level in cast("Sequence[int]", rgb))
+    except (TypeError, ValueError):
+        red = green = blue = -1
+    if not all(0 <= level <= 255 for level in (red, green, blue)):
+        raise OptionError(
+            f"{option}={value!r} is not a colour: use a name such as 'white', '#rrggbb', or three "
+            "integers from 0 to 255"
+        )
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def check_range(option: str, value: object) -> tuple[float, float] | None:
+    """Returns ``(low, high)`` as floats, or ``None``.
+
+    Raises:
+        OptionError: The value is not two finite numbers, the second above the first.
+    """
+    if value is None:
+        return None
+    ends = value if isinstance(value, list | tuple) else ()
+    if (
+        len(ends) != 2
+        or not all(isinstance(end, numbers.Real) and not isinstance(end, bool) for end in ends)
+        or not all(math.isfinite(end) for end in ends)
+        or not ends[0] < ends[1]
+    ):
+        raise OptionError(
+            f"{option}={value!r} is not valid: use two numbers, (low, high), the second above the "
+            "first"
+        )
+    return float(ends[0]), float(ends[1])
+
+
 def check_bool(option: str, value: object) -> None:
     """Raises ``OptionError`` unless ``value`` is a boolean."""
     if not isinstance(value, bool):
@@ -240,6 +309,20 @@ def _size(option: Option, value: Any) -> int | tuple[int, int] | None:
     return None if value is None else check_size(option.name, value)
 
 
+def _colour(option: Option, value: Any) -> str | None:
+    return check_colour(option.name, value)
+
+
+def _range(option: Option, value: Any) -> tuple[float, float] | None:
+    return check_range(option.name, value)
+
+
+def _column(option: Option, value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise OptionError(f"{option.name}={value!r} is not valid: use the name of a column")
+    return value
+
+
 def _flag(option: Option, value: Any) -> bool:
     check_bool(option.name, value)
     return cast(bool, value)
@@ -280,7 +363,7 @@ def _formats(option: Option, value: Any) -> tuple[str, ...]:
     if not names:
         raise OptionError(f"{option.name} is empty: choose from {', '.join(FORMATS)}")
     for name in names:
-        check_choice(option.name, name, FORMATS)
+        check_choice(option.name, name, (*FORMATS, *OTHER_FORMATS))
     return names
 
 
@@ -364,6 +447,35 @@ OPTIONS = (
         _choice,
         "scaled decodes large JPEGs at a reduced size",
         DECODES,
+    ),
+    Option(
+        "background",
+        None,
+        "text",
+        _colour,
+        "colour behind transparent pixels, such as white; by default alpha is dropped",
+    ),
+    Option(
+        "value_range",
+        None,
+        "range",
+        _range,
+        "values that become black and white in images of more than 8 bits per channel",
+    ),
+    Option(
+        "truncated",
+        "error",
+        "choice",
+        _choice,
+        "whether to accept the pixels that a truncated file still has",
+        TRUNCATED,
+    ),
+    Option(
+        "boxes",
+        None,
+        "text",
+        _column,
+        "column of boxes, structs of left, top, width and height; each box becomes a vector",
     ),
     Option(
         "on_error",

@@ -26,7 +26,7 @@ from imagevec.models.features import FeatureModel
 from imagevec.models.registry import find_source
 from imagevec.models.source import ConversionError, ModelSource
 from imagevec.options import DEFAULTS, ENGINES, Options, checked
-from imagevec.spec import ExecutionOptions, FeatureSpec, with_decode
+from imagevec.spec import ExecutionOptions, FeatureSpec, with_decoding
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -143,7 +143,7 @@ def _has_gpu_driver() -> bool:
 
 
 def _of_source(source: ModelSource, chosen: dict[str, Any], gpus: bool | None) -> Plan:
-    options = ("weights", "layer", "normalize", "decode", "input_size")
+    options = ("weights", "layer", "normalize", "input_size")
     model = FeatureModel(source, **{name: chosen[name] for name in options})
     execution = ExecutionOptions.of(chosen)
     for name, device in _candidates(source, chosen, gpus):
@@ -154,7 +154,7 @@ def _of_source(source: ModelSource, chosen: dict[str, Any], gpus: bool | None) -
                 raise OptionError(str(error)) from error.__cause__
             logger.warning("%s; using another engine", error)
             continue
-        preprocessing = with_decode(prepared.spec.preprocessing, chosen["decode"])
+        preprocessing = with_decoding(prepared.spec.preprocessing, chosen)
         return Plan(
             dataclasses.replace(
                 prepared.spec, precision=chosen["precision"], preprocessing=preprocessing

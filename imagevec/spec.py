@@ -22,7 +22,9 @@ from imagevec.options import (
     PRECISIONS,
     check_bool,
     check_choice,
+    check_colour,
     check_positive,
+    check_range,
     check_size,
     checked,
 )
@@ -51,6 +53,9 @@ class Preprocessing:
             torchvision, or ``"floor"`` as in Hugging Face's image processors.
         decode: ``"exact"``, or ``"scaled"`` to decode JPEGs at the smallest scale of 1/1, 1/2, 1/4
             and 1/8 that keeps ``min_decoded_side`` pixels on both sides.
+        background: The colour behind transparent pixels, as ``"#rrggbb"``; ``None`` drops alpha.
+        value_range: The values that become black and white in images of integers of more than 8
+            bits and of floats; ``None`` accepts only unsigned integers in their full range.
     """
 
     resize_size: int | tuple[int, int] = 256
@@ -61,6 +66,8 @@ class Preprocessing:
     squash: bool = False
     decode: Literal["exact", "scaled"] = "exact"
     crop_offset: Literal["round", "floor"] = "round"
+    background: str | None = None
+    value_range: tuple[float, float] | None = None
 
     @property
     def input_size(self) -> int | tuple[int, int]:
@@ -105,6 +112,8 @@ class Preprocessing:
         check_choice("decode", self.decode, DECODES)
         check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
         check_choice("crop_offset", self.crop_offset, ("round", "floor"))
+        object.__setattr__(self, "background", check_colour("background", self.background))
+        object.__setattr__(self, "value_range", check_range("value_range", self.value_range))
         for option in ("crop_size", "resize_size"):
             object.__setattr__(self, option, check_size(option, getattr(self, option)))
         resized = height_and_width(self.resize_size)
@@ -170,13 +179,17 @@ class Tokenization:
         return (self.vocabulary,)
 
 
-def with_decode(
-    preprocessing: Preprocessing | Tokenization, decode: Literal["exact", "scaled"]
+DECODING = ("decode", "background", "value_range")
+"""The options that are fields of ``Preprocessing`` as they are."""
+
+
+def with_decoding(
+    preprocessing: Preprocessing | Tokenization, options: Mapping[str, Any]
 ) -> Preprocessing | Tokenization:
-    """Returns ``preprocessing`` with another ``decode``, or a ``Tokenization`` unchanged."""
+    """Returns ``preprocessing`` with the options in ``DECODING``, or a ``Tokenization``."""
     if isinstance(preprocessing, Tokenization):
         return preprocessing
-    return dataclasses.replace(preprocessing, decode=decode)
+    return dataclasses.replace(preprocessing, **{name: options[name] for name in DECODING})
 
 
 @dataclass(frozen=True)
@@ -233,9 +246,11 @@ class FeatureSpec:
         for part, name, default in (
             (fields, "code", ""),
             (fields["preprocessing"], "crop_offset", "round"),
+            (fields["preprocessing"], "background", None),
+            (fields["preprocessing"], "value_range", None),
         ):
-            if part.get(name) == default:
-                del part[name]
+            if part.get(name, default) == default:
+                part.pop(name, None)
         return json.dumps(fields, sort_keys=True)
 
     @classmethod
@@ -243,8 +258,8 @@ class FeatureSpec:
         """Builds a spec from the result of ``to_json``."""
         fields: dict[str, Any] = json.loads(text)
         pre: dict[str, Any] = fields.pop("preprocessing")
-        sizes = ("resize_size", "crop_size")
-        for part, names in ((pre, ("mean", "std", *sizes)), (fields, ("layer", "num_features"))):
+        tuples = ("mean", "std", "resize_size", "crop_size", "value_range")
+        for part, names in ((pre, tuples), (fields, ("layer", "num_features"))):
             for name in names:
                 if isinstance(part.get(name), list):
                     part[name] = tuple(part[name])
@@ -280,6 +295,8 @@ class ExecutionOptions:
     on_error: str
     isolate: bool
     output: str
+    truncated: str
+    boxes: str | None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> ExecutionOptions:

@@ -75,7 +75,8 @@ def feature_stream(
 
     Yields:
         Series of float32 ``(D,)`` arrays and nulls, or data frames with such a column per layer;
-        with ``output="struct"``, data frames of ``features``, ``error``, ``width`` and ``height``.
+        with ``output="struct"``, data frames of ``features``, ``error``, ``width``, ``height`` and
+        ``truncated``.
 
     Raises:
         ImageError: An image is bad and ``on_error="raise"``.
@@ -281,5 +282,6 @@ def _to_pandas(
             ),
             "width": pd.array([row.width for row in group], dtype="Int32"),
             "height": pd.array([row.height for row in group], dtype="Int32"),
+            "truncated": pd.array([row.truncated for row in group], dtype="boolean"),
         }
     )

@@ -54,5 +54,5 @@ echo "setup: installing packages (takes several minutes the first time)"
 # pip 25.1 introduced --group; pip before 23.3 does not recognise the extra pandas_on_spark.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 .venv/bin/python -m pip install --quiet ${constraints[@]+"${constraints[@]}"} \
-    --group dev --editable '.[spark,timm,clip,transformers,openvino,quantize,connect,fsspec,search,demo,bench,docs]'
+    --group dev --editable '.[spark,heif,timm,clip,transformers,openvino,quantize,connect,fsspec,search,demo,bench,docs]'
 echo "$fingerprint" >"$stamp"

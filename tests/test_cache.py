@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -17,10 +18,9 @@ from typing import Any
 
 import pytest
 
-from imagevec import ImageVecError, OptionError, cache, plan
+from imagevec import ImageVecError, OptionError, Preprocessing, cache, plan
 from imagevec.files import digest_of
 from imagevec.plan import make_plan
-from imagevec.spec import with_decode
 from tests.helpers.factories import tiny
 from tests.helpers.pipeline import run_python, saved
 
@@ -176,7 +176,9 @@ def test_precisions_share_a_graph(folder: Path, monkeypatch: pytest.MonkeyPatch)
     other = make_plan(**options, precision="bfloat16", decode="scaled")
     assert other.files == first.files
     assert other.spec.precision == "bfloat16"
-    assert other.spec.preprocessing == with_decode(first.spec.preprocessing, "scaled")
+    assert isinstance(first.spec.preprocessing, Preprocessing)
+    expected = dataclasses.replace(first.spec.preprocessing, decode="scaled")
+    assert other.spec.preprocessing == expected
     assert other.key != first.key
 
 

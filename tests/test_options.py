@@ -25,7 +25,7 @@ from imagevec.options import (
     checked,
 )
 from imagevec.spark.featurizer import FeaturizerParams, ImageFeaturizer
-from imagevec.spec import ExecutionOptions, FeatureSpec, Preprocessing
+from imagevec.spec import DECODING, ExecutionOptions, FeatureSpec, Preprocessing
 from tests.helpers.shared import ROOT
 
 NAMES = [option.name for option in OPTIONS]
@@ -87,7 +87,10 @@ def test_an_engine_is_a_module_with_the_functions_of_a_backend(name: str) -> Non
 
 
 def test_each_option_is_of_the_spec_or_of_the_execution() -> None:
-    execution, spec = fields_of(ExecutionOptions), fields_of(FeatureSpec) | {"decode", "input_size"}
+    execution, spec = (
+        fields_of(ExecutionOptions),
+        fields_of(FeatureSpec) | {*DECODING, "input_size"},
+    )
     assert execution <= set(NAMES)
     assert not execution & spec
     # The engine is decided for the plan: it is its backend.
@@ -133,7 +136,8 @@ def test_the_flags_of_extract_are_options_that_are_valid() -> None:
     words += " --precision bfloat16 --engine torch --device cpu --batch-size 4 --max-pixels 99"
     words += " --max-bytes 98 --input-size 160x96"
     words += " --formats JPEG,PNG --allowed-roots /a,s3://b --decode scaled --isolate"
-    words += " --read-timeout-seconds 9"
+    words += " --read-timeout-seconds 9 --background white --value-range 0,4095"
+    words += " --truncated accept --boxes boxes"
     parsed = parser().parse_args(words.split())
     given = {name: getattr(parsed, name) for name in set(NAMES) - FIXED_IN_TABLES}
     assert None not in given.values()
@@ -153,6 +157,10 @@ def test_the_flags_of_extract_are_options_that_are_valid() -> None:
         "allowed_roots": ("/a", "s3://b"),
         "read_timeout_seconds": 9,
         "decode": "scaled",
+        "background": "#ffffff",
+        "value_range": (0.0, 4095.0),
+        "truncated": "accept",
+        "boxes": "boxes",
         "isolate": True,
     }
 
@@ -191,6 +199,34 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "allowed_roots": [5, {}, [5], [["/a"]], {"/a"}, b"/a", [None]],
     "read_timeout_seconds": [[], {}, 2.5, "120", True, None],
     "decode": [[], {}, 5, None, True],
+    "background": [
+        5,
+        {},
+        True,
+        [],
+        "whit",
+        "#12",
+        "#ffffff80",
+        (1, 2),
+        (0, 0, 256),
+        (0.5, 0, 0),
+        b"red",
+    ],
+    "value_range": [
+        5,
+        {},
+        True,
+        "0,1",
+        [],
+        [1],
+        [1, 2, 3],
+        (1, 1),
+        (2, 1),
+        (0, "1"),
+        (0, float("nan")),
+    ],
+    "truncated": [[], {}, 5, None, True],
+    "boxes": [5, {}, True, [], "", b"boxes"],
     "on_error": [[], {}, 5, None],
     "isolate": [1, "yes", None, []],
     "output": [[], {}, 5, None, list],
@@ -221,6 +257,7 @@ def test_a_value_of_a_wrong_type_is_refused_by_name(name: str, value: Any) -> No
         ("engine", "Torch", "torch"),
         ("precision", "BFloat16", "bfloat16"),
         ("decode", "Scaled", "scaled"),
+        ("truncated", "Accept", "accept"),
         ("on_error", "RAISE", "raise"),
         ("output", "Struct", "struct"),
     ],

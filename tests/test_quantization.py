@@ -83,7 +83,7 @@ class Products(nn.Module):
 @pytest.mark.parametrize("squared", [False, True])
 def test_attention_is_a_product_of_what_depends_on_the_input(squared: bool, einsum: bool) -> None:
     factory = find_source(functools.partial(Products, squared, einsum))
-    exact = FeatureModel(factory, weights="random", layer="logits", normalize=False, decode="exact")
+    exact = FeatureModel(factory, weights="random", layer="logits", normalize=False)
     assert quantization._has_attention(openvino.convert(exact)) is squared
 
 

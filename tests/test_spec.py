@@ -150,7 +150,7 @@ def test_the_defaults_are_the_documented_ones():
         "output": "array",
     }
     assert documented.items() <= DEFAULTS.items()
-    assert FORMATS == ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+    assert FORMATS == ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 
 
 def test_the_default_preprocessing_is_torchvisions():

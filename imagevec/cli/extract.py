@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagevec._version import __version__
 from imagevec.errors import ImageVecError, MissingExtraError
-from imagevec.options import OPTIONS
+from imagevec.options import OPTIONS, Option
 
 if TYPE_CHECKING:
     from imagevec.table.extract import Progress
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if option.name in _FIXED:
             continue
         # No default: a saved model has its own layer, precision and so on.
-        settings: dict[str, Any] = {"help": f"{option.help} (default: {_shown(option.default)})"}
+        settings: dict[str, Any] = {"help": f"{option.help}{_shown(option)}"}
         if option.kind == "flag":
             settings |= {"action": "store_true", "default": None}
         elif option.kind == "choice":
@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             settings |= {"type": _names, "metavar": "A,B"}
         elif option.kind == "size":
             settings |= {"type": _size, "metavar": "SIDE|HEIGHTxWIDTH"}
+        elif option.kind == "range":
+            settings |= {"type": _range, "metavar": "LOW,HIGH"}
         elif option.kind in ("count", "auto_or_count"):
             settings["type"] = _count
         parser.add_argument(f"--{option.name.replace('_', '-')}", **settings)
@@ -161,15 +163,26 @@ def _in_flags(message: str) -> str:
     return flag.sub(written, message)
 
 
-def _shown(default: Any) -> str:
-    if isinstance(default, tuple):
-        return ",".join(default) or "none"
-    return {False: "no", None: "the model's own"}.get(default, str(default))
+def _shown(option: Option) -> str:
+    default = option.default
+    if option.kind == "size":
+        return " (default: the model's own)"
+    if default is None:
+        return ""
+    shown = ",".join(default) or "none" if isinstance(default, tuple) else default
+    return f" (default: {'no' if default is False else shown})"
 
 
 def _size(text: str) -> int | str | list[int | str]:
     sides = [_count(side) for side in text.split("x")]
     return sides[0] if len(sides) == 1 else sides
+
+
+def _range(text: str) -> list[float] | str:
+    try:
+        return [float(end) for end in text.split(",")]
+    except ValueError:
+        return text
 
 
 def _names(text: str) -> list[str]:

@@ -23,13 +23,13 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import simplejpeg
 from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
 from imagevec.errors import ImageError
 from imagevec.images.formats import unidentified
+from imagevec.images.jpeg import decode_jpeg
+from imagevec.images.pixels import Pixels, to_rgb
 
 # A task has one core. A worker that cannot start a thread could decode no AVIF otherwise.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
@@ -42,9 +42,6 @@ _BYTES_PER_PIXEL_OF_OTHERS = 4  # a buffer of libtiff
 _ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
 
 
-Pixels = npt.NDArray[np.uint8]
-
-
 class DecodedImage(NamedTuple):
     """The pixels of an image, and its original size.
 
@@ -52,15 +49,24 @@ class DecodedImage(NamedTuple):
         pixels: The pixels, uint8 RGB ``(H, W, 3)``, contiguous.
         width: The width of the image as displayed, in pixels.
         height: The height of the image as displayed, in pixels.
+        truncated: Whether the file ends before the image does.
     """
 
     pixels: Pixels
     width: int
     height: int
+    truncated: bool = False
 
 
 def decode(
-    data: bytes, *, max_pixels: int, formats: tuple[str, ...], min_side: int | None = None
+    data: bytes,
+    *,
+    max_pixels: int,
+    formats: tuple[str, ...],
+    min_side: int | None = None,
+    background: str | None = None,
+    value_range: tuple[float, float] | None = None,
+    truncated: str = "error",
 ) -> DecodedImage:
     """Decodes one image.
 
@@ -71,6 +77,9 @@ def decode(
         formats: The accepted formats, from ``imagevec.options.FORMATS``.
         min_side: The minimum length of both sides. JPEGs are decoded at the smallest scale of 1/1,
             1/2, 1/4 and 1/8 that keeps it; ``None`` decodes at 1/1.
+        background: See ``imagevec.spec.Preprocessing``.
+        value_range: See ``imagevec.spec.Preprocessing``.
+        truncated: ``"accept"`` to return the pixels that a truncated file still has.
 
     Raises:
         ImageError: The image is empty, too large, truncated, corrupt or in another format.
@@ -83,7 +92,7 @@ def decode(
     image = _opened(data, max_pixels, formats)
     width, height = image.size
     try:
-        return _decoded(data, image, min_side)
+        return _decoded(data, image, min_side, background, value_range)
     except Exception as error:  # decoders raise more than OSError on malicious bytes
         raise _bad_image(error, width * height, image.format) from error
 
@@ -94,7 +103,8 @@ def _opened(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Image.Ima
     if webp_size is not None and "WEBP" in formats:  # its decoder allocates two canvases to open it
         check_size(*webp_size, max_pixels)
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
+        known = [name for name in formats if name != "HEIF"]
+        image = Image.open(io.BytesIO(data), formats=known)
         check_size(*image.size, max_pixels)
         _check_tiles(image, max_pixels)
     except ImageError:
@@ -149,34 +159,24 @@ def has_memory(num_bytes: int) -> bool:
     return True
 
 
-def _decoded(data: bytes, image: Image.Image, min_side: int | None) -> DecodedImage:
+def _decoded(
+    data: bytes,
+    image: Image.Image,
+    min_side: int | None,
+    background: str | None,
+    value_range: tuple[float, float] | None,
+) -> DecodedImage:
     width, height = image.size
     if min_side is not None:
         image.draft(None, (min_side, min_side))  # only affects JPEGs
     is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")  # not CMYK
-    pixels = _decode_jpeg(data, image) if is_plain_jpeg else None
+    pixels = decode_jpeg(data, image) if is_plain_jpeg else None
     if pixels is None:
-        pixels = _rgb(image)
+        pixels = to_rgb(image, background, value_range)
     orientation = _orientation(image)  # after the pixels: Pillow orients TIFFs as it loads them
     if orientation >= 5:
         width, height = height, width
     return DecodedImage(_apply_orientation(pixels, orientation), width, height)
-
-
-def _decode_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
-    """Returns uint8 RGB ``(H, W, 3)`` faster than Pillow, or ``None`` to leave errors to Pillow.
-
-    Both use libjpeg-turbo with the same settings, so the pixels are equal at every scale. The
-    default ``strict`` mode rejects every file with a libjpeg warning, and Pillow then decides.
-    """
-    width, height = image.size  # after ``draft``, of the scaled image
-    try:
-        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
-    except ValueError as error:
-        if "Insufficient memory" in str(error):  # libjpeg's words
-            raise MemoryError(str(error)) from error
-        return None
-    return pixels
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -209,14 +209,6 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
     if data[12:16] == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
         return start >> 48 & 0x3FFF, start >> 64 & 0x3FFF
     return None
-
-
-def _rgb(image: Image.Image) -> Pixels:
-    """Returns a copy of the pixels, uint8 ``(H, W, 3)``."""
-    if image.mode.startswith("I;16"):
-        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)  # (H, W)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -18,6 +18,8 @@ from imagevec.spec import ExecutionOptions, Preprocessing
 # OpenCV type numbers from pyspark.ml.image.ImageSchema.ocvTypes, with 8-bit unsigned channels.
 _CHANNELS_OF_MODE = {0: 1, 16: 3, 24: 4}
 
+_AS_IT_IS = Preprocessing()
+
 
 class Row(NamedTuple):
     """An input row, prepared for the forward pass.
@@ -31,6 +33,7 @@ class Row(NamedTuple):
         path: The path of a bad image, if known.
         decode_seconds: The time spent decoding.
         preprocess_seconds: The time spent resizing and cropping, or tokenizing.
+        truncated: Whether the file ends before the image does; ``None`` if it was not decoded.
     """
 
     input: npt.NDArray[Any] | None = None
@@ -40,6 +43,7 @@ class Row(NamedTuple):
     path: str | None = None
     decode_seconds: float = 0.0
     preprocess_seconds: float = 0.0
+    truncated: bool | None = None
 
 
 def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOptions) -> Row:
@@ -52,7 +56,7 @@ def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOption
         return Row()
     start = time.perf_counter()
     try:
-        decoded = load(value, options, preprocessing.min_decoded_side)
+        decoded = load(value, options, preprocessing)
     except ImageError as error:
         return Row(error=error, decode_seconds=time.perf_counter() - start)
     between = time.perf_counter()
@@ -64,13 +68,14 @@ def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOption
         decoded.height,
         decode_seconds=between - start,
         preprocess_seconds=end - between,
+        truncated=decoded.truncated,
     )
 
 
-def load(value: Value, options: ExecutionOptions, min_side: int | None = None) -> DecodedImage:
+def load(
+    value: Value, options: ExecutionOptions, preprocessing: Preprocessing = _AS_IT_IS
+) -> DecodedImage:
     """Decodes one non-null value from ``read_ahead``.
-
-    ``min_side`` is as in ``imagevec.images.decode.decode``.
 
     Raises:
         ImageError: The value is not an accepted image.
@@ -85,7 +90,13 @@ def load(value: Value, options: ExecutionOptions, min_side: int | None = None) -
         raise OptionError(f"the input column contains {type(data).__name__} values: {ACCEPTED}")
     check_bytes(len(data), options.max_bytes)
     return decode(
-        bytes(data), max_pixels=options.max_pixels, formats=options.formats, min_side=min_side
+        bytes(data),
+        max_pixels=options.max_pixels,
+        formats=options.formats,
+        min_side=preprocessing.min_decoded_side,
+        background=preprocessing.background,
+        value_range=preprocessing.value_range,
+        truncated=options.truncated,
     )
 
 

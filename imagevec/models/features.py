@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from imagevec.errors import ImageVecError, OptionError
 from imagevec.files import digest_of
 from imagevec.options import RANDOM
-from imagevec.spec import FeatureSpec, Preprocessing, Tokenization, with_decode
+from imagevec.spec import FeatureSpec, Preprocessing, Tokenization
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,6 @@ class FeatureModel:
         weights: The ``weights`` option.
         layer: The ``layer`` option.
         normalize: The ``normalize`` option.
-        decode: The ``decode`` option.
         input_size: The ``input_size`` option.
 
     Raises:
@@ -45,14 +44,12 @@ class FeatureModel:
         weights: str,
         layer: str | tuple[str, ...],
         normalize: bool,
-        decode: Literal["exact", "scaled"],
         input_size: int | tuple[int, int] | None = None,
     ) -> None:
         self.source = source
         self.weights = weights
         self.layer = layer
         self.normalize = normalize
-        self._decode = decode
         self._input_size = input_size
         self._built: nn.Module | None = None
 
@@ -80,7 +77,7 @@ class FeatureModel:
         if self._input_size is not None and own.input_size != self._input_size:
             own = self.source.resized(own, self._input_size)
             self._built = None  # its size is the model's own
-        return with_decode(own, self._decode)
+        return own
 
     @functools.cached_property
     def _own_preprocessing(self) -> Preprocessing:

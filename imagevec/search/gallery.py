@@ -242,7 +242,7 @@ def _picture(
     if store in unreachable:
         return {"problem": _UNREADABLE}
     try:
-        pixels, width, height = decode(
+        decoded = decode(
             read(path, roots, _READ_SECONDS),
             max_pixels=DEFAULTS["max_pixels"],
             formats=FORMATS,
@@ -254,7 +254,7 @@ def _picture(
         if not location.is_local and not isinstance(error.__cause__, PermissionError):
             unreachable.add(store)
         return {"problem": _UNREADABLE}
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(decoded.pixels)
     scale = min(1, size / min(image.size), 2 * size / max(image.size))
     sides = [max(1, round(side * scale)) for side in image.size]
     file = io.BytesIO()
@@ -262,4 +262,4 @@ def _picture(
         file, "JPEG", quality=_JPEG_QUALITY
     )
     uri = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-    return {"thumbnail": uri, "width": width, "height": height}
+    return {"thumbnail": uri, "width": decoded.width, "height": decoded.height}

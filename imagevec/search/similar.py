@@ -14,7 +14,7 @@ from imagevec.models.registry import find_source, named
 from imagevec.models.weights import option_of
 from imagevec.options import RANDOM, Options, check_positive
 from imagevec.search.neighbours import Vectors, nearest
-from imagevec.spec import Preprocessing
+from imagevec.spec import DECODING, Preprocessing
 from imagevec.storage.location import Location
 from imagevec.table.read import RowGroup, column_metadata, read_paths, read_vectors
 
@@ -157,7 +157,7 @@ def _vectors_computed(
         "on_error": "raise",
     }
     if isinstance(made_of.preprocessing, Preprocessing):
-        options["decode"] = made_of.preprocessing.decode
+        options |= {name: getattr(made_of.preprocessing, name) for name in DECODING}
         options["input_size"] = made_of.preprocessing.input_size
     options |= _model_options(made_of, features, model, weights)
     vectorizer = ImageVectorizer(**cast(Options, options))

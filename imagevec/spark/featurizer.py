@@ -94,6 +94,10 @@ class FeaturizerParams(TypedDict, total=False):
     allowedRoots: list[str]
     readTimeoutSeconds: int
     decode: str
+    background: str | list[int] | None
+    valueRange: list[float] | None
+    truncated: str
+    boxes: str | None
     onError: str
     isolate: bool
 
@@ -131,6 +135,7 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "layer": _to_layer,
     "size": _to_size,
     "names": TypeConverters.toListString,
+    "range": TypeConverters.toListFloat,
     "flag": TypeConverters.toBoolean,
     "choice": TypeConverters.toString,
     "text": TypeConverters.toString,

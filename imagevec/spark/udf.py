@@ -24,6 +24,7 @@ from pyspark.sql import Column, SparkSession
 from pyspark.sql.pandas.functions import pandas_udf
 from pyspark.sql.types import (
     ArrayType,
+    BooleanType,
     DataType,
     FloatType,
     IntegerType,
@@ -174,6 +175,7 @@ def _return_type(spec: FeatureSpec, output: str) -> DataType:
             StructField("error", StringType()),
             StructField("width", IntegerType()),
             StructField("height", IntegerType()),
+            StructField("truncated", BooleanType()),
         ]
     )
 

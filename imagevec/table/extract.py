@@ -379,6 +379,7 @@ def _computed(
         F.col(f"{_RESULT}.features").alias("features", metadata=vectorizer.spec.metadata),
         f"{_RESULT}.width",
         f"{_RESULT}.height",
+        f"{_RESULT}.truncated",
         F.coalesce(SOURCE_ERROR, f"{_RESULT}.error").alias("error"),
         *map(quoted, kept),
         # With several layers, features is a struct, which is never null.

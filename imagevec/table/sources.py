@@ -48,7 +48,7 @@ _LISTING_ROWS = 10_000  # held in memory at a time
 
 OWN_COLUMNS = (
     *("path", "length", "modificationTime", "version"),
-    *("features", "width", "height", "error"),
+    *("features", "width", "height", "truncated", "error"),
 )
 """The columns of a result."""
 

@@ -369,7 +369,7 @@ class Scratch(Net):
 
 def feature_model(kind: Callable[[], nn.Module], **options: Any) -> FeatureModel:
     defaults: dict[str, Any]
-    defaults = {"weights": "DEFAULT", "layer": "logits", "normalize": False, "decode": "exact"}
+    defaults = {"weights": "DEFAULT", "layer": "logits", "normalize": False}
     return FeatureModel(FactorySource(kind, SMALL), **{**defaults, **options})
 
 
@@ -599,7 +599,7 @@ def test_lack_of_memory_is_no_difference():
 def test_models_of_libraries_are_functions(name, normalize):
     if name.startswith("timm/"):
         pytest.importorskip("timm")
-    options: dict[str, Any] = {"layer": "pooled", "normalize": normalize, "decode": "exact"}
+    options: dict[str, Any] = {"layer": "pooled", "normalize": normalize}
     model = FeatureModel(find_source(name), weights="random", **options)
     assert not Reference(model).branches
 
@@ -628,7 +628,7 @@ class OfTokens(nn.Module):
     ],
 )
 def test_text_towers_are_checked_with_texts_of_different_lengths(change, match, clip):
-    options: dict[str, Any] = {"layer": "pooled", "normalize": False, "decode": "exact"}
+    options: dict[str, Any] = {"layer": "pooled", "normalize": False}
     source = find_source("open_clip/tiny-vit").text_source()
     model = FeatureModel(source, weights="random", **options)
     assert model.spec.sizes == (32,)

@@ -10,8 +10,6 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from imagevec.options import FORMATS
-
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")
 
 # The modes that Pillow writes without conversion. WEBP and AVIF support only colour.
@@ -25,7 +23,9 @@ MODES_OF_FORMAT = {
     "AVIF": ("RGB", "RGBA"),
 }
 
-FORMATS_AND_MODES = [(format, mode) for format in FORMATS for mode in MODES_OF_FORMAT[format]]
+FORMATS_AND_MODES = [
+    (format, mode) for format in MODES_OF_FORMAT for mode in MODES_OF_FORMAT[format]
+]
 
 
 def photo(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:

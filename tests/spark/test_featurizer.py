@@ -72,6 +72,10 @@ VALUES: dict[str, Any] = {
     "allowedRoots": ["/photos"],
     "readTimeoutSeconds": 30,
     "decode": "scaled",
+    "background": "#ffffff",
+    "valueRange": [0.0, 4095.0],
+    "truncated": "accept",
+    "boxes": "boxes",
     "onError": "raise",
     "isolate": True,
 }
@@ -645,9 +649,7 @@ def test_a_model_of_open_clip_is_saved(clip: Any, frame: Frame, tmp_path: Path) 
 def model_folder(tmp_path: Path) -> Path:
     """A saved model of ``tiny``, float32."""
     pytest.importorskip("openvino")
-    model = FeatureModel(
-        find_source(NAME), weights="random", layer="logits", normalize=False, decode="exact"
-    )
+    model = FeatureModel(find_source(NAME), weights="random", layer="logits", normalize=False)
     spec = model.spec
     folder = tmp_path / "original"
     folder.mkdir()

@@ -19,7 +19,17 @@ from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import vector_of
 
 OPTIONS: dict[str, Any] = {"model": tiny, "weights": "random", "engine": "torch"}
-COLUMNS = ["path", "length", "modificationTime", "version", "features", "width", "height", "error"]
+COLUMNS = [
+    "path",
+    "length",
+    "modificationTime",
+    "version",
+    "features",
+    "width",
+    "height",
+    "truncated",
+    "error",
+]
 
 Vectors = dict[str, list[float]]
 
