@@ -231,7 +231,7 @@ def check_colour(option: str, value: object) -> str | None:
 
     try:
         rgb = ImageColor.getrgb(value) if isinstance(value, str) else value
-        red, green, blue = (operator.index(level) for level in cast("Sequence[int]", rgb))
+        red, green, blue = map(operator.index, rgb if isinstance(rgb, list | tuple) else ())
     except (TypeError, ValueError):
         red = green = blue = -1
     if not all(0 <= level <= 255 for level in (red, green, blue)):
