@@ -10,11 +10,12 @@ from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkContext
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
-from pyspark.sql.types import ArrayType, BinaryType, StringType, StructType
+from pyspark.sql.types import ArrayType, BinaryType, NumericType, StringType, StructType
 
 from imagevec.errors import ImageVecError, OptionError, did_you_mean
 from imagevec.images.values import ACCEPTED, EXPLODE, FILE_FIELDS, IMAGE_FIELDS
 
+BOX_SIDES = ("left", "top", "width", "height")
 _JAVA = ("java.", "javax.", "org.", "com.", "scala.", "py4j.")
 
 INSTALL_THERE = (
@@ -108,6 +109,24 @@ def check_input_column(schema: StructType, name: str) -> str:
     )
     if not (isinstance(kind, BinaryType | StringType) or is_struct):
         raise OptionError(f"column {found!r} is of type {kind.simpleString()}: {ACCEPTED}")
+    return found
+
+
+def check_boxes_column(schema: StructType, name: str) -> str:
+    """Returns the name of a column of boxes as in the schema. A box may have further fields.
+
+    Raises:
+        OptionError: The column does not exist, or its type is not accepted.
+    """
+    found = existing_column(schema.names, name)
+    kind = schema[found].dataType
+    box = kind.elementType if isinstance(kind, ArrayType) else None
+    types = {field.name: field.dataType for field in box} if isinstance(box, StructType) else {}
+    if not all(isinstance(types.get(side), NumericType) for side in BOX_SIDES):
+        raise OptionError(
+            f"column {found!r} is of type {kind.simpleString()}: boxes must be of type "
+            f"array<struct<{','.join(BOX_SIDES)}>> with numbers as fields"
+        )
     return found
 
 
