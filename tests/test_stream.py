@@ -234,7 +234,7 @@ def test_on_error_raise_names_a_path_once(options):
 
 
 def test_on_error_raise_names_no_path_where_there_is_none():
-    assert raised(series([b"garbage"])).detail == "starts with b'garbage'"
+    assert raised(series([b"garbage"])).detail == "starts with b'garbage', plain text"
 
 
 def test_an_error_row_is_the_same_whether_its_path_is_known(tmp_path):

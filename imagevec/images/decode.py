@@ -27,8 +27,9 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
 from imagevec.errors import ImageError
-from imagevec.images.formats import unidentified
+from imagevec.images.formats import check_format
 from imagevec.images.jpeg import decode_jpeg
+from imagevec.images.layouts import check_layout, refused
 from imagevec.images.pixels import Pixels, to_rgb
 
 # A task has one core. A worker that cannot start a thread could decode no AVIF otherwise.
@@ -36,7 +37,7 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 # What decoders that do not report a lack of memory as such take at most, in bytes per pixel: WebP
 # has two canvases of 4, progressive CMYK has coefficients of 8, and Pillow copies the result.
-_BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 16, "JPEG": 12, "MPO": 12}
+_BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 16, "JPEG": 12}
 _BYTES_PER_PIXEL_OF_OTHERS = 4  # a buffer of libtiff
 
 _ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
@@ -85,43 +86,49 @@ def decode(
         ImageError: The image is empty, too large, truncated, corrupt or in another format.
         MemoryError: The worker has too little memory, which says nothing about the image.
     """
-    if not data:
-        raise ImageError("empty", "0 bytes")
+    name = check_format(data, formats).name
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
-    image = _opened(data, max_pixels, formats)
+    image = _opened(data, max_pixels, name)
     width, height = image.size
     try:
         return _decoded(data, image, min_side, background, value_range)
+    except ImageError:  # of a layout that no decoder reads
+        raise
     except Exception as error:  # decoders raise more than OSError on malicious bytes
-        raise _bad_image(error, width * height, image.format) from error
+        raise _bad_image(error, data, name, width * height, opened=True) from error
 
 
-def _opened(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
-    """Opens an image whose header is within ``max_pixels``."""
+def _opened(data: bytes, max_pixels: int, name: str) -> Image.Image:
+    """Opens an image of the format ``name`` whose header is within ``max_pixels``."""
     webp_size = _webp_size(data)
-    if webp_size is not None and "WEBP" in formats:  # its decoder allocates two canvases to open it
+    if webp_size is not None:  # its decoder allocates two canvases to open it
         check_size(*webp_size, max_pixels)
+    if name == "HEIF":
+        raise ImageError("unsupported_format", name)
+    if name == "TIFF":
+        check_layout(data)
     try:
-        known = [name for name in formats if name != "HEIF"]
-        image = Image.open(io.BytesIO(data), formats=known)
+        image = Image.open(io.BytesIO(data), formats=[name])
         check_size(*image.size, max_pixels)
         _check_tiles(image, max_pixels)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise unidentified(data, formats) from error
+        raise refused(data, name) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow checks its own limit before the size can be read, and reports that limit.
         size = re.search(r"\d+ pixels", str(error))
         detail = f"{size[0] if size else error}, max_pixels={max_pixels}"
         raise ImageError("too_large", detail) from error
     except Exception as error:
-        raise _bad_image(error, math.prod(webp_size or (0,)), "WEBP") from error
+        raise _bad_image(error, data, name, math.prod(webp_size or (0,)), opened=False) from error
     return image
 
 
-def _bad_image(error: Exception, num_pixels: int, format: str | None) -> ImageError:
+def _bad_image(
+    error: Exception, data: bytes, name: str, num_pixels: int, opened: bool
+) -> ImageError:
     """Returns the error of an image that a decoder rejected, unless the worker is to blame.
 
     What an image needs is bounded by its size, which has been checked. So a ``MemoryError`` is the
@@ -132,7 +139,7 @@ def _bad_image(error: Exception, num_pixels: int, format: str | None) -> ImageEr
         MemoryError: The worker has too little memory for an image of this size.
         OSError: The operating system refused something, such as an open file.
     """
-    needed = num_pixels * _BYTES_PER_PIXEL.get(str(format), _BYTES_PER_PIXEL_OF_OTHERS)
+    needed = num_pixels * _BYTES_PER_PIXEL.get(name, _BYTES_PER_PIXEL_OF_OTHERS)
     if isinstance(error, MemoryError) or not has_memory(needed):
         size = f" of {num_pixels:,} pixels" if num_pixels else ""
         raise MemoryError(
@@ -141,8 +148,7 @@ def _bad_image(error: Exception, num_pixels: int, format: str | None) -> ImageEr
         ) from error
     if _is_of_worker(error):
         raise error
-    code = "truncated" if "truncated" in str(error).lower() else "corrupt"
-    return ImageError(code, f"{type(error).__name__}: {error}")
+    return refused(data, name, f"{type(error).__name__}: {error}", opened)
 
 
 def _is_of_worker(error: Exception) -> bool:

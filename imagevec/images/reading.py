@@ -11,7 +11,13 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 from imagevec.errors import ImageError
-from imagevec.images.formats import check_bytes, check_head
+from imagevec.images.formats import (
+    HEAD_BYTES,
+    NAMING_BYTES,
+    check_bytes,
+    check_format,
+    is_accepted,
+)
 from imagevec.images.parallel import map_ahead
 from imagevec.images.values import Value
 from imagevec.options import DEFAULTS
@@ -27,7 +33,6 @@ from imagevec.storage.stores import Stream, store_of
 
 _READ_THREADS = 8
 _MAX_READ_AHEAD = 16  # files kept in memory before they are decoded
-_HEAD_BYTES = 32
 _PART_BYTES = 8 << 20  # of a file whose length the store does not report
 
 
@@ -123,10 +128,10 @@ def _read(
 
 def _image_bytes(stream: Stream, formats: Sequence[str], max_bytes: int) -> bytes:
     """Reads a file if its head is that of an accepted format."""
-    head = b""
-    while len(head) < _HEAD_BYTES and (part := stream.read(_HEAD_BYTES - len(head))):
-        head += part
-    check_head(head, formats)
+    head = _read_up_to(stream, HEAD_BYTES)
+    if not is_accepted(head, formats):
+        head += _read_up_to(stream, NAMING_BYTES)
+        check_format(head, formats)
     if stream.length is not None:
         check_bytes(stream.length, max_bytes)
     parts, size = [head], len(head)
@@ -135,3 +140,10 @@ def _image_bytes(stream: Stream, formats: Sequence[str], max_bytes: int) -> byte
         size += len(part)
         check_bytes(size, max_bytes)
     return b"".join(parts)
+
+
+def _read_up_to(stream: Stream, num_bytes: int) -> bytes:
+    data = b""
+    while len(data) < num_bytes and (part := stream.read(num_bytes - len(data))):
+        data += part
+    return data

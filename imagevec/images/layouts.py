@@ -1,0 +1,291 @@
+"""Tells valid images of a layout that no decoder accepts from files that are cut or broken."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Mapping
+
+from imagevec.errors import ImageError
+from imagevec.images.formats import BY_NAME, Format, in_words
+
+# TIFF 6.0, section 8 and later extensions
+_NEW_SUBFILE_TYPE, _BITS, _COMPRESSION, _PHOTOMETRIC, _MAKE = 254, 258, 259, 262, 271
+_WIDTH, _LENGTH, _STRIPS, _SAMPLES, _COLOUR_MAP, _TILES = 256, 257, 273, 277, 320, 324
+_PLANAR, _SUB_IFDS, _SAMPLE_FORMAT, _DNG_VERSION = 284, 330, 339, 50706
+_CAMERA_PHOTOMETRICS = (32803, 34892)  # colour filter array, linear raw
+_WEBP_IN_TIFF = 50001  # Pillow's libtiff is built without it
+_COMPRESSIONS = {
+    6: "old JPEG",
+    9: "JBIG",
+    10: "JBIG",
+    32766: "NeXT",
+    32809: "ThunderScan",
+    32908: "PIXAR",
+    32909: "PIXAR",
+    33003: "JPEG 2000",
+    33004: "JPEG 2000",
+    33005: "JPEG 2000",
+    34661: "JBIG",
+    34676: "LogLuv",
+    34677: "LogLuv",
+    34712: "JPEG 2000",
+    34887: "LERC",
+    34892: "lossy JPEG",
+    _WEBP_IN_TIFF: "WebP",
+    50002: "JPEG XL",
+    52546: "JPEG XL",
+}
+_PHOTOMETRICS = {
+    0: "grey",
+    1: "grey",
+    2: "RGB",
+    3: "palette",
+    4: "mask",
+    5: "CMYK",
+    6: "YCbCr",
+    8: "Lab",
+    9: "ICC Lab",
+    10: "ITU Lab",
+    32803: "colour filter array",
+    32844: "LogL",
+    32845: "LogLuv",
+    34892: "linear raw",
+}
+_SAMPLE_FORMATS = {2: "signed ", 3: "float ", 5: "complex ", 6: "complex float "}
+
+
+def check_layout(data: bytes) -> None:
+    """Checks that a TIFF is the image itself, in a compression that Pillow decodes.
+
+    A camera's raw file is a TIFF whose first image is a thumbnail, and would be decoded as that.
+
+    Raises:
+        ImageError: ``unsupported_format``.
+    """
+    tags = _tiff_tags(data)
+    if (raw := _raw_format(tags)) is not None:
+        raise ImageError("unsupported_format", in_words(raw))
+    if tags.get(_COMPRESSION, (1,))[0] == _WEBP_IN_TIFF:
+        raise ImageError("unsupported_format", _compression_in_words(_WEBP_IN_TIFF))
+
+
+def refused(data: bytes, name: str, reason: str = "", opened: bool = False) -> ImageError:
+    """Returns the error of a file that the decoder of its format refused.
+
+    It is ``unsupported_format`` with the layout in words if the file is valid, as far as its header
+    tells, ``truncated`` if the header says that the file is longer, else ``corrupt``.
+
+    Args:
+        data: The whole file.
+        name: The name of its format.
+        reason: What the decoder said.
+        opened: Whether the decoder accepted the header.
+    """
+    if "truncated" in reason.lower():
+        return ImageError("truncated", reason)
+    if name == "JPEG" or (name in _LAYOUTS and not opened):  # JPEGs are opened whatever their kind
+        layout = _LAYOUTS[name](data)
+        if layout is not None:
+            return ImageError("unsupported_format", layout)
+    if len(data) < _LENGTHS[name](data):
+        return ImageError("truncated", reason or f"{name} that ends before its header does")
+    return ImageError("corrupt", reason or f"{name} with a broken header")
+
+
+_Tags = Mapping[int, tuple[int, ...]]  # text is a tuple of bytes
+
+
+def _raw_format(tags: _Tags) -> Format | None:
+    """Returns the format of a camera's raw file by the tags of its first directory, or ``None``.
+
+    DNG has a tag of its own (Adobe, DNG 1.7). In others the first image is reduced, and the raw
+    data in a further directory; or the first image is the raw data.
+    """
+    if _DNG_VERSION in tags:
+        return BY_NAME["DNG"]
+    is_reduced = _SUB_IFDS in tags and tags.get(_NEW_SUBFILE_TYPE, (0,))[0] & 1
+    if is_reduced or tags.get(_PHOTOMETRIC, (0,))[0] in _CAMERA_PHOTOMETRICS:
+        make = bytes(tags.get(_MAKE, ())).upper()
+        return BY_NAME["NEF" if b"NIKON" in make else "ARW" if b"SONY" in make else "RAW"]
+    return None
+
+
+def _tiff_tags(data: bytes) -> _Tags:
+    """Returns the tags of the first directory that tell its layout, as far as they are readable."""
+    order = "<" if data[:1] == b"I" else ">"
+    number, count_type, inline = ("Q", "Q", 8) if b"+" in data[2:4] else ("I", "H", 4)
+    entry = struct.Struct(f"{order}HH{number}{inline}s")
+    tags: dict[int, tuple[int, ...]] = {}
+    try:
+        (start,) = struct.unpack_from(order + number, data, inline)
+        (count,) = struct.unpack_from(order + count_type, data, start)
+        start += struct.calcsize(order + count_type)
+        for position in range(start, start + count * entry.size, entry.size):
+            tag, kind, length, value = entry.unpack_from(data, position)
+            if tag not in _LAYOUT_TAGS or tag in tags or kind not in _TIFF_TYPES or length < 1:
+                continue
+            values = f"{order}{min(length, _MAX_VALUES)}{_TIFF_TYPES[kind]}"
+            if length * struct.calcsize(order + _TIFF_TYPES[kind]) <= inline:
+                tags[tag] = struct.unpack_from(values, value)
+            else:
+                (offset,) = struct.unpack(order + number, value)
+                tags[tag] = struct.unpack_from(values, data, offset)
+    except (struct.error, OverflowError):  # the file ends, or an offset is impossible
+        pass
+    return tags
+
+
+_LAYOUT_TAGS = {
+    *(_NEW_SUBFILE_TYPE, _BITS, _COMPRESSION, _PHOTOMETRIC, _MAKE, _WIDTH, _LENGTH, _STRIPS),
+    *(_SAMPLES, _COLOUR_MAP, _TILES, _SUB_IFDS, _SAMPLE_FORMAT, _DNG_VERSION, _PLANAR),
+}
+_TIFF_TYPES = {1: "B", 2: "B", 3: "H", 4: "I", 7: "B", 13: "I", 16: "Q", 18: "Q"}
+_MAX_VALUES = 16
+
+
+def _tiff_layout(data: bytes) -> str | None:
+    """Returns the layout of a TIFF that Pillow does not open in words; ``None`` if it is broken."""
+    tags = _tiff_tags(data)
+    (width, *_), (length, *_) = tags.get(_WIDTH, (0,)), tags.get(_LENGTH, (0,))
+    (samples, *_), (photometric, *_) = tags.get(_SAMPLES, (1,)), tags.get(_PHOTOMETRIC, (0,))
+    compression, bits = tags.get(_COMPRESSION, (1,))[0], tags.get(_BITS, (1,))
+    is_whole = (_STRIPS in tags or _TILES in tags) and (photometric != 3 or _COLOUR_MAP in tags)
+    if min(width, length, samples, *bits) < 1 or max(bits) > 128 or not is_whole:
+        return None
+    if compression in _COMPRESSIONS:
+        return _compression_in_words(compression)
+    kind = _SAMPLE_FORMATS.get(tags.get(_SAMPLE_FORMAT, (1,))[0], "")
+    depth = str(bits[0]) if len(set(bits)) == 1 else "/".join(map(str, bits))
+    colours = _PHOTOMETRICS.get(photometric, f"photometric interpretation {photometric}")
+    planar = ", planar" if samples > 1 and tags.get(_PLANAR, (1,))[0] == 2 else ""
+    return f"TIFF, {samples} x {depth} bit {kind}{colours}{planar}"
+
+
+def _compression_in_words(compression: int) -> str:
+    return f"TIFF, {_COMPRESSIONS[compression]} compression"
+
+
+_LOSSLESS, _HIERARCHICAL, _LOSSLESS_ARITHMETIC, _JPEG_LS = 0xC3, (5, 6, 7, 13, 14, 15), 0xCB, 0xF7
+
+
+def _jpeg_layout(data: bytes) -> str | None:
+    """Returns the kind of a JPEG in words if libjpeg does not decode it."""
+    for marker, start in _jpeg_segments(data):
+        if marker == _JPEG_LS:
+            return "JPEG-LS"
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            if len(data) < start + 8:
+                return None
+            bits, components = data[start + 2], data[start + 7]
+            if marker - 0xC0 in _HIERARCHICAL:
+                return "hierarchical JPEG"
+            if marker == _LOSSLESS_ARITHMETIC:
+                return "lossless JPEG with arithmetic coding"
+            if bits in range(2, 17) and bits != 8:
+                return f"{bits}-bit {'lossless ' if marker == _LOSSLESS else ''}JPEG"
+            return None if components in (1, 3, 4) else f"JPEG, {components} components"
+    return None
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yields the marker and the start of each segment before the first scan (T.81, annex B).
+
+    The last may begin where the file has ended.
+    """
+    position = 2
+    for _ in range(_MAX_SEGMENTS):
+        if data[position : position + 1] != b"\xff":
+            return
+        while data[position + 1 : position + 2] == b"\xff":  # fill bytes
+            position += 1
+        marker, start = data[position + 1 : position + 2], position + 2
+        yield marker[0] if marker else 0, start
+        if marker in (b"", b"\xda"):
+            return
+        position = start + _segment_bytes(data, start)
+
+
+def _segment_bytes(data: bytes, start: int) -> int:
+    return max(2, int.from_bytes(data[start : start + 2], "big"))
+
+
+_MAX_SEGMENTS = 10_000
+
+
+def _bmp_layout(data: bytes) -> str | None:
+    """Returns the kind of a BMP in words if Pillow does not decode it."""
+    if len(data) < 14 + 20:
+        return None
+    size, _, _, _, bits, compression = struct.unpack_from("<IiiHHI", data, 14)
+    if size not in (12, *range(16, 65, 4), 108, 124) or size == 12:
+        return None
+    kinds = (
+        {4: "RLE24", 3: "Huffman coding"} if size == 64 else {4: "a JPEG inside", 5: "a PNG inside"}
+    )
+    if compression in kinds:
+        return f"BMP, {kinds[compression]}"
+    if compression == 3:
+        return f"BMP, {bits} bit with other masks than usual"
+    if bits in (2, 64):
+        return f"BMP, {bits} bit"
+    return f"BMP, header of {size} bytes" if size not in (40, 52, 56, 64, 108, 124) else None
+
+
+_LAYOUTS: Mapping[str, Callable[[bytes], str | None]] = {
+    "JPEG": _jpeg_layout,
+    "TIFF": _tiff_layout,
+    "BMP": _bmp_layout,
+}
+
+
+def _length_of_webp(data: bytes) -> int:
+    return 8 + int.from_bytes(data[4:8], "little")
+
+
+def _length_of_boxes(data: bytes) -> int:
+    """Returns the end of the last box that begins in the file (ISO/IEC 14496-12, section 4.2)."""
+    position = 0
+    while position + 8 <= len(data):
+        size = int.from_bytes(data[position : position + 4], "big")
+        if size == 1:  # the size follows
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        if size < 8:  # 0: to the end of the file
+            break
+        position += size
+    return position
+
+
+def _length_of_tiff(data: bytes) -> int:
+    """Returns the end of the first directory."""
+
+    def number(start: int, end: int) -> int:
+        return int.from_bytes(data[start:end], "little" if data[:1] == b"I" else "big")
+
+    if b"+" in data[2:4]:
+        start = number(8, 16)
+        return start + 8 + 20 * number(start, start + 8)
+    start = number(4, 8)
+    return start + 2 + 12 * number(start, start + 2)
+
+
+def _length_of_jpeg(data: bytes) -> int:
+    """Returns the end of the last segment before the first scan, and of the scan's marker."""
+    end = 4
+    for marker, start in _jpeg_segments(data):
+        end = start + 2 if marker == 0 else start + _segment_bytes(data, start)
+    return end
+
+
+# The least length of a file, as far as its header says.
+_LENGTHS: Mapping[str, Callable[[bytes], int]] = {
+    "JPEG": _length_of_jpeg,
+    "PNG": lambda data: 33,  # with IHDR
+    "WEBP": _length_of_webp,
+    "GIF": lambda data: 13,
+    "BMP": lambda data: 14 + min(124, int.from_bytes(data[14:18], "little")),
+    "TIFF": _length_of_tiff,
+    "AVIF": _length_of_boxes,
+    "HEIF": _length_of_boxes,
+    "JPEG2000": _length_of_boxes,
+    "ICO": lambda data: 6 + 16 * int.from_bytes(data[4:6], "little"),
+}
