@@ -128,7 +128,7 @@ def show(result: dict[str, Any]) -> str:
     """Formats the summary as text."""
     errors: dict[str, int] = result["errors"]
     bad = sum(errors.values())
-    done = result["features"] + bad + result["nulls"]
+    done = result["found"] - result["done_before"]  # an image may have many vectors
     rate = f", {done / result['seconds']:.1f} images/s including startup" if done else ""
     features = _counted(result["features"], "vector")
     lines = [
@@ -136,7 +136,8 @@ def show(result: dict[str, Any]) -> str:
         f"{features} written to {result['dest']} ({result['seconds']} s{rate})",
     ]
     if bad:
-        lines.append(f"{_counted(bad, 'bad image')} listed in {result['dest']}/_errors:")
+        what = "bad images and boxes" if "bad_box" in errors else _noun(bad, "bad image")
+        lines.append(f"{bad:,} {what} listed in {result['dest']}/_errors:")
         lines += [f"  {code:<20} {count:,}" for code, count in errors.items()]
     if result["nulls"]:
         lines.append(f"{_counted(result['nulls'], 'null')} in {result['dest']}/_errors")
@@ -147,7 +148,11 @@ def show(result: dict[str, Any]) -> str:
 
 
 def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {_noun(number, noun)}"
+
+
+def _noun(number: int, noun: str) -> str:
+    return noun if number == 1 else f"{noun}s"
 
 
 def _in_flags(message: str) -> str:

@@ -59,6 +59,25 @@ def test_one_bad_image_and_two_nulls() -> None:
     assert lines[-1] == "2 nulls in features/_errors"
 
 
+def test_rate_counts_images_and_not_their_boxes() -> None:
+    counts = {"found": 30, "done_before": 10, "features": 400, "nulls": 1}
+    shown = verb.show({**RESULT, **counts, "errors": {"bad_box": 3, "empty": 1}})
+    assert shown.splitlines() == [
+        "30 images found, 10 already done",
+        "400 vectors written to features (2.0 s, 10.0 images/s including startup)",
+        "4 bad images and boxes listed in features/_errors:",
+        "  bad_box              3",
+        "  empty                1",
+        "1 null in features/_errors",
+    ]
+
+
+def test_boxes_is_the_name_of_a_column() -> None:
+    arguments = ["extract", "src", "dest", "--column", "content", "--boxes", "detections"]
+    assert parser().parse_args(arguments).boxes == "detections"
+    assert parser().parse_args(arguments[:3]).boxes is None
+
+
 def test_nothing_to_do() -> None:
     lines = verb.show({**RESULT, "done_before": 1, "features": 0}).splitlines()
     assert lines == ["1 image found, 1 already done", "0 vectors written to features (2.0 s)"]
