@@ -97,6 +97,7 @@ IMAGE_ERROR_CODES: Mapping[str, str] = {
     "timed_out": "the decoder timed out (with isolate=True)",
     "unreadable_path": "the file does not exist, or the URI is malformed or has an unknown scheme",
     "forbidden_path": "the path or URI is not under any of allowed_roots",
+    "bad_box": "a box is null, empty or outside the image, or an image has more than 10,000 boxes",
 }
 
 

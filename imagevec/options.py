@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 from imagevec.errors import OptionError, did_you_mean
 
 if TYPE_CHECKING:
+    from pyspark.sql import Column
     from torch import nn
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
@@ -109,10 +110,11 @@ class Options(TypedDict, total=False):
     become error rows."""
     truncated: Literal["error", "accept"]
     """``"accept"`` takes the pixels that a truncated file still has. Default ``"error"``."""
-    boxes: str | None
+    boxes: str | Column | None
     """The name of a column of boxes, ``array<struct<left, top, width, height>>`` in pixels of the
-    image as displayed. The result is then an array with one vector for each box. Default ``None``:
-    a vector of the whole image."""
+    image as displayed; ``features_udf`` also accepts a ``Column``. An image is decoded once, always
+    at full size, and the result is an array with a vector for each box, which is cropped as by
+    Pillow. Default ``None``: a vector of the whole image."""
     on_error: Literal["null", "raise"]
     """``"null"`` returns a null for a bad image; ``"raise"`` fails the query with the reason.
     Default ``"null"``."""
@@ -124,7 +126,9 @@ class Options(TypedDict, total=False):
     """``array<float>``, or ``struct<features: array<float>, error: string, width: int,
     height: int, truncated: boolean>``. With several layers, ``struct<<layer>: array<float>, ...>``
     replaces ``array<float>``. A pandas UDF cannot return a null struct, so without an image every
-    field of this struct is null instead. Default ``"array"``."""
+    field of this struct is null instead. With ``boxes``, ``array<array<float>>`` replaces
+    ``array<float>``, and ``box_errors: array<string>`` has a null for each good box. Default
+    ``"array"``."""
 
 
 class TextOptions(TypedDict, total=False):

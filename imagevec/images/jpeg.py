@@ -1,11 +1,28 @@
-"""Decodes plain JPEGs."""
+"""Decodes plain JPEGs, and ends JPEGs that lack their end.
+
+Sections are those of ITU-T T.81.
+"""
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import simplejpeg
 from PIL import Image
 
 from imagevec.images.pixels import Pixels
+
+SIGNATURE = b"\xff\xd8\xff"
+
+_END = b"\xff\xd9"
+_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # of all coding processes
+_HUFFMAN_CODED = (0xC0, 0xC1, 0xC2)
+
+# Entropy-coded data contain FF 00 and restart markers, and FF FF is padding (B.1.1). The marker 01
+# and that of the start of an image have no length.
+_next_marker = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL).search
 
 
 def decode_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
@@ -16,9 +33,127 @@ def decode_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
     """
     width, height = image.size  # after ``draft``, of the scaled image
     try:
-        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+        return _strictly_decoded(data, "RGB", width, height)
+    except ValueError:
+        return None
+
+
+def _strictly_decoded(data: bytes, colours: str, width: int = 0, height: int = 0) -> Pixels:
+    """Decodes a JPEG about which libjpeg has no warning.
+
+    Raises:
+        ValueError: libjpeg has a warning or an error.
+        MemoryError: The worker has too little memory.
+    """
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(data, colours, min_height=height, min_width=width)
     except ValueError as error:
         if "Insufficient memory" in str(error):  # libjpeg's words
             raise MemoryError(str(error)) from error
-        return None
+        raise
     return pixels
+
+
+def with_end(data: bytes) -> bytes | None:
+    """Returns a JPEG that lacks only its end marker with that marker, if all its pixels are there.
+
+    In place of the marker, a file may have zeros, one or two other bytes, or nothing. If libjpeg
+    has no warning then, no bit of any scan is missing.
+    """
+    segments, _ = _segments(data)
+    kinds = [kind for kind, _ in segments]
+    if _END_OF_IMAGE in kinds or not _has_all_scans(segments):
+        return None
+    for length in _lengths_before_end(data):
+        candidate = data[:length] + _END
+        try:
+            if _is_complete(candidate, "CMYK" if _num_components(segments) == 4 else "RGB"):
+                return candidate
+        except ValueError as error:
+            if "premature end of data" in str(error):  # and so it is with fewer bytes
+                return None
+    return None
+
+
+def up_to_cut(data: bytes) -> bytes | None:
+    """Returns a truncated JPEG with an end marker after its last complete segment or its pixels.
+
+    libjpeg then decodes what is there. ``None`` if the file ends before its pixels begin.
+    """
+    segments, end = _segments(data)
+    kinds = [kind for kind, _ in segments]
+    if _END_OF_IMAGE in kinds or _START_OF_SCAN not in kinds:
+        return None
+    return data[:end] + _END
+
+
+def _segments(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
+    """Returns the markers and their segments (B.1.1.4), and where these end.
+
+    They end with the end marker, before a segment that is incomplete, or with the file.
+    """
+    segments: list[tuple[int, bytes]] = []
+    start = 0
+    while marker := _next_marker(data, start):
+        kind, begin = marker[1][0], marker.end()
+        start = begin + int.from_bytes(data[begin : begin + 2], "big")
+        if kind == _END_OF_IMAGE:
+            return [*segments, (kind, b"")], begin
+        if not begin + 2 <= start <= len(data):
+            return segments, marker.start()
+        segments.append((kind, data[begin + 2 : start]))
+    return segments, len(data)
+
+
+def _num_components(segments: list[tuple[int, bytes]]) -> int:
+    """Returns the number of colour components (B.2.2), 0 without a frame."""
+    return next((segment[5] for kind, segment in segments if kind in _FRAMES and segment[5:]), 0)
+
+
+def _has_all_scans(segments: list[tuple[int, bytes]]) -> bool:
+    """Returns whether the scans have all bits of all coefficients of all components (G.1.1.1).
+
+    libjpeg does not miss a scan. A frame that is not coded by Huffman's method lacks something,
+    because libjpeg does not notice either if its scans end early.
+    """
+    lowest_bits = np.full((256, 64), -1)  # of each coefficient of a component; -1: none
+    components = b""
+    for kind, segment in segments:
+        if kind in _FRAMES:
+            if kind not in _HUFFMAN_CODED:
+                return False
+            components = segment[6::3]
+        elif kind == _START_OF_SCAN and segment:
+            scan, parameters = segment[1 : 1 + 2 * segment[0] : 2], segment[1 + 2 * segment[0] :]
+            if len(parameters) == 3:
+                first, last, bits = parameters
+                lowest_bits[list(scan), first : last + 1] = bits & 0xF
+    return bool(components) and not lowest_bits[list(components)].any()
+
+
+def _lengths_before_end(data: bytes) -> list[int]:
+    """Returns where the entropy-coded data may end, the longest first."""
+    stripped = data.rstrip(b"\0")
+    lengths = {len(data), len(data) - 1, len(data) - 2, len(stripped)}
+    if stripped.endswith(b"\xff"):
+        lengths.add(min(len(stripped) + 1, len(data)))  # FF 00 stands for the byte FF (B.1.1.5)
+    return sorted(lengths, reverse=True)
+
+
+def _is_complete(data: bytes, colours: str) -> bool:
+    """Returns whether a JPEG decodes without a warning, and needs its last byte if that is zero.
+
+    Zeros at the end may stand for lost bytes, and may decode to something. If they are the file's
+    own, they have no padding, which consists of ones (F.1.2.3).
+
+    Raises:
+        ValueError: libjpeg has a warning.
+    """
+    pixels = _strictly_decoded(data, colours)
+    if data[-3] != 0 or data[-4] == 0xFF:
+        return True
+    try:
+        other = _strictly_decoded(data[:-3] + b"\x01" + _END, colours)
+    except ValueError:
+        return True
+    return not np.array_equal(pixels, other)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
+from typing import Any
 
-Pixels = npt.NDArray[np.uint8]
+from imagevec.images.depth import to_8_bit
+from imagevec.images.tiff import repair
+from imagevec.images.transparency import Pixels, flattened
+
+__all__ = ["Pixels", "to_rgb"]
 
 
 def to_rgb(
-    image: Image.Image,
+    image: Any,
     background: str | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> Pixels:
     """Returns a copy of the pixels, uint8 ``(H, W, 3)``.
 
     Args:
-        image: An open image.
+        image: An open image that is not loaded yet.
         background: See ``imagevec.spec.Preprocessing``.
         value_range: See ``imagevec.spec.Preprocessing``.
+
+    Raises:
+        ImageError: ``unsupported_format``: the layout has no agreed meaning, or is not read right.
     """
-    if image.mode.startswith("I;16"):
-        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)  # (H, W)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    with_alpha = background is not None
+    if image.format == "TIFF":
+        repair(image, with_alpha)
+    return flattened(to_8_bit(image, value_range, with_alpha), background)

@@ -12,7 +12,7 @@ from imagevec.errors import ImageError, OptionError
 from imagevec.images.decode import DecodedImage, check_size, decode
 from imagevec.images.formats import check_bytes
 from imagevec.images.preprocess import resize_and_crop
-from imagevec.images.values import ACCEPTED, ImageStruct, Value
+from imagevec.images.values import ACCEPTED, Box, ImageStruct, Value
 from imagevec.spec import ExecutionOptions, Preprocessing
 
 # OpenCV type numbers from pyspark.ml.image.ImageSchema.ocvTypes, with 8-bit unsigned channels.
@@ -34,6 +34,7 @@ class Row(NamedTuple):
         decode_seconds: The time spent decoding.
         preprocess_seconds: The time spent resizing and cropping, or tokenizing.
         truncated: Whether the file ends before the image does; ``None`` if it was not decoded.
+        boxes: The boxes of the image, as in ``Value``; ``None`` also for a crop of one box.
     """
 
     input: npt.NDArray[Any] | None = None
@@ -44,6 +45,7 @@ class Row(NamedTuple):
     decode_seconds: float = 0.0
     preprocess_seconds: float = 0.0
     truncated: bool | None = None
+    boxes: tuple[Box | None, ...] | None = None
 
 
 def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOptions) -> Row:
@@ -52,23 +54,29 @@ def prepare(value: Value, preprocessing: Preprocessing, options: ExecutionOption
     Raises:
         OptionError: The type of the value is not accepted.
     """
+    row = decoded(value, preprocessing, options)
+    if row.input is None:
+        return row
+    start = time.perf_counter()
+    image = resize_and_crop(row.input, preprocessing)
+    return row._replace(input=image, preprocess_seconds=time.perf_counter() - start)
+
+
+def decoded(value: Value, preprocessing: Preprocessing, options: ExecutionOptions) -> Row:
+    """Like ``prepare``, without resize and crop: the input is the whole image."""
     if value.data is None:
         return Row()
     start = time.perf_counter()
     try:
-        decoded = load(value, options, preprocessing)
+        image = load(value, options, preprocessing)
     except ImageError as error:
         return Row(error=error, decode_seconds=time.perf_counter() - start)
-    between = time.perf_counter()
-    image = resize_and_crop(decoded.pixels, preprocessing)
-    end = time.perf_counter()
     return Row(
-        image,
-        decoded.width,
-        decoded.height,
-        decode_seconds=between - start,
-        preprocess_seconds=end - between,
-        truncated=decoded.truncated,
+        image.pixels,
+        image.width,
+        image.height,
+        decode_seconds=time.perf_counter() - start,
+        truncated=image.truncated,
     )
 
 

@@ -31,6 +31,15 @@ class ImageStruct(NamedTuple):
     data: bytes
 
 
+class Box(NamedTuple):
+    """A box in an image, in pixels of the image as displayed. Fields may be null."""
+
+    left: float | None
+    top: float | None
+    width: float | None
+    height: float | None
+
+
 class Value(NamedTuple):
     """A row of the input column.
 
@@ -38,10 +47,12 @@ class Value(NamedTuple):
         data: The bytes of a file, the path or URI of a file, raw pixels, an error if the file could
             not be read, or ``None`` for a null. Columns of other types have other values.
         path: The path of the image, if the row contains it.
+        boxes: The boxes of the image, some of which may be null; ``None`` without such a column.
     """
 
     data: bytes | str | ImageStruct | ImageError | None
     path: str | None = None
+    boxes: tuple[Box | None, ...] | None = None
 
 
 def values_of(batch: pd.Series | pd.DataFrame) -> Iterator[Value]:
@@ -50,6 +61,10 @@ def values_of(batch: pd.Series | pd.DataFrame) -> Iterator[Value]:
     Raises:
         OptionError: The type of the column is not accepted.
     """
+    if isinstance(batch, tuple):
+        raise OptionError(
+            f"the function takes one column, and was given {len(batch)}: for boxes, set boxes=..."
+        )
     if isinstance(batch, pd.Series):
         for data in batch:
             if isinstance(data, list | np.ndarray):

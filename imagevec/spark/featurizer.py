@@ -38,7 +38,13 @@ from imagevec.options import (
     names_file,
 )
 from imagevec.spark import hadoop
-from imagevec.spark.sessions import check_input_column, find_column, is_connect, quoted
+from imagevec.spark.sessions import (
+    check_boxes_column,
+    check_input_column,
+    find_column,
+    is_connect,
+    quoted,
+)
 from imagevec.spark.vectorizer import ImageVectorizer
 from imagevec.spec import FeatureSpec
 
@@ -245,8 +251,8 @@ class ImageFeaturizer(
         """Checks the schema and the options, and returns the schema with the output column.
 
         Raises:
-            OptionError: The input column is missing or its type is not accepted, the output column
-                already exists (ignoring case), or an option is invalid.
+            OptionError: The input column or that of the boxes is missing or its type is not
+                accepted, the output column already exists (ignoring case), or an option is invalid.
             WeightsError: The weights cannot be loaded, or do not fit the model.
         """
         check_input_column(schema, self.getInputCol())
@@ -254,10 +260,20 @@ class ImageFeaturizer(
         if find_column(schema.names, name):
             raise OptionError(f"outputCol={name!r} is not valid: this column already exists")
         check_choice("outputType", self.getOutputType(), _OUTPUT_TYPES)
+        boxes = self.getBoxes()
+        if boxes is not None:
+            check_boxes_column(schema, boxes)
+            if self.getOutputType() == "vector":
+                raise OptionError(
+                    f"outputType='vector' is not valid with boxes={boxes!r}, which give an array "
+                    "of vectors: use outputType='array', and explode it for an estimator"
+                )
         spec = self._resolve().vectorizer.spec
         metadata = spec.metadata
         if self.getOutputType() == "array":
-            field = StructField(name, ArrayType(FloatType()), True, metadata)
+            vector = ArrayType(FloatType())
+            kind = vector if boxes is None else ArrayType(vector)
+            field = StructField(name, kind, True, metadata)
         else:
             metadata |= _length_of_vectors(spec)
             field = StructField(name, VectorUDT(), True, metadata)

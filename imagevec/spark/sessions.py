@@ -13,9 +13,9 @@ from pyspark.sql import SparkSession
 from pyspark.sql.types import ArrayType, BinaryType, NumericType, StringType, StructType
 
 from imagevec.errors import ImageVecError, OptionError, did_you_mean
-from imagevec.images.values import ACCEPTED, EXPLODE, FILE_FIELDS, IMAGE_FIELDS
+from imagevec.images.boxes import ACCEPTED_BOXES
+from imagevec.images.values import ACCEPTED, EXPLODE, FILE_FIELDS, IMAGE_FIELDS, Box
 
-BOX_SIDES = ("left", "top", "width", "height")
 _JAVA = ("java.", "javax.", "org.", "com.", "scala.", "py4j.")
 
 INSTALL_THERE = (
@@ -122,11 +122,8 @@ def check_boxes_column(schema: StructType, name: str) -> str:
     kind = schema[found].dataType
     box = kind.elementType if isinstance(kind, ArrayType) else None
     types = {field.name: field.dataType for field in box} if isinstance(box, StructType) else {}
-    if not all(isinstance(types.get(side), NumericType) for side in BOX_SIDES):
-        raise OptionError(
-            f"column {found!r} is of type {kind.simpleString()}: boxes must be of type "
-            f"array<struct<{','.join(BOX_SIDES)}>> with numbers as fields"
-        )
+    if not all(isinstance(types.get(field), NumericType) for field in Box._fields):
+        raise OptionError(f"column {found!r} is of type {kind.simpleString()}: {ACCEPTED_BOXES}")
     return found
 
 

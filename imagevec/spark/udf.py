@@ -52,8 +52,8 @@ from imagevec.spark.sessions import (
     is_local,
 )
 from imagevec.spark.ship import ship, shipped
-from imagevec.spec import FeatureSpec, Tokenization
-from imagevec.stream import Counts, feature_stream, text_stream
+from imagevec.spec import ExecutionOptions, FeatureSpec, Tokenization
+from imagevec.stream import Counts, box_stream, feature_stream, text_stream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -77,15 +77,22 @@ def features_udf(
 
         df.withColumn("features", features_udf("content"))
 
+    With ``boxes``, each image is decoded once, and each of its boxes gets a vector, as if the image
+    had been cropped first:
+
+        df.withColumn("features", features_udf("content", boxes="boxes"))
+
     Args:
         column: A column of type binary (encoded images) or string (paths or URIs), Spark's image
             struct, a row struct of the binaryFile source, or a struct of ``bytes`` and ``path``,
             as in Hugging Face's Parquet files. If ``bytes`` is null, ``path`` is read.
         metrics: A ``Metrics`` that counts what the queries process.
-        **options: See ``imagevec.options.Options``.
+        **options: See ``imagevec.options.Options``. ``boxes`` may also be a ``Column``.
 
     Returns:
-        ``array<float>`` of ``num_features`` values, or null for a null or bad image. With several
+        ``array<float>`` of ``num_features`` values, or null for a null or bad image. With
+        ``boxes``, ``array<array<float>>`` of the same length and order as the boxes, with a null
+        for a bad box; or null if the image is bad or one of the columns is null. With several
         layers or ``output="struct"``, a struct. The column is named ``features``, and its metadata
         describes how it was computed: see ``imagevec.provenance``. (On Spark Connect,
         ``withColumn`` drops the metadata; ``select`` keeps it.) The column is nondeterministic:
@@ -97,14 +104,19 @@ def features_udf(
         WeightsError: The weights cannot be loaded, or do not fit the model.
     """
     session = active_session()
+    boxes = options.get("boxes")
+    if hasattr(boxes, "alias"):  # a Column, of which PySpark 3.5 has two classes
+        options["boxes"] = "boxes"
     plan = make_plan(gpus=gpus_of_tasks(session), **options)
-    return feature_column("features", column, session, plan, metrics)
+    return feature_column("features", column, session, plan, metrics, boxes)
 
 
 def make_features_udf(*, metrics: Metrics | None = None, **options: Unpack[Options]) -> Any:
     """Returns the pandas UDF behind ``features_udf``, to use several times or register for SQL.
 
         spark.udf.register("image_features", make_features_udf(model="resnet18"))
+
+    With ``boxes``, it takes two columns, images and boxes, and the value of ``boxes`` only says so.
 
     It requires an active session, which ships the weights to the executors. If rows are filtered by
     its result, Spark may compute it twice. ``asNondeterministic()`` on the UDF prevents this.
@@ -122,6 +134,7 @@ def register(
 ) -> None:
     """Registers a SQL function for ``SELECT image_features(content) FROM photos``.
 
+    With ``boxes``, it takes two columns: ``SELECT image_features(content, boxes) FROM photos``.
     If rows are filtered by its result, Spark may compute it twice.
 
     Args:
@@ -139,10 +152,16 @@ def register(
 
 
 def feature_column(
-    name: str, column: Column | str, session: SparkSession, plan: Plan, metrics: Metrics | None
+    name: str,
+    column: Column | str,
+    session: SparkSession,
+    plan: Plan,
+    metrics: Metrics | None,
+    boxes: Column | str | None = None,
 ) -> Column:
     """Returns a column of features with its provenance, which Spark computes once per row."""
-    features: Column = udf_of(session, plan, metrics).asNondeterministic()(column)
+    columns = (column,) if boxes is None else (column, boxes)
+    features: Column = udf_of(session, plan, metrics).asNondeterministic()(*columns)
     return features.alias(name, metadata=plan.spec.metadata)
 
 
@@ -153,37 +172,47 @@ def udf_of(session: SparkSession, plan: Plan, metrics: Metrics | None = None) ->
         precision_here(plan, device_here(plan.execution.device))
     ship(session, plan)
 
-    return_type = _return_type(plan.spec, plan.execution.output)
+    return_type = _return_type(plan.spec, plan.execution)
 
-    @pandas_udf(return_type)  # type: ignore[untyped-decorator, call-overload]
+    # If the return type is a struct, Spark accepts data frames in place of Series.
     def image_features(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
-        # If the return type is a struct, Spark accepts data frames in place of Series.
         yield from extract_in_worker(batches, plan, metrics)  # type: ignore[misc]
 
-    return image_features
+    def box_features(batches: Iterator[tuple[pd.Series, pd.Series]]) -> Iterator[pd.Series]:
+        yield from extract_in_worker(batches, plan, metrics)  # type: ignore[misc]
+
+    function: Any = image_features if plan.execution.boxes is None else box_features
+    return pandas_udf(function, return_type)  # type: ignore[call-overload]
 
 
-def _return_type(spec: FeatureSpec, output: str) -> DataType:
-    features: DataType = _VECTOR
+def _return_type(spec: FeatureSpec, execution: ExecutionOptions) -> DataType:
+    vector = _VECTOR if execution.boxes is None else ArrayType(_VECTOR)
+    features: DataType = vector
     if spec.layer_sizes is not None:
-        features = StructType([StructField(layer, _VECTOR) for layer in spec.layer_sizes])
-    if output == "array":
+        features = StructType([StructField(layer, vector) for layer in spec.layer_sizes])
+    if execution.output == "array":
         return features
-    return StructType(
-        [
-            StructField("features", features),
-            StructField("error", StringType()),
-            StructField("width", IntegerType()),
-            StructField("height", IntegerType()),
-            StructField("truncated", BooleanType()),
-        ]
-    )
+    fields = [
+        StructField("features", features),
+        StructField("error", StringType()),
+        StructField("width", IntegerType()),
+        StructField("height", IntegerType()),
+        StructField("truncated", BooleanType()),
+    ]
+    if execution.boxes is not None:
+        fields.append(StructField("box_errors", ArrayType(StringType())))
+    return StructType(fields)
 
 
 def extract_in_worker(
-    batches: Iterator[pd.Series], plan: Plan, metrics: Metrics | None = None
+    batches: Iterator[Any], plan: Plan, metrics: Metrics | None = None
 ) -> Iterator[pd.Series | pd.DataFrame]:
     """Computes one task's features, in a Python worker.
+
+    Args:
+        batches: The Arrow batches of the columns, as Spark passes them to a pandas UDF.
+        plan: The plan.
+        metrics: A ``Metrics`` that counts what the task processes.
 
     Raises:
         ImageVecError: The worker lacks memory, processes or a package.
@@ -210,7 +239,7 @@ def _explained() -> Iterator[None]:
 
 
 def _extract(
-    batches: Iterator[pd.Series], plan: Plan, metrics: Metrics | None
+    batches: Iterator[Any], plan: Plan, metrics: Metrics | None
 ) -> Iterator[pd.Series | pd.DataFrame]:
     start = time.perf_counter()
     context = TaskContext.get()
@@ -225,7 +254,8 @@ def _extract(
         tokenizer = get_tokenizer(plan, shipped)
         yield from text_stream(batches, engine, plan.spec, tokenizer, how, counts)
     else:
-        yield from feature_stream(batches, engine, plan.spec, plan.execution, how, counts)
+        stream = feature_stream if plan.execution.boxes is None else box_stream
+        yield from stream(batches, engine, plan.spec, plan.execution, how, counts)
     counts["seconds.total"] = time.perf_counter() - start
     logger.debug("task counts: %s", dict(counts))
     if metrics is not None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from imagevec import cache
+from imagevec.errors import OptionError
+from imagevec.images.values import Box
 from imagevec.plan import Plan, has_cuda, make_plan
 from imagevec.runtime import device_here, get_engine, schedule, threads_here
-from imagevec.stream import feature_stream
+from imagevec.stream import Vector, box_stream, feature_stream
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -69,7 +70,7 @@ class ImageVectorizer:
             metrics: A ``Metrics`` that counts what the queries process.
 
         Raises:
-            OptionError: The column is missing, or its type is not accepted.
+            OptionError: The column, or that of the boxes, is missing, or its type is not accepted.
         """
         from pyspark.sql.functions import col
 
@@ -77,38 +78,57 @@ class ImageVectorizer:
         from imagevec.spark.udf import feature_column
 
         column = col(sessions.quoted(sessions.check_input_column(df.schema, input_col)))
+        name = self._plan.execution.boxes
+        boxes = None
+        if name is not None:
+            boxes = col(sessions.quoted(sessions.check_boxes_column(df.schema, name)))
         plan = self._plan_for(sessions.gpus_of_tasks(df.sparkSession))
-        features = feature_column(output_col, column, df.sparkSession, plan, metrics)
+        features = feature_column(output_col, column, df.sparkSession, plan, metrics, boxes)
         if sessions.find_column(df.columns, output_col):  # replace it
             return df.withColumn(output_col, features)
         return df.select("*", features)  # Spark Connect's withColumn would lose the metadata
 
-    def extract_features(self, image: bytes | str) -> list[float] | dict[str, list[float]] | None:
+    def extract_features(
+        self, image: bytes | str, boxes: Sequence[Any] | None = None
+    ) -> list[Any] | dict[str, list[Any]] | None:
         """Computes the feature vector of one image, in this process and without Spark.
 
         Args:
             image: The bytes of an image file, or its path or URI.
+            boxes: Boxes in the image, ``(left, top, width, height)`` in pixels or mappings with
+                these keys, to compute a vector for each; required if the option ``boxes`` is set.
 
         Returns:
-            ``num_features`` floats. With several layers, a dictionary from layer to such a list.
+            ``num_features`` floats. With boxes, a list with such a list for each, or ``None`` for a
+            bad box. With several layers, a dictionary from layer to such a list.
             ``None`` for a bad image, unless ``on_error="raise"``.
 
         Raises:
-            ImageError: The image is bad, and ``on_error="raise"``.
+            ImageError: The image or a box is bad, and ``on_error="raise"``.
+            OptionError: The boxes are of another form, or missing.
         """
         plan = self._plan
+        if boxes is None and plan.execution.boxes is not None:
+            raise OptionError(
+                f"boxes={plan.execution.boxes!r} is a column of data frames: give the boxes of the "
+                "image, extract_features(image, boxes=[(left, top, width, height), ...])"
+            )
         if plan.execution.device != "cpu" and not has_cuda():  # the driver of a cluster with GPUs
             plan = self._plan_for(None)
         device = device_here(plan.execution.device)
         how = dataclasses.replace(schedule(plan, device, threads_here()), decode_threads=1)
         engine = get_engine(plan, cache.stored, device, how.forward_threads)
         execution = dataclasses.replace(plan.execution, output="array")
-        batches = [pd.Series([image], dtype=object)]
-        (rows,) = feature_stream(batches, engine, plan.spec, execution, how)
+        images = pd.Series([image], dtype=object)
+        if boxes is None:
+            (rows,) = feature_stream([images], engine, plan.spec, execution, how)
+        else:
+            column = pd.Series([[_box_of(box) for box in boxes]], dtype=object)
+            (rows,) = box_stream([(images, column)], engine, plan.spec, execution, how)
         if plan.spec.layer_sizes is None:
             return _floats(rows.array[0])
         vectors = {layer: _floats(rows[layer].array[0]) for layer in plan.spec.layer_sizes}
-        return None if None in vectors.values() else cast("dict[str, list[float]]", vectors)
+        return None if None in vectors.values() else cast("dict[str, list[Any]]", vectors)
 
     def _plan_for(self, gpus: bool | None) -> Plan:
         """Returns the plan for tasks with or without GPUs."""
@@ -127,5 +147,15 @@ def _gpus_of_session() -> bool | None:
     return gpus_of_tasks(session) if session is not None else None
 
 
-def _floats(vector: npt.NDArray[np.float32] | None) -> list[float] | None:
-    return None if vector is None else vector.tolist()
+def _floats(features: Vector | list[Vector | None] | None) -> list[Any] | None:
+    """Converts a vector, or those of boxes, to floats."""
+    if isinstance(features, list):
+        return [_floats(vector) for vector in features]
+    return None if features is None else features.tolist()
+
+
+def _box_of(box: Any) -> Any:
+    """Names the numbers of a tuple or list. A row of Spark is a tuple whose fields have names."""
+    if not isinstance(box, list | tuple) or hasattr(box, "asDict"):
+        return box
+    return dict(zip(Box._fields, box, strict=False)) if len(box) == len(Box._fields) else box

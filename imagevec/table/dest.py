@@ -32,6 +32,7 @@ from imagevec.storage.listing import escaped, glob_parts, matcher
 from imagevec.storage.location import Location
 from imagevec.table.lock import RUN_ID, Lock
 from imagevec.table.provenance import Provenance, check_same, provenance
+from imagevec.table.sources import BOX_COLUMNS
 
 ERRORS = "_errors"
 WORK = "_imagevec"
@@ -41,6 +42,7 @@ _PLACES = {"features": "", "errors": f"{ERRORS}/"}
 # The files of the table: Spark does not read those that start with a dot or an underscore.
 _FILE = re.compile(rf"({ERRORS}/)?[^/._][^/]*\.parquet", re.DOTALL)
 _ROW_GROUP_BYTES = 64 << 20
+_KNOWN = "path string, version string, error string, box_count int"
 
 
 class Dest:
@@ -81,6 +83,12 @@ class Dest:
             check_same(provenance(there), Provenance.of(spec))
         except FingerprintError as error:
             raise FingerprintError(f"{self.path}: {error}. overwrite=True replaces them") from error
+        has_boxes = set(BOX_COLUMNS) <= set(there.columns)
+        if has_boxes != (set(BOX_COLUMNS) <= set(columns)):
+            rows, option = ("box", "set boxes") if has_boxes else ("image", "leave out boxes")
+            raise OptionError(
+                f"{self.path} has a row for each {rows}: {option}, or use overwrite=True"
+            )
         if set(there.columns) != set(columns):
             raise OptionError(
                 f"{self.path} has the columns {', '.join(there.columns)}, not "
@@ -94,21 +102,32 @@ class Dest:
                     f"not {type}: keep a column of the same type, or use overwrite=True"
                 )
 
-    def known(self, retried: Sequence[str] = ()) -> DataFrame | None:
-        """Returns the key of every row, or ``None`` if the table is empty.
+    def known(self, retried: Sequence[str] = (), by_box: bool = False) -> DataFrame | None:
+        """Returns each key of the table, or ``None`` if the table is empty.
 
         The columns are ``path``, ``version`` and ``is_retried``: whether the row has an error with
         one of the codes in ``retried``.
+
+        Args:
+            retried: Codes of errors.
+            by_box: Whether a key has a row for each box. A key that lacks some, because a task was
+                killed after it had committed one of its two files, is retried, too.
         """
         known = None
         code = F.substring_index("error", ":", 1)
         for place in _PLACES.values():
             if self._parquet_files(place):
-                rows = self._read("path string, version string, error string", place)
+                rows = self._read(_KNOWN, place)
                 is_retried = F.coalesce(code.isin(*retried), F.lit(False))
-                keys = rows.select("path", "version", is_retried.alias("is_retried"))
+                keys = rows.select("path", "version", is_retried.alias("is_retried"), "box_count")
                 known = keys if known is None else known.union(keys)
-        return known
+        if known is None or not by_box:
+            return None if known is None else known.drop("box_count")
+        expected = F.coalesce(F.max("box_count"), F.lit(1))
+        is_retried = F.bool_or("is_retried") | (F.count("*") != expected)
+        return known.groupBy("path").agg(
+            F.max("version").alias("version"), is_retried.alias("is_retried")
+        )
 
     def write(self, rows: DataFrame, run: str, is_staged: bool = False) -> None:
         """Runs the job. Each task commits its files when it ends.

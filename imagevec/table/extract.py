@@ -10,15 +10,16 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyspark.errors import AnalysisException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructField, StructType
 
 from imagevec import cache
 from imagevec.errors import OptionError
@@ -32,6 +33,8 @@ from imagevec.storage.listing import escaped
 from imagevec.table.dest import KIND, Dest, check_outside
 from imagevec.table.lock import Lock
 from imagevec.table.sources import (
+    BOX_COLUMNS,
+    BOXES,
     IMAGE,
     OWN_COLUMNS,
     SOURCE_ERROR,
@@ -167,9 +170,15 @@ def extract(
             version,
             where,
             kept,
+            limits["boxes"],
             limits["read_timeout_seconds"],
             limits["max_bytes"],
         )
+        own, typed = list(OWN_COLUMNS), source.kept
+        if source.boxes is not None:
+            options["boxes"] = BOXES
+            own += BOX_COLUMNS
+            typed = StructType([*typed, StructField("box", source.boxes.elementType)])
         table = Dest(spark, str(dest))
         table.check_is_table()
         options["output"] = "struct"
@@ -184,10 +193,11 @@ def extract(
             if overwrite:
                 table.check_is_features()
             else:
-                table.check(vectorizer.spec, (*OWN_COLUMNS, *kept), source.kept)
+                table.check(vectorizer.spec, (*own, *kept), typed)
             retried = _RETRIED_ERRORS if retry_errors else ()
             try:
-                known = None if overwrite else table.known(retried)
+                by_box = source.boxes is not None
+                known = None if overwrite else table.known(retried, by_box)
                 done = _add_missing(source, known, table, lock, vectorizer, progress)
             except BaseException:
                 with suppress(Exception):  # else the next run does it
@@ -215,12 +225,13 @@ def _source(
     version: str | None,
     where: str | None,
     keep: tuple[str, ...],
+    boxes: str | None,
     timeout_seconds: float,
     max_bytes: int,
 ) -> Source:
     is_frame = isinstance(src, DataFrame)
     is_files = not is_frame and format is None and column is None
-    of_tables = {"key": key, "version": version, "where": where}
+    of_tables = {"key": key, "version": version, "where": where, "boxes": boxes}
     of_files = {"recursive": recursive, "pattern": pattern}
     if is_files:
         _refuse(of_tables | {"keep": keep}, "tables: also give column")
@@ -254,7 +265,7 @@ def _source(
         df = _loaded(spark, format or "parquet", str(src))
     if where is not None:
         df = df.where(where)
-    return TableSource(df, column=column, key=key, version=version, keep=keep)
+    return TableSource(df, column=column, key=key, version=version, keep=keep, boxes=boxes)
 
 
 # Of other formats, the source may be a name that is not a path.
@@ -297,13 +308,13 @@ def _add_missing(
     metrics = Metrics()
     errors: dict[str, int] = {}
     if survey.pending:
-        rows = _computed(source.rows(survey, pending), vectorizer, metrics, source.kept.names)
+        rows = _computed(source, source.rows(survey, pending), vectorizer, metrics)
         old = table.files() if known is None else []
         errors = _written(rows, old, table, lock, metrics, survey.pending, progress)
     return {
         "found": survey.found,
         "done_before": survey.found - survey.pending,
-        "features": int(metrics.value.get("images", 0)),
+        "features": int(metrics.value.get("images" if source.boxes is None else "boxes", 0)),
         "nulls": errors.pop(_NULL, 0),
         "errors": errors,
         "skipped": dict(source.skipped),
@@ -365,12 +376,20 @@ def _pending(source: Source, known: DataFrame, table: Dest, lock: Lock) -> tuple
 
 _NULL = "null"
 _RESULT = "imagevec_result"
+_IMAGE_ERROR = "imagevec_image_error"
+_ITEMS, _ITEM = "imagevec_items", "imagevec_item"  # of boxes
 
 
 def _computed(
-    rows: DataFrame, vectorizer: ImageVectorizer, metrics: Metrics, kept: Sequence[str]
+    source: Source, rows: DataFrame, vectorizer: ImageVectorizer, metrics: Metrics
 ) -> DataFrame:
+    """Returns the rows of the table, with their ``KIND``."""
     result = vectorizer.process_images(rows, IMAGE, _RESULT, metrics)
+    if source.boxes is not None:
+        result = _by_box(result, vectorizer.spec.layer_sizes)
+    error = F.coalesce(SOURCE_ERROR, f"{_RESULT}.error")
+    # With several layers, features is a struct, which is never null.
+    is_vector = F.col(f"{_RESULT}.width").isNotNull() & error.isNull()
     return result.select(
         "path",
         "length",
@@ -380,11 +399,46 @@ def _computed(
         f"{_RESULT}.width",
         f"{_RESULT}.height",
         f"{_RESULT}.truncated",
-        F.coalesce(SOURCE_ERROR, f"{_RESULT}.error").alias("error"),
-        *map(quoted, kept),
-        # With several layers, features is a struct, which is never null.
-        F.when(F.col(f"{_RESULT}.width").isNotNull(), "features").otherwise("errors").alias(KIND),
+        error.alias("error"),
+        *(BOX_COLUMNS if source.boxes is not None else ()),
+        *map(quoted, source.kept.names),
+        F.when(is_vector, "features").otherwise("errors").alias(KIND),
     )
+
+
+def _by_box(result: DataFrame, layers: Iterable[str] | None) -> DataFrame:
+    """Returns a row for each box. An image without boxes, or without vectors, keeps one row.
+
+    ``_RESULT`` is then the same struct as for images: the vector and the error are of the box.
+    """
+    image = F.col(_RESULT)
+
+    def item(box: Column, number: Column) -> Column:
+        features = image["features"]
+        if layers is None:
+            vector = features[number]
+        else:
+            vector = F.struct(*(features[layer][number].alias(layer) for layer in layers))
+        error = image["box_errors"][number]
+        return F.struct(box.alias("box"), vector.alias("features"), error.alias("error"))
+
+    of_image = ("width", "height", "truncated")
+    # Each row of the explosion copies the other columns, so that none may contain all vectors.
+    rows = result.select(
+        *(quoted(name) for name in result.columns if name not in (IMAGE, BOXES, _RESULT)),
+        image["error"].alias(_IMAGE_ERROR),
+        *(image[name].alias(f"imagevec_{name}") for name in of_image),
+        F.when(image["box_errors"].isNotNull(), F.transform(BOXES, item)).alias(_ITEMS),
+    )
+    rows = rows.withColumn("box_count", F.when(F.size(_ITEMS) > 0, F.size(_ITEMS)))
+    rows = rows.select("*", F.posexplode_outer(_ITEMS).alias("box_number", _ITEM))
+    is_box = F.col("box_number").isNotNull()
+    own = F.struct(
+        F.col(f"{_ITEM}.features"),
+        F.coalesce(_IMAGE_ERROR, f"{_ITEM}.error").alias("error"),
+        *(F.when(is_box, F.col(f"imagevec_{name}")).alias(name) for name in of_image),
+    )
+    return rows.withColumns({"box": F.col(f"{_ITEM}.box"), _RESULT: own})
 
 
 def _written(

@@ -14,18 +14,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pyarrow as pa
 from pyarrow import parquet
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import BinaryType, StringType, StructField, StructType
+from pyspark.sql.types import ArrayType, BinaryType, StringType, StructField, StructType
 
 from imagevec.errors import OptionError
 from imagevec.spark.hadoop import upload
 from imagevec.spark.sessions import (
     binary_fields,
+    check_boxes_column,
     check_input_column,
     existing_column,
     find_column,
@@ -52,8 +53,13 @@ OWN_COLUMNS = (
 )
 """The columns of a result."""
 
+BOX_COLUMNS = ("box", "box_number", "box_count")
+"""Its further columns if each row is a box."""
+
 _OWN_PREFIX = "imagevec_"  # of columns that exist during a run; kept columns must not have it
 IMAGE = f"{_OWN_PREFIX}image"
+BOXES = f"{_OWN_PREFIX}boxes"
+_JSON = {"ignoreNullFields": "true", "timeZone": "UTC"}  # whatever the session's settings
 SOURCE_ERROR = f"{_OWN_PREFIX}error"
 
 
@@ -103,7 +109,8 @@ class Source(Protocol):
         """Returns the images of the keys in ``pending``, or all, in partitions of a suitable size.
 
         The columns are ``path``, ``length``, ``modificationTime``, ``version``, ``IMAGE`` (of a
-        type that ``features_udf`` accepts), ``SOURCE_ERROR`` and the kept columns.
+        type that ``features_udf`` accepts), ``SOURCE_ERROR``, the kept columns and, if the source
+        has boxes, ``BOXES``.
         """
 
     def mended(self, known: DataFrame) -> list[str]:
@@ -114,12 +121,18 @@ class Source(Protocol):
         """The kept columns, with their types."""
 
     @property
+    def boxes(self) -> ArrayType | None:
+        """The type of ``BOXES``, or ``None`` if the source has no boxes."""
+
+    @property
     def skipped(self) -> dict[str, int]:
         """The number of skipped entries, by reason."""
 
 
 class FileSource:
     """Image files. The driver writes their list to a file, in parts; the workers read them."""
+
+    boxes = None
 
     def __init__(
         self,
@@ -195,28 +208,40 @@ class TableSource:
         key: str | None,
         version: str | None,
         keep: Sequence[str],
+        boxes: str | None = None,
     ) -> None:
         self.skipped: dict[str, int] = {}
         self._df = df
         image = check_input_column(df.schema, column)
         kind = df.schema[image].dataType
         self._image = F.col(quoted(image))
+        self._boxes: list[Column] = []  # one or none
+        self.boxes: ArrayType | None = None
+        if boxes is not None:
+            boxes = check_boxes_column(df.schema, boxes)
+            self.boxes = cast(ArrayType, df.schema[boxes].dataType)
+            self._boxes = [F.col(quoted(boxes)).alias(BOXES)]
         self._key = self._key_column(image, kind, key)
-        _check_names(keep)
+        _check_names(keep, OWN_COLUMNS if self.boxes is None else (*OWN_COLUMNS, *BOX_COLUMNS))
         types = [df.schema[existing_column(df.columns, name)].dataType for name in keep]
         self.kept = StructType(list(map(StructField, keep, types)))
         length = find_column(df.columns, "length") if version is None else None
         modified = find_column(df.columns, "modificationTime") if length else None
         self._modified = F.lit(None).cast("timestamp")
+        # As JSON: the hash of an array skips nulls, so that different boxes could have the same.
+        hashed = [F.to_json(boxes, _JSON) for boxes in self._boxes]
         if version is not None:
             self._version = F.col(quoted(existing_column(df.columns, version))).cast("string")
         elif length and modified:  # columns of the binaryFile source
             self._modified = F.col(modified)
-            self._version = F.concat_ws(":", F.col(length), F.unix_micros(modified))
-        elif isinstance(kind, StringType):  # the hash of a path would never change
+            of_boxes = [F.hex(F.xxhash64(boxes)) for boxes in hashed]
+            self._version = F.concat_ws(":", F.col(length), F.unix_micros(modified), *of_boxes)
+        elif not isinstance(kind, StringType):
+            self._version = F.hex(F.xxhash64(self._image, *hashed))
+        elif hashed:
+            self._version = F.hex(F.xxhash64(*hashed))
+        else:  # the hash of a path would never change
             self._version = F.lit(None).cast("string")
-        else:
-            self._version = F.hex(F.xxhash64(self._image))
         self._length = _length_of(self._image, kind)
 
     def prepare(self, folder: str) -> None:
@@ -235,6 +260,7 @@ class TableSource:
             self._image.alias(IMAGE),
             F.lit(None).cast("string").alias(SOURCE_ERROR),
             *map(quoted, self.kept.names),
+            *self._boxes,
         )
         rows = _of_keys(rows, survey, pending)
         # Partitions with this many rows have small rows, which are cheap to move.
@@ -262,6 +288,8 @@ class TableSource:
 
 class ShardSource:
     """Samples in WebDataset shards. A damaged shard has its own row."""
+
+    boxes = None
 
     def __init__(
         self,
@@ -360,9 +388,9 @@ def _length_of(image: Column, kind: object) -> Column:
     return F.lit(None).cast("long")  # unknown for a path
 
 
-def _check_names(keep: Sequence[str]) -> None:
+def _check_names(keep: Sequence[str], own: Sequence[str] = OWN_COLUMNS) -> None:
     for name in keep:
-        if find_column(OWN_COLUMNS, name):
+        if find_column(own, name):
             raise OptionError(f"keep={name!r} is not valid: the result already has this column")
         if name.casefold().startswith(_OWN_PREFIX):
             raise OptionError(f"keep={name!r} is not valid: imagevec itself uses {_OWN_PREFIX}...")

@@ -8,6 +8,7 @@ import zlib
 from typing import Any, Literal
 
 import numpy as np
+import pillow_heif
 from PIL import Image
 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")
@@ -21,6 +22,7 @@ MODES_OF_FORMAT = {
     "BMP": ("1", "L", "P", "RGB", "RGBA"),
     "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"),
     "AVIF": ("RGB", "RGBA"),
+    "HEIF": ("L", "RGB", "RGBA"),
 }
 
 FORMATS_AND_MODES = [
@@ -55,14 +57,20 @@ def of_mode(mode: str, width: int = 80, height: int = 60, seed: int = 0) -> Imag
 
 def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     """Returns the bytes of an image file."""
+    file = io.BytesIO()
+    if format == "HEIF":  # its package would have to be registered with Pillow
+        pillow_heif.encode(image.mode, image.size, image.tobytes(), file, **options)
+        return file.getvalue()
     if format == "AVIF":
         options = {"speed": 10, **options}
-    file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
 
 
 def opened(data: bytes) -> Image.Image:
+    """Opens an image file with Pillow, and HEIF with its plugin, which is not registered."""
+    if data[4:8] == b"ftyp" and data[8:11] != b"avi":
+        return pillow_heif.HeifImageFile(io.BytesIO(data))
     return Image.open(io.BytesIO(data))
 
 

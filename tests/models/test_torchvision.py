@@ -216,16 +216,18 @@ def transformed(image: Image.Image, preprocessing: Preprocessing) -> torch.Tenso
     return functional.normalize(pixels, list(preprocessing.mean), list(preprocessing.std))
 
 
-@pytest.mark.parametrize("engine", ["torch", "openvino"])
 @pytest.mark.parametrize(
-    ("name", "input_size", "options"),
+    ("name", "input_size", "options", "engine"),
     [
-        ("resnet18", (160, 96), {}),
-        ("resnet18", 320, {}),
-        ("mobilenet_v3_small", (97, 161), {}),
-        ("swin_t", (160, 96), {}),
-        ("maxvit_t", 448, {"input_size": (448, 448)}),
-        ("vit_b_32", 160, {"image_size": 160}),
+        ("resnet18", (160, 96), {}, "openvino"),
+        ("resnet18", 320, {}, "torch"),
+        ("mobilenet_v3_small", (97, 161), {}, "openvino"),
+        ("mobilenet_v3_small", (97, 161), {}, "torch"),
+        ("swin_t", (160, 96), {}, "openvino"),
+        ("swin_t", (160, 96), {}, "torch"),
+        ("maxvit_t", 448, {"input_size": (448, 448)}, "torch"),
+        ("vit_b_32", 160, {"image_size": 160}, "openvino"),
+        ("vit_b_32", 160, {"image_size": 160}, "torch"),
     ],
     ids=str,
 )
