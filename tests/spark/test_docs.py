@@ -38,7 +38,7 @@ from imagevec.models.source import REGISTERED, ModelSource
 from imagevec.models.torchvision import TorchvisionSource
 from imagevec.options import OPTIONS, RANDOM
 from imagevec.spark import featurizer
-from imagevec.table.sources import OWN_COLUMNS
+from imagevec.table.sources import BOX_COLUMNS, OWN_COLUMNS
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.shared import ROOT
@@ -291,6 +291,7 @@ def check_extract(scope: dict[str, Any], folder: Path) -> None:
         "features": 12,
         "compact": 12,
         "table_features": 2,
+        "box_features": 6,
         "small_features": 12,
         "path_features": 12,
         "huggingface_features": 2,
@@ -309,6 +310,9 @@ def check_extract(scope: dict[str, Any], folder: Path) -> None:
     assert len(scope["frame"]) == 12 and scope["samples"].count() == 3
     told = {cells(row)[0] for row in table(section("extract", "The result"))}
     assert set(re.findall(r"`(\w+)`", "".join(told))) - {"keep"} == set(OWN_COLUMNS)
+    of_boxes = [cells(row)[0].strip("`") for row in table(section("extract", "Boxes"))]
+    assert tuple(of_boxes) == BOX_COLUMNS
+    assert (scope["report"].found, scope["report"].features) == (3, 6)
     compact = spark.read.parquet(str(folder / "compact"))
     assert imagevec.provenance(compact, "features").model == "resnet50"
     again = imagevec.extract(folder / "photos", folder / "compact")
