@@ -33,8 +33,8 @@ test: java setup ## Run the tests, and report their coverage
 test-unit: setup ## Run the tests that need no Java and build no large models (under 2 minutes)
 	@$(PYTHON) -m pytest -m 'not java and not models'
 
-test-models: setup ## Run torchvision models of up to 16 GFLOPs, and four of open_clip
-	@IMAGEVEC_TEST_ALL_MODELS=1 $(PYTHON) -m pytest -n 2 -m models tests/models/test_torchvision.py tests/models/test_open_clip.py
+test-models: setup ## Test further models: of torchvision up to 16 GFLOPs, open_clip and transformers
+	@$(PYTHON) -m pytest -n 2 -m all_models tests/models
 
 test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the command line
 	@$(WITH_JAVA) $(PYTHON) -m pytest $(IN_TWO) tests/cluster

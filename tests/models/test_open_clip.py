@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import warnings
@@ -39,11 +38,6 @@ TEXTS = ["a red shoe", "", "Grüße 🐱 of a small dog!", "word " * 100, "dress
 IMAGE = photo(120, 90)
 PNG = encode(IMAGE)
 REAL = ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "MobileCLIP-S1"]
-
-all_models = pytest.mark.skipif(
-    os.environ.get("IMAGEVEC_TEST_ALL_MODELS") != "1",
-    reason="make test-models sets IMAGEVEC_TEST_ALL_MODELS=1",
-)
 
 
 def lowest_cosine(ours: np.ndarray, theirs: np.ndarray) -> Any:
@@ -133,7 +127,7 @@ def test_a_size_that_open_clip_cannot_resize_to_is_refused(clip, name, size):
         ImageVectorizer(model=f"open_clip/{name}", weights="random", input_size=size)
 
 
-@all_models
+@pytest.mark.all_models
 @pytest.mark.models
 @pytest.mark.parametrize("name", REAL)
 def test_real_models_compute_what_open_clip_does(clip, name, tmp_path, monkeypatch):

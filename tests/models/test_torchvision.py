@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections import OrderedDict
 from typing import Any
 
@@ -62,8 +61,6 @@ ONE_OF_EACH_FAMILY = [
     "vit_b_16",
     "wide_resnet50_2",
 ]
-TESTS_ALL = bool(os.environ.get("IMAGEVEC_TEST_ALL_MODELS"))
-TESTED = ALL if TESTS_ALL else ONE_OF_EACH_FAMILY
 _MAX_GFLOPS = 16  # a plan takes five forward passes
 
 
@@ -73,7 +70,18 @@ def gflops(name: str) -> float:
     return cost
 
 
-PLANNED = [n for n in ALL if gflops(n) <= _MAX_GFLOPS] if TESTS_ALL else ONE_OF_EACH_FAMILY
+def often_or_rarely(name: str) -> Any:
+    """The models that are not of ``ONE_OF_EACH_FAMILY`` are tested by ``make test-models``."""
+    marks = [] if name in ONE_OF_EACH_FAMILY else [pytest.mark.all_models]
+    return pytest.param(name, marks=marks)
+
+
+TESTED = [often_or_rarely(name) for name in ALL]
+PLANNED = [
+    often_or_rarely(name)
+    for name in ALL
+    if name in ONE_OF_EACH_FAMILY or gflops(name) <= _MAX_GFLOPS
+]
 IMAGE = photo(120, 90)
 PNG = encode(IMAGE)
 RANDOM: dict[str, Any] = {"weights": "random", "engine": "torch"}

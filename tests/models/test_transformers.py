@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -59,13 +58,9 @@ MAPS = {"poolformer", "pvt-v2", "swiftformer", "segformer"}
 OFTEN = """vit vit-classifier deit-classifier dinov2 dinov2-larger dinov2-registers dinov3
     dinov3-convnext clip clip-classifier clip-vision-projection siglip convnextv2 convnextv2-large
     swin beit resnet hiera mobilevit ijepa segformer cvt align"""
-all_models = pytest.mark.skipif(
-    os.environ.get("IMAGEVEC_TEST_ALL_MODELS") != "1",
-    reason="make test-models sets IMAGEVEC_TEST_ALL_MODELS=1",
-)
+RARELY = [pytest.mark.all_models, pytest.mark.models]
 NAMES = [
-    name if name in OFTEN.split() else pytest.param(name, marks=[all_models, pytest.mark.models])
-    for name in IMAGE_MODELS
+    name if name in OFTEN.split() else pytest.param(name, marks=RARELY) for name in IMAGE_MODELS
 ]
 
 
