@@ -1,0 +1,465 @@
+"""Decodes HEIC and other HEIF files of HEVC images with libheif, from the package ``pi_heif``.
+
+libheif reads a file within its own security limits, and applies crops, rotations and mirrors, which
+are properties of the image. The orientation in EXIF only repeats them, so it is ignored, as the
+standard says. Before libheif decodes anything, the item boxes are also read here: libheif cannot be
+given ``max_pixels``, and it leaves tiles black that it cannot read. So each part of the primary
+image must be complete, of HEVC and small enough. Sections are those of ISO/IEC 14496-12:2022
+(boxes) and 23008-12:2022 (images).
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from imagevec.errors import ImageError
+
+_MISSING = "HEIF needs pi_heif 1.4 or later: pip install 'imagevec[heif]' on the workers"
+
+# libheif and libde265 end the process if they get no memory, so that it is asked for before.
+# Measured: 13 for a photo of 8 bits, 21 for 12 bits, 4:4:4 and alpha.
+_BYTES_PER_PIXEL = 24
+_BYTES_PER_DECODER = 16 << 20
+
+# One coded image may have more pixels than is shown of it, and all parts of an image may have more
+# than the image: tiles reach over its edges, alpha doubles them. Factors of max_pixels, or of
+# _SMALL_PIXELS where that is more.
+_MAX_CODED = 2
+_MAX_TOTAL = 8
+_SMALL_PIXELS = 1 << 20
+_LEAST_PIXELS = 64 * 64  # which a part counts at least, for its decoder takes time to start
+
+# Of files that people have, none comes near these. libheif has similar limits.
+_MAX_BOXES = 10_000  # in a box
+_MAX_ITEMS = 1000
+_MAX_EXTENTS = 32
+_MAX_REFERENCES = 100_000
+_MAX_DEPTH = 8
+
+_HEVC = b"hvc1"
+_DERIVED = (b"grid", b"iden", b"iovl")  # made of other images (23008-12, section 6.6.2)
+_CODECS = {
+    b"av01": "AV1",
+    b"avc1": "AVC",
+    b"j2k1": "JPEG 2000",
+    b"jpeg": "JPEG",
+    b"unci": "uncompressed",
+    b"vvc1": "VVC",
+}
+_ALPHA = (
+    b"urn:mpeg:avc:2015:auxid:1",
+    b"urn:mpeg:hevc:2015:auxid:1",
+    b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha",
+)
+
+
+class HeifImage(Image.Image):
+    """The primary image of a HEIF file as displayed, in the mode L, RGB, RGBA or RGBa.
+
+    Opening it reads the header; ``load``, which Pillow calls, decodes the pixels. Samples of more
+    than 8 bits keep the high 8.
+
+    Args:
+        data: The bytes of the file.
+        max_pixels: The maximum of coded pixels, roughly; the caller checks ``size``.
+
+    Attributes:
+        is_cut: Whether the file ends before the image does.
+
+    Raises:
+        ImageError: ``unsupported_format``: another codec, a sequence without an image, or no
+            ``pi_heif``. ``too_large``: the parts have far more than ``max_pixels``. ``truncated``
+            or ``corrupt``.
+    """
+
+    format = "HEIF"
+
+    def __init__(self, data: bytes, max_pixels: int) -> None:
+        super().__init__()
+        items = _read_items(data)
+        limit = max(max_pixels, _SMALL_PIXELS)
+        _check_pixels(items, limit)
+        self.is_cut = _is_cut(data, items)
+        if not self.is_cut:
+            _check_data(data, items)
+        self._coded: Any = self._primary(data)
+        self._size, mode = self._coded.size_mode
+        self._mode = "L" if mode.startswith("I;16") else mode
+
+    def load(self) -> Any:
+        """Decodes the pixels.
+
+        Raises:
+            ImageError: ``truncated`` or ``corrupt``.
+            MemoryError: The worker has too little memory.
+            OSError: The worker cannot start a thread.
+        """
+        if self._coded is not None:
+            coded, self._coded = self._coded, None
+            self.im = self._decoded(coded).im
+        return super().load()
+
+    def _primary(self, data: bytes) -> Any:
+        """Returns the primary image of libheif, whose pixels are decoded when they are asked for.
+
+        The public classes of ``pi_heif`` also copy the metadata of all images, whatever their size.
+        """
+        try:
+            import _pi_heif  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise ImageError("unsupported_format", f"{_MISSING} ({error})") from error
+        to_8_bit, bgr, without_stride, to_16_bit, without_limits = True, False, False, True, False
+        try:  # of libheif's threads, only one decodes at a time
+            images = _pi_heif.load_file(
+                data, 1, to_8_bit, bgr, without_stride, to_16_bit, "", without_limits
+            )
+        except TypeError as error:  # another version has other arguments
+            raise ImageError("unsupported_format", f"{_MISSING} ({error})") from error
+        except Exception as error:
+            raise self._refused(error) from error
+        primary = next((image for image in images if image is not None and image.primary), None)
+        if primary is None:
+            raise ImageError("corrupt", "HEIF whose primary image is none of its images")
+        return primary
+
+    def _refused(self, error: Exception) -> Exception:
+        message = str(error).strip()
+        if message.startswith("Memory allocation error") and "ecurity limit" not in message:
+            return MemoryError(message)
+        return ImageError("truncated" if self.is_cut else "corrupt", f"HEIF: {message}")
+
+    def _decoded(self, coded: Any) -> Image.Image:
+        _check_worker(self.width * self.height)
+        try:
+            pixels = coded.data
+        except Exception as error:
+            raise self._refused(error) from error
+        size, mode = coded.size_mode
+        if size != self.size:
+            raise ImageError("corrupt", f"HEIF of {self.size} pixels that is decoded to {size}")
+        if mode.startswith("I;16"):  # the samples fill the high bits
+            wide = np.frombuffer(pixels, "<u2").reshape(self.height, coded.stride // 2)
+            return Image.fromarray((wide[:, : self.width] >> 8).astype(np.uint8))
+        return Image.frombytes(mode, size, pixels, "raw", mode, coded.stride)
+
+
+def _check_worker(num_pixels: int) -> None:
+    """Raises what the decoder would die of: it handles neither lack of memory nor of threads."""
+    np.empty(num_pixels * _BYTES_PER_PIXEL + _BYTES_PER_DECODER, np.uint8)  # not touched
+    thread = threading.Thread(target=lambda: None)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, "the decoder of HEIF needs a thread") from error
+    thread.join()
+
+
+_IN_IDAT = 1  # how an extent is found
+
+
+@dataclass
+class _Items:
+    """What is needed to know of the items of a file, by their numbers.
+
+    Attributes:
+        primary: The number of the primary image.
+        kinds: The types, such as ``hvc1`` or ``grid``.
+        pixels: The pixels of images, as coded or cropped, whichever is more.
+        extents: Where the data of an item are: offset and length.
+        parts: The images that an image is made of, each as often as it is used.
+        auxiliaries: Further images that belong to an image.
+        alphas: The auxiliary images that are the alpha of others.
+        idat: The box of data that extents may refer to.
+    """
+
+    primary: int = 0
+    kinds: dict[int, bytes] = field(default_factory=dict)
+    pixels: dict[int, int] = field(default_factory=dict)
+    extents: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    parts: dict[int, list[int]] = field(default_factory=dict)
+    auxiliaries: dict[int, list[int]] = field(default_factory=dict)
+    alphas: set[int] = field(default_factory=set)
+    idat: _Reader | None = None
+
+    def needed(self, item: int) -> list[int]:
+        """Returns the items that an image is decoded from, in addition to itself."""
+        alphas = [other for other in self.auxiliaries.get(item, []) if other in self.alphas]
+        return self.parts.get(item, []) + alphas
+
+    def head(self, item: int, data: bytes) -> bytes:
+        """Returns the first bytes of the data of an item, 20 if there are so many."""
+        extents = self.extents.get(item, [])
+        return b"".join(data[start : start + min(size, 20)] for start, size in extents)[:20]
+
+    def image(self) -> set[int]:
+        """Returns the items that the primary image is decoded from, and itself."""
+        found: set[int] = set()
+        waiting = {self.primary}
+        while waiting:
+            item = waiting.pop()
+            found.add(item)
+            waiting |= set(self.needed(item)) - found
+        return found
+
+
+def _check_pixels(items: _Items, limit: int) -> None:
+    """Checks the primary image and its parts, which libheif decodes one by one.
+
+    Raises:
+        ImageError: ``unsupported_format``, ``too_large`` or ``corrupt``.
+    """
+    for item in items.image():
+        kind = items.kinds.get(item, b"")
+        if kind != _HEVC and kind not in _DERIVED:
+            codec = _CODECS.get(kind) or f"an image of type {kind!r}"
+            raise ImageError("unsupported_format", f"HEIF, {codec} inside")
+        if not items.pixels.get(item):
+            raise ImageError("corrupt", "HEIF with an image without a size")
+        if items.pixels[item] > _MAX_CODED * limit:
+            raise _too_large(items.pixels[item], limit)
+    total = _total(items, items.primary, {})
+    if total > _MAX_TOTAL * limit:
+        raise _too_large(total, limit)
+
+
+def _too_large(num_pixels: int, limit: int) -> ImageError:
+    return ImageError("too_large", f"HEIF of {num_pixels} coded pixels, max_pixels={limit}")
+
+
+def _total(items: _Items, item: int, totals: dict[int, int], depth: int = 0) -> int:
+    """Returns how many pixels are decoded and composed, parts as often as they are used."""
+    if depth > _MAX_DEPTH:
+        raise ImageError("corrupt", "HEIF with an image that is a part of itself")
+    if item not in totals:
+        needed = items.needed(item)
+        inner = sum(_total(items, part, totals, depth + 1) for part in needed)
+        totals[item] = max(items.pixels.get(item, 0), _LEAST_PIXELS) + inner
+    return totals[item]
+
+
+def _check_data(data: bytes, items: _Items) -> None:
+    """Checks that no coded image is missing or zeros, as in a download with holes."""
+    for item in items.image():
+        if items.kinds[item] == _HEVC and not any(items.head(item, data)):
+            raise ImageError("corrupt", "HEIF that lacks the data of an image")
+
+
+def _is_cut(data: bytes, items: _Items) -> bool:
+    """Returns whether the file ends before the data of the primary image."""
+    extents = (extent for item in items.image() for extent in items.extents.get(item, []))
+    return any(start + size > len(data) for start, size in extents)
+
+
+class _Reader:
+    """Reads big-endian numbers, and raises ``EOFError`` at the end of a box."""
+
+    def __init__(self, data: bytes, start: int, end: int) -> None:
+        self.data, self.start, self.end = data, start, end
+
+    def take(self, size: int) -> bytes:
+        start, self.start = self.start, self.start + size
+        if self.start > self.end:
+            raise EOFError("a box is too short")
+        return self.data[start : self.start]
+
+    def uint(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "big")
+
+    def uints(self, count: int, size: int) -> list[int]:
+        numbers: list[int] = np.frombuffer(self.take(count * size), f">u{size}").tolist()
+        return numbers
+
+    def version(self) -> tuple[int, int]:
+        """Returns the version and the flags, with which many boxes begin."""
+        return self.uint(1), self.uint(3)
+
+    def boxes(self) -> Iterator[tuple[bytes, _Reader]]:
+        """Yields the type and the content of each box (14496-12, section 4.2)."""
+        for _ in range(_MAX_BOXES):
+            if self.start >= self.end:
+                return
+            box = self.start
+            size, kind = self.uint(4), self.take(4)
+            if size == 1:
+                size = self.uint(8)
+            end = box + size if size else self.end
+            if end < self.start:
+                raise EOFError(f"a box {kind!r} has {size} bytes")
+            yield kind, _Reader(self.data, self.start, end)
+            self.start = end
+        raise EOFError(f"more than {_MAX_BOXES} boxes in a box")
+
+
+def _read_items(data: bytes) -> _Items:
+    """Reads the boxes of items (14496-12, section 8.11).
+
+    Raises:
+        ImageError: ``truncated``, ``unsupported_format`` or ``corrupt``.
+    """
+    meta = _meta(data)
+    items = _Items()
+    try:
+        meta.version()
+        boxes: dict[bytes, _Reader] = {}
+        for kind, box in meta.boxes():
+            box.end = min(box.end, meta.end)
+            boxes.setdefault(kind, box)  # libheif takes the first
+        items.idat = boxes.get(b"idat")
+        for kind, read in _READERS.items():
+            if kind in boxes:
+                read(items, boxes[kind])
+        for item in items.image():
+            _read_canvas(items, item, data)
+    except EOFError as error:
+        raise ImageError("corrupt", f"HEIF: {error}") from error
+    if items.primary not in items.kinds:
+        raise ImageError("corrupt", "HEIF without a primary image")
+    return items
+
+
+def _meta(data: bytes) -> _Reader:
+    """Returns the meta box of a file."""
+    file = _Reader(data, 0, len(data))
+    found: dict[bytes, _Reader] = {}
+    try:
+        for kind, box in file.boxes():
+            if kind == b"meta" and kind in found:
+                raise ImageError("corrupt", "HEIF with two meta boxes")
+            found[kind] = box
+    except EOFError:
+        pass  # the file ends within the size of a box, or garbage follows
+    if b"meta" not in found and b"moov" in found:
+        raise ImageError("unsupported_format", "HEIF sequence without an image")
+    if file.start <= len(data) and b"meta" not in found:
+        raise ImageError("corrupt", "HEIF without a meta box")
+    if b"meta" not in found or found[b"meta"].end > len(data):
+        raise ImageError("truncated", f"HEIF that ends after {len(data)} bytes, before its images")
+    return found[b"meta"]
+
+
+def _read_primary(items: _Items, box: _Reader) -> None:
+    items.primary = box.uint(2 if box.version()[0] == 0 else 4)
+
+
+def _read_kinds(items: _Items, box: _Reader) -> None:
+    box.uint(2 if box.version()[0] == 0 else 4)
+    for kind, entry in box.boxes():
+        version, _ = entry.version()
+        if kind == b"infe" and version >= 2:  # before, items had no types
+            item = entry.uint(2 if version == 2 else 4)
+            entry.uint(2)  # protection
+            items.kinds.setdefault(item, entry.take(4))
+
+
+def _read_extents(items: _Items, box: _Reader) -> None:
+    """Reads where the data of items are (14496-12, section 8.11.3)."""
+    version, _ = box.version()
+    sizes = box.uint(2)
+    offset_size, size_size, base_size = (sizes >> shift & 15 for shift in (12, 8, 4))
+    index_size = sizes & 15 if version else 0
+    for _ in range(_count(box, 2 if version < 2 else 4, _MAX_ITEMS)):
+        item = box.uint(2 if version < 2 else 4)
+        method = box.uint(2) & 15 if version else 0
+        box.uint(2)  # the file, which is this one
+        start = box.uint(base_size)
+        if method == _IN_IDAT and items.idat is not None:
+            start += items.idat.start
+        extents = []
+        for _ in range(_count(box, 2, _MAX_EXTENTS)):
+            box.uint(index_size)
+            extents.append((start + box.uint(offset_size), box.uint(size_size)))
+        items.extents.setdefault(item, extents)
+
+
+def _count(box: _Reader, size: int, limit: int) -> int:
+    count = box.uint(size)
+    if count > limit:
+        raise EOFError(f"{count} entries in a list of {limit} at most")
+    return count
+
+
+def _read_references(items: _Items, box: _Reader) -> None:
+    size = 2 if box.version()[0] == 0 else 4
+    num_references = 0
+    for kind, entry in box.boxes():
+        item, count = entry.uint(size), entry.uint(2)
+        num_references += count
+        if num_references > _MAX_REFERENCES:
+            raise EOFError(f"more than {_MAX_REFERENCES} references")
+        others = entry.uints(count, size)
+        if kind == b"dimg":
+            items.parts.setdefault(item, []).extend(others)
+        elif kind == b"auxl":
+            for other in others:
+                items.auxiliaries.setdefault(other, []).append(item)
+
+
+def _read_properties(items: _Items, box: _Reader) -> None:
+    """Reads the sizes of images, and which are alpha (14496-12, section 8.11.14)."""
+    properties: list[int | bytes] = [b""]  # they are counted from 1
+    associations = []
+    for kind, part in box.boxes():
+        if kind == b"ipco" and len(properties) == 1:
+            properties += [_property(*inner) for inner in part.boxes()]
+        elif kind == b"ipma":
+            associations.append(part)
+    for part in associations:
+        for item, numbers in _associations(part):
+            for number in numbers:
+                value = properties[number] if number < len(properties) else b""
+                if isinstance(value, int):
+                    items.pixels[item] = max(items.pixels.get(item, 0), value)
+                elif value in _ALPHA:
+                    items.alphas.add(item)
+
+
+def _property(kind: bytes, box: _Reader) -> int | bytes:
+    """Returns a number of pixels, or the kind of an auxiliary image, or nothing."""
+    if kind == b"ispe":
+        box.version()
+        return box.uint(4) * box.uint(4)
+    if kind == b"clap":  # a crop, in fractions (14496-12, section 12.1.4)
+        width, width_parts, height, height_parts = box.uints(4, 4)
+        return -(width // -max(width_parts, 1)) * -(height // -max(height_parts, 1))
+    if kind == b"auxC":
+        box.version()
+        return box.take(box.end - box.start).partition(b"\0")[0]
+    return b""
+
+
+def _associations(box: _Reader) -> Iterator[tuple[int, list[int]]]:
+    """Yields the numbers of the properties of each item."""
+    version, flags = box.version()
+    size, mask = (2, 0x7FFF) if flags & 1 else (1, 0x7F)  # the highest bit says: essential
+    for _ in range(_count(box, 4, _MAX_ITEMS)):
+        item = box.uint(2 if version == 0 else 4)
+        yield item, [number & mask for number in box.uints(box.uint(1), size)]
+
+
+def _read_canvas(items: _Items, item: int, data: bytes) -> None:
+    """Reads the size that a grid or an overlay has of its own (23008-12, section 6.6.2)."""
+    skipped = {b"grid": 2, b"iovl": 8}.get(items.kinds.get(item, b""))
+    if skipped is None:
+        return
+    content = items.head(item, data)
+    canvas = _Reader(content, 0, len(content))
+    _, flags = canvas.uint(1), canvas.uint(1)
+    canvas.take(skipped)
+    size = 4 if flags & 1 else 2
+    items.pixels[item] = max(items.pixels.get(item, 0), canvas.uint(size) * canvas.uint(size))
+
+
+_READERS = {
+    b"pitm": _read_primary,
+    b"iinf": _read_kinds,
+    b"iloc": _read_extents,
+    b"iref": _read_references,
+    b"iprp": _read_properties,
+}
