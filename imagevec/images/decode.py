@@ -17,9 +17,13 @@ Pixels are converted as follows:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import math
 import re
+import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +31,14 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
 from imagevec.errors import ImageError
+from imagevec.images.damaged import (
+    decodable_part,
+    has_content,
+    load_what_is_there,
+    repaired,
+)
 from imagevec.images.formats import check_format
+from imagevec.images.heif import HeifImage
 from imagevec.images.jpeg import decode_jpeg
 from imagevec.images.layouts import check_layout, refused
 from imagevec.images.pixels import Pixels, to_rgb
@@ -89,14 +100,61 @@ def decode(
     name = check_format(data, formats).name
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
+    attempt = functools.partial(
+        _attempt,
+        name=name,
+        max_pixels=max_pixels,
+        min_side=min_side,
+        background=background,
+        value_range=value_range,
+    )
+    try:
+        return attempt(data)
+    except ImageError as error:
+        if error.code not in ("truncated", "corrupt"):
+            raise
+        failure = error
+    for file in repaired(data, name):
+        try:
+            return attempt(file)
+        except ImageError as error:
+            if error.code in ("truncated", "too_large"):  # what remains, once it is repaired
+                failure, data = error, file
+    part = decodable_part(data, name) if truncated == "accept" else None
+    if part is not None and failure.code == "truncated":
+        with contextlib.suppress(ImageError):
+            return attempt(part, in_part=True)
+    raise failure
+
+
+def _attempt(
+    data: bytes,
+    *,
+    name: str,
+    max_pixels: int,
+    min_side: int | None,
+    background: str | None,
+    value_range: tuple[float, float] | None,
+    in_part: bool = False,
+) -> DecodedImage:
+    """Decodes a file of the format ``name`` as it is, or with ``in_part`` what is there of it."""
     image = _opened(data, max_pixels, name)
     width, height = image.size
+    if isinstance(image, HeifImage) and image.is_cut and not in_part:
+        raise ImageError("truncated", "HEIF that ends before its image does")
+    if in_part:
+        load_what_is_there(image)
     try:
-        return _decoded(data, image, min_side, background, value_range)
+        decoded = _decoded(data, image, min_side, background, value_range)
     except ImageError:  # of a layout that no decoder reads
         raise
     except Exception as error:  # decoders raise more than OSError on malicious bytes
         raise _bad_image(error, data, name, width * height, opened=True) from error
+    finally:
+        image.close()  # the traceback of an error would keep its pixels
+    if in_part and not has_content(decoded.pixels):
+        raise ImageError("truncated", "nothing of the image is there")
+    return decoded._replace(truncated=in_part)
 
 
 def _opened(data: bytes, max_pixels: int, name: str) -> Image.Image:
@@ -105,9 +163,14 @@ def _opened(data: bytes, max_pixels: int, name: str) -> Image.Image:
     if webp_size is not None:  # its decoder allocates two canvases to open it
         check_size(*webp_size, max_pixels)
     if name == "HEIF":
-        raise ImageError("unsupported_format", name)
+        heif = HeifImage(data, max_pixels)
+        check_size(*heif.size, max_pixels)
+        return heif
     if name == "TIFF":
         check_layout(data)
+    if name == "ICO":  # its decoder decodes the first icon to open it
+        for size in _icon_sizes(data):
+            check_size(*size, max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=[name])
         check_size(*image.size, max_pixels)
@@ -215,6 +278,21 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
     if data[12:16] == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
         return start >> 48 & 0x3FFF, start >> 64 & 0x3FFF
     return None
+
+
+def _icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yields the sizes in the headers of an ICO file's images, PNGs or BMPs without file headers.
+
+    The latter have the height of two images, the second of which is the mask.
+    """
+    for number in range(int.from_bytes(data[4:6], "little")):
+        start = int.from_bytes(data[18 + 16 * number : 22 + 16 * number], "little")
+        header = data[start : start + 24]
+        if header.startswith(b"\x89PNG"):
+            yield int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+        elif len(header) >= 12:
+            width, height = struct.unpack_from("<ii", header, 4)
+            yield abs(width), abs(height) // 2
 
 
 def _orientation(image: Image.Image) -> int:
