@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from imagevec.errors import ImageError
-from imagevec.images.samples import Layout, Plane, layout_of, read_planes
+from imagevec.images.samples import Layout, Plane, layout_of, open_low_bytes, read_planes
 
 Range = tuple[float, float]
 
@@ -43,9 +43,10 @@ def to_8_bit(image: Any, value_range: Range | None, with_alpha: bool) -> Image.I
             raise _without_range(layout)
         if key is None and not image.mode.startswith("I;16"):
             return image  # type: ignore[no-any-return]  # Pillow keeps the high byte
+    low = open_low_bytes(image)
     if limits is None and key is None and _fills_high_bits(image, layout):
         return image  # type: ignore[no-any-return]
-    planes = read_planes(image, layout)
+    planes = read_planes(image, layout, low)
     alpha = planes.pop() if len(planes) in (2, 4) else None
     limits = limits or _range_of_depth(planes, layout)
     channels = [_levels(plane, limits, layout) for plane in planes]

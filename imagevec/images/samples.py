@@ -28,12 +28,13 @@ _BITS, _PHOTOMETRIC, _MAX_SAMPLE, _SAMPLE_FORMAT, _SMIN_SAMPLE, _SMAX_SAMPLE = (
 _KINDS = {1: "unsigned", 2: "signed", 3: "float"}  # by the value of _SAMPLE_FORMAT
 
 # Raw modes of Pillow that return the high byte of 16 bits, with those that return the low byte.
-_NATIVE, _SWAPPED = ("L", "B") if sys.byteorder == "little" else ("B", "L")
+_SWAPPED = "B" if sys.byteorder == "little" else "L"
 _LOW_BYTES = {
     raw_mode + order: raw_mode + other
     for raw_mode in ("RGB;16", "RGBX;16", "RGBA;16")
     for order, other in (("L", "B"), ("B", "L"), ("N", _SWAPPED))
-}
+} | {"LA;16B": "RGBA"}
+_IS_GREY = "grey with alpha"
 
 
 class Layout(NamedTuple):
@@ -69,8 +70,13 @@ def layout_of(image: Any) -> Layout:
     return Layout(bits, words=f"{image.format}, {bits} bit")
 
 
-def read_planes(image: Any, layout: Layout) -> list[Plane]:
+def read_planes(image: Any, layout: Layout, low: Image.Image | None) -> list[Plane]:
     """Returns the samples of each channel at full depth, ``(H, W)``; alpha is the last of 2 or 4.
+
+    Args:
+        image: The image, loaded or not.
+        layout: From ``layout_of``.
+        low: From ``open_low_bytes``.
 
     Raises:
         ImageError: ``unsupported_format``: Pillow reads only the high bits of this layout.
@@ -82,39 +88,42 @@ def read_planes(image: Any, layout: Layout) -> list[Plane]:
         is_wide = layout.kind == "unsigned" and layout.bits == 32
         kind = np.uint32 if is_wide else np.int8 if image.mode == "L" else None
         return [np.asarray(image) if kind is None else np.asarray(image).view(kind)]
-    return _colour_planes(image, layout)
-
-
-def _colour_planes(image: Any, layout: Layout) -> list[Plane]:
-    raw_mode = _raw_mode(image.tile[0].args) if image.tile else ""
-    if raw_mode == "LA;16B":  # of a PNG: read as 4 channels of 8 bits
-        pairs = np.asarray(_reopened(image, "RGBA")).astype(np.uint16)
-        image.load()
-        return [pairs[:, :, channel] << 8 | pairs[:, :, channel + 1] for channel in (0, 2)]
-    if raw_mode not in _LOW_BYTES or (image.format == "TIFF" and is_planar(image)):
+    if low is None:
         raise ImageError(
             "unsupported_format",
             f"{layout.words}, of which only the high 8 bits are read: value_range cannot apply",
         )
-    low = _reopened(image, _LOW_BYTES[raw_mode])
+    high_bytes = [image.getchannel(band) for band in image.getbands()]
+    low_bytes = [low.getchannel(band) for band in low.getbands()]
+    if low.info.get(_IS_GREY):
+        high_bytes, low_bytes = low_bytes[0::2], low_bytes[1::2]
     return [
-        np.asarray(image.getchannel(band)).astype(np.uint16) << 8 | np.asarray(low.getchannel(band))
-        for band in image.getbands()
+        np.asarray(high).astype(np.uint16) << 8 | np.asarray(low)
+        for high, low in zip(high_bytes, low_bytes, strict=True)
     ]
 
 
-def _raw_mode(arguments: Any) -> str:
-    return str(arguments if isinstance(arguments, str) else arguments[0])
+def open_low_bytes(image: Any) -> Image.Image | None:
+    """Opens an image of several channels of 16 bits again, to read their low bytes.
 
+    Pillow has no mode for them and keeps the high bytes. Read in the other byte order, it keeps the
+    low ones; grey with alpha is read as the four channels high, low, high and low.
 
-def _reopened(image: Any, raw_mode: str) -> Image.Image:
-    """Opens an image again, to be read in another raw mode."""
-    again: Any = Image.open(io.BytesIO(image.fp.getvalue()), formats=[image.format])
-    again.tile = [
-        tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:]))
-        for tile in again.tile
+    Returns:
+        ``None`` for other images. The pixels are not loaded.
+    """
+    arguments = image.tile[0].args if image.tile else ""
+    raw_mode = arguments if isinstance(arguments, str) else arguments[0]
+    if raw_mode not in _LOW_BYTES or (image.format == "TIFF" and is_planar(image)):
+        return None
+    low: Any = Image.open(io.BytesIO(image.fp.getvalue()), formats=[image.format])
+    other = _LOW_BYTES[raw_mode]
+    low.info[_IS_GREY] = other == "RGBA"
+    low.tile = [
+        tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
+        for tile in low.tile
     ]
-    return again  # type: ignore[no-any-return]
+    return low  # type: ignore[no-any-return]
 
 
 def _as_stored(grey: npt.NDArray[np.uint16], layout: Layout) -> Plane:
@@ -134,7 +143,7 @@ def _tiff_layout(image: Any) -> Layout:
     if bits == 12:  # Pillow does not scale them
         limits: tuple[float, float] | None = (0, 4095)
     else:
-        limits = None if is_full else _declared_limits(tags)
+        limits = None if is_full else _declared_limits(tags, kind)
     depth = None if kind == "float" or bits <= 8 else _declared_depth(tags)
     if is_full and depth == 16:
         depth = None
@@ -142,8 +151,9 @@ def _tiff_layout(image: Any) -> Layout:
     return Layout(bits, kind, words, tags.get(_PHOTOMETRIC) == 0, limits, depth)
 
 
-def _declared_limits(tags: Any) -> tuple[float, float] | None:
+def _declared_limits(tags: Any, kind: str) -> tuple[float, float] | None:
     low, high = (_numbers(tags.get(tag)) for tag in (_SMIN_SAMPLE, _SMAX_SAMPLE))
+    low = low or ([0.0] if kind == "unsigned" else [])
     return (min(low), max(high)) if low and high and min(low) < max(high) else None
 
 
@@ -181,7 +191,9 @@ def _jpeg2000_layout(data: bytes) -> Layout:
         return Layout()
     bits, is_signed = 1 + max(size & 0x7F for size in sizes), any(size & 0x80 for size in sizes)
     kind = "signed" if is_signed and bits > 8 else "unsigned"
-    return Layout(bits, kind, f"JPEG2000, {count} x {bits} bit{' signed' if is_signed else ''}")
+    limits = (0, 2**bits - 1) if count == 1 and 8 < bits < 16 and not is_signed else None
+    words = f"JPEG2000, {count} x {bits} bit{' signed' if is_signed else ''}"
+    return Layout(bits, kind, words, limits=limits)
 
 
 def _bits_of_avif(image: Any) -> int:

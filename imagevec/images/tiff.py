@@ -45,7 +45,8 @@ def repair(image: Any, with_alpha: bool) -> None:
 
 def is_planar(image: Any) -> bool:
     """Returns whether the samples of an open TIFF are stored in planes, one for each channel."""
-    return bool(image.tag_v2.get(_PLANAR, 1) == 2 and len(image.getbands()) > 1)
+    tags = image.tag_v2
+    return bool(tags.get(_PLANAR, 1) == 2 and tags.get(_SAMPLES, 1) > 1)
 
 
 def layout_in_words(image: Any) -> str:
@@ -58,19 +59,20 @@ def layout_in_words(image: Any) -> str:
 
 
 def _repair_planes(image: Any, with_alpha: bool) -> None:
-    """Pillow itself reads planes of 8 bits, and libtiff those of 16 and premultiplied ones."""
+    """Has libtiff read planes, except those of 8 bits that Pillow reads right."""
     bits = set(image.tag_v2.get(_BITS, (1,)))
-    premultiplied = _ASSOCIATED in image.tag_v2.get(_EXTRA, ())
-    if image.use_load_libtiff:
-        readable = image.mode in ("RGB", "RGBA", "CMYK") or (image.mode == "LA" and not with_alpha)
+    by_libtiff = image.use_load_libtiff
+    if image.mode in ("RGB", "RGBA", "CMYK"):
+        samples = len(image.tag_v2.get(_BITS, (1,)))
+        premultiplied = _ASSOCIATED in image.tag_v2.get(_EXTRA, ())
+        if by_libtiff or bits != {8} or premultiplied or samples > len(image.mode):
+            raw_mode = image.mode if bits == {8} else f"{image.mode};16N"
+            _read_by_libtiff(image, image.mode, raw_mode)
     elif image.mode == "YCbCr":
-        readable = True
         _read_by_libtiff(image, "RGB", "RGBX")
-    else:
-        readable = image.mode in ("RGB", "RGBA", "CMYK")
-        if readable and (bits != {8} or premultiplied):
-            _read_by_libtiff(image, image.mode, image.mode)
-    if not readable:
+    elif image.mode.startswith("I;16"):
+        _read_by_libtiff(image, image.mode, "I;16N")
+    elif not (by_libtiff and (len(image.mode) == 1 or (image.mode == "LA" and not with_alpha))):
         raise ImageError("unsupported_format", layout_in_words(image))
 
 
