@@ -7,11 +7,11 @@ except those that say something about the worker: see ``_bad_image``.
 Pixels are converted as follows:
 
 - EXIF orientation is applied.
-- CMYK, palette, grey and bilevel images are converted by Pillow's ``convert("RGB")``, which drops
-  alpha without blending.
-- 16-bit channels keep the high byte, as Pillow does for 16-bit RGB. Its ``convert`` would clip
-  16-bit grey at 255.
-- 32-bit integers and floats (some TIFFs) have no defined scale: ``convert`` clips them to 0 to 255.
+- CMYK, palette, grey and bilevel images are converted by Pillow's ``convert("RGB")``.
+- Alpha is dropped, or transparent pixels are put over a colour: see ``transparency``.
+- Of 16-bit channels the high byte is kept, unless the file or ``value_range`` says what is black
+  and white. Signed and 32-bit integers and floats need that: see ``depth``.
+- TIFFs that Pillow reads wrongly are corrected or refused: see ``tiff``.
 - Animations and multi-page files are reduced to the first frame.
 """
 
@@ -31,12 +31,7 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
 from imagevec.errors import ImageError
-from imagevec.images.damaged import (
-    decodable_part,
-    has_content,
-    load_what_is_there,
-    repaired,
-)
+from imagevec.images.damaged import decodable_part, is_blank, load_what_is_there, repaired
 from imagevec.images.formats import check_format
 from imagevec.images.heif import HeifImage
 from imagevec.images.jpeg import decode_jpeg
@@ -152,7 +147,7 @@ def _attempt(
         raise _bad_image(error, data, name, width * height, opened=True) from error
     finally:
         image.close()  # the traceback of an error would keep its pixels
-    if in_part and not has_content(decoded.pixels):
+    if in_part and is_blank(decoded.pixels, name):
         raise ImageError("truncated", "nothing of the image is there")
     return decoded._replace(truncated=in_part)
 

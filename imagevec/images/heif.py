@@ -72,6 +72,7 @@ class HeifImage(Image.Image):
 
     Attributes:
         is_cut: Whether the file ends before the image does.
+        bits: Bits per sample, as coded.
 
     Raises:
         ImageError: ``unsupported_format``: another codec, a sequence without an image, or no
@@ -92,6 +93,7 @@ class HeifImage(Image.Image):
         self._coded: Any = self._primary(data)
         self._size, mode = self._coded.size_mode
         self._mode = "L" if mode.startswith("I;16") else mode
+        self.bits: int = self._coded.bit_depth
 
     def load(self) -> Any:
         """Decodes the pixels.

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from imagevec.errors import ImageError, OptionError
 from imagevec.images.decode import DecodedImage, check_size, decode
 from imagevec.images.formats import check_bytes
 from imagevec.images.preprocess import resize_and_crop
+from imagevec.images.transparency import flattened
 from imagevec.images.values import ACCEPTED, Box, ImageStruct, Value
 from imagevec.spec import ExecutionOptions, Preprocessing
 
@@ -93,7 +95,7 @@ def load(
     if isinstance(data, ImageError):
         raise data
     if isinstance(data, ImageStruct):
-        return _from_struct(data, options.max_pixels)
+        return _from_struct(data, options.max_pixels, preprocessing.background)
     if not isinstance(data, bytes | bytearray):
         raise OptionError(f"the input column contains {type(data).__name__} values: {ACCEPTED}")
     check_bytes(len(data), options.max_bytes)
@@ -108,7 +110,7 @@ def load(
     )
 
 
-def _from_struct(image: ImageStruct, max_pixels: int) -> DecodedImage:
+def _from_struct(image: ImageStruct, max_pixels: int, background: str | None) -> DecodedImage:
     check_size(image.width, image.height, max_pixels)
     channels = _CHANNELS_OF_MODE.get(image.mode)
     shape = (image.height, image.width, image.n_channels)
@@ -118,6 +120,10 @@ def _from_struct(image: ImageStruct, max_pixels: int) -> DecodedImage:
         )
     if len(image.data) != np.prod(shape):
         raise ImageError("corrupt", f"{len(image.data)} bytes of pixels for {shape}")
+    if channels == 4 and background is not None:
+        size = (image.width, image.height)
+        above = Image.frombytes("RGBA", size, bytes(image.data), "raw", "BGRA")
+        return DecodedImage(flattened(above, background), image.width, image.height)
     pixels = np.frombuffer(image.data, np.uint8).reshape(shape)  # (H, W, C)
     rgb = np.repeat(pixels, 3, axis=2) if channels == 1 else pixels[:, :, [2, 1, 0]]  # BGR(A)
     return DecodedImage(np.ascontiguousarray(rgb), image.width, image.height)

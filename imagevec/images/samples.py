@@ -91,7 +91,7 @@ def read_planes(image: Any, layout: Layout, low: Image.Image | None) -> list[Pla
     if low is None:
         raise ImageError(
             "unsupported_format",
-            f"{layout.words}, of which only the high 8 bits are read: value_range cannot apply",
+            f"{layout.words}: only the high 8 bits are read, so that no value range can apply",
         )
     high_bytes = [image.getchannel(band) for band in image.getbands()]
     low_bytes = [low.getchannel(band) for band in low.getbands()]
@@ -112,7 +112,8 @@ def open_low_bytes(image: Any) -> Image.Image | None:
     Returns:
         ``None`` for other images. The pixels are not loaded.
     """
-    arguments = image.tile[0].args if image.tile else ""
+    tiles = getattr(image, "tile", [])
+    arguments = tiles[0].args if tiles else ""
     raw_mode = arguments if isinstance(arguments, str) else arguments[0]
     if raw_mode not in _LOW_BYTES or (image.format == "TIFF" and is_planar(image)):
         return None
