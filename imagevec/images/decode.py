@@ -164,8 +164,8 @@ def _opened(data: bytes, max_pixels: int, name: str) -> Image.Image:
     if name == "TIFF":
         check_layout(data)
     if name == "ICO":  # its decoder decodes the first icon to open it
-        for size in _icon_sizes(data):
-            check_size(*size, max_pixels)
+        for sides in _icon_sizes(data):
+            check_size(*sides, max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=[name])
         check_size(*image.size, max_pixels)

@@ -334,7 +334,7 @@ def _text_format(start: bytes) -> Format | None:
         return BY_NAME[names[0].decode().upper()]
     if names[0] in (b"head", b"body", b"title", b"script", b"div", b"p", b"h1"):
         return BY_NAME["HTML"]  # as browsers do
-    if root or encoded.lstrip().startswith(b"<?xml"):
+    if root or encoded.lstrip().startswith((b"<?xml", b"<!--")):
         return BY_NAME["XML"]
     return BY_NAME["JSON" if _JSON.match(encoded) else "plain text"]
 

@@ -183,7 +183,7 @@ def _jpeg_layout(data: bytes) -> str | None:
                 return "lossless JPEG with arithmetic coding"
             if bits in range(2, 17) and bits != 8:
                 return f"{bits}-bit {'lossless ' if marker == _LOSSLESS else ''}JPEG"
-            return None if components in (1, 3, 4) else f"JPEG, {components} components"
+            return None if components in (0, 1, 3, 4) else f"JPEG, {components} components"
     return None
 
 
@@ -243,16 +243,32 @@ def _length_of_webp(data: bytes) -> int:
 
 
 def _length_of_boxes(data: bytes) -> int:
-    """Returns the end of the last box that begins in the file (ISO/IEC 14496-12, section 4.2)."""
-    position = 0
-    while position + 8 <= len(data):
+    """Returns the end of the last box that begins in the file (ISO/IEC 14496-12, section 4.2).
+
+    It is beyond the file if the box with the coded image is missing.
+    """
+    position, kinds = 0, set()
+    while position < len(data):
         size = int.from_bytes(data[position : position + 4], "big")
+        kinds.add(data[position + 4 : position + 8])
         if size == 1:  # the size follows
             size = int.from_bytes(data[position + 8 : position + 16], "big")
         if size < 8:  # 0: to the end of the file
-            break
+            return position + 8
         position += size
-    return position
+    return position if kinds & {b"mdat", b"idat", b"jp2c"} else len(data) + 1
+
+
+def _length_of_gif(data: bytes) -> int:
+    """Returns the end of the first image descriptor (GIF89a, sections 17 to 25)."""
+    flags = int.from_bytes(data[10:11])
+    position = 13 + (6 << (flags & 7) if flags & 0x80 else 0)
+    while data[position : position + 1] == b"!":  # an extension: blocks, the last of no bytes
+        position += 2
+        while size := int.from_bytes(data[position : position + 1]):
+            position += 1 + size
+        position += 1
+    return position + 10
 
 
 def _length_of_tiff(data: bytes) -> int:
@@ -281,7 +297,7 @@ _LENGTHS: Mapping[str, Callable[[bytes], int]] = {
     "JPEG": _length_of_jpeg,
     "PNG": lambda data: 33,  # with IHDR
     "WEBP": _length_of_webp,
-    "GIF": lambda data: 13,
+    "GIF": _length_of_gif,
     "BMP": lambda data: 14 + min(124, int.from_bytes(data[14:18], "little")),
     "TIFF": _length_of_tiff,
     "AVIF": _length_of_boxes,

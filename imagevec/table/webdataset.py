@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from imagevec.errors import ImageError, OptionError, ReadError
+from imagevec.images.formats import TABLE
 from imagevec.options import DEFAULTS
 from imagevec.storage.listing import Listed, check_exists, list_files
 from imagevec.storage.location import Location
@@ -39,7 +40,12 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 SHARDS = "*.{tar,tar.gz,tgz}"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+IMAGE_EXTENSIONS = tuple(
+    suffix.removeprefix(".")
+    for format in TABLE
+    if format.accepted == "by default"
+    for suffix in format.suffixes
+)
 
 # WebDataset's own rule: a sample's key ends at the first dot of the file's name.
 _MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
