@@ -155,8 +155,8 @@ def formats() -> list[Kind]:
 
 
 def refused() -> list[Kind]:
-    names = ("JPEG XL", "SVG", "PDF", "MP4", "MOV", "PSD", "DNG", "CR2", "NEF", "ARW")
-    names += ("HTML", "JSON", "Git LFS")
+    names = ["JPEG XL", "SVG", "PDF", "MP4", "MOV", "PSD", "DNG", "CR2", "NEF", "ARW"]
+    names += ["HTML", "JSON", "Git LFS"]
     layouts = {
         "TIFF, 5 channels": "5 x 16 bit",
         "TIFF, colours of 32 bits": "32-bit RGB",
