@@ -34,8 +34,7 @@ def write_photos(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for place in PHOTOS:
-        package, _, inside = place.partition("/")
-        photo = _package_folder(package) / inside
+        photo = file_of(place)
         shutil.copy(photo, folder)
         _write_variants(photo, folder)
     (folder / "broken.jpg").write_text("This .jpg file contains no image.\n")
@@ -52,8 +51,10 @@ def _write_variants(file: Path, folder: Path) -> None:
     ImageOps.mirror(photo).save(f"{stem}-flip.jpg", quality=90)
 
 
-def _package_folder(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
+def file_of(place: str) -> Path:
+    """Returns the path of one of ``PHOTOS``."""
+    package, _, inside = place.partition("/")
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{name} is not installed: run make setup")
-    return Path(spec.origin).parent
+        raise ModuleNotFoundError(f"{package} is not installed: run make setup")
+    return Path(spec.origin).parent / inside

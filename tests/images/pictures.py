@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from examples.photos import PHOTOS, _package_folder
+from examples.photos import PHOTOS, file_of
 from imagevec.images.boxes import edges
 from imagevec.images.values import Box
 from tests.helpers.images import encode
@@ -25,8 +25,7 @@ Tile = tuple[str, Image.Image]
 def photo_of(name: str, width: int = 480) -> Image.Image:
     """Opens a photo of the demo, CC0."""
     place = next(place for place in PHOTOS if f"/{name}." in place)
-    package, _, inside = place.partition("/")
-    image = Image.open(_package_folder(package) / inside).convert("RGB")
+    image = Image.open(file_of(place)).convert("RGB")
     return image.resize((width, image.height * width // image.width))
 
 
