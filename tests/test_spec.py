@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,31 @@ def test_a_fingerprint_stays_what_it_was():
     assert spec.fingerprint == "b5d7556550dedaed"
 
 
+def test_options_of_decoding_stand_in_the_spec_only_if_they_are_given(spec):
+    assert "background" not in spec.to_json()
+    assert "value_range" not in spec.to_json()
+    given = Preprocessing(background="#fff", value_range=(0, 4095))
+    other = dataclasses.replace(spec, preprocessing=given)
+    assert FeatureSpec.from_json(other.to_json()) == other
+    written = json.loads(other.to_json())["preprocessing"]
+    assert (written["background"], written["value_range"]) == ("#ffffff", [0.0, 4095.0])
+
+
+@pytest.mark.parametrize("colour", ["#fff", "#FFFFFF", "rgb(255, 255, 255)", (255, 255, 255)])
+def test_one_colour_has_one_fingerprint(spec, colour):
+    white = make_plan(**MODEL, background="white").spec
+    assert make_plan(**MODEL, background=colour).spec.fingerprint == white.fingerprint
+    assert white.fingerprint != spec.fingerprint
+    assert white.fingerprint != make_plan(**MODEL, background="#fffffe").spec.fingerprint
+
+
+def test_one_range_has_one_fingerprint(spec):
+    integers = make_plan(**MODEL, value_range=(0, 4095)).spec
+    floats = make_plan(**MODEL, value_range=[np.float64(0), 4095.0]).spec
+    assert integers.fingerprint == floats.fingerprint != spec.fingerprint
+    assert integers.fingerprint != make_plan(**MODEL, value_range=(0, 4096)).spec.fingerprint
+
+
 def test_a_fingerprint_is_of_the_content(spec):
     assert spec.fingerprint == FeatureSpec.from_json(spec.to_json()).fingerprint
     assert len(spec.fingerprint) == 16
@@ -108,6 +134,8 @@ def test_a_fingerprint_is_of_the_content(spec):
         {"layer": ("pooled",), "num_features": (512,)},
         {"num_features": 1000},
         {"preprocessing": Preprocessing(crop_size=32)},
+        {"preprocessing": Preprocessing(background="black")},
+        {"preprocessing": Preprocessing(value_range=(0, 1))},
         {"precision": "bfloat16"},
         {"normalize": True},
     ],

@@ -80,7 +80,7 @@ def _is_subsampled(image: Any) -> bool:
     """Returns whether chroma has fewer pixels than luma, in an uncompressed YCbCr TIFF."""
     tags, (width, height) = image.tag_v2, image.size
     stored = sum(tags.get(_STRIP_BYTES, (0,)))
-    return tags.get(_SUBSAMPLING, (2, 2)) != (1, 1) and stored < 3 * width * height
+    return bool(tags.get(_SUBSAMPLING, (2, 2)) != (1, 1) and stored < 3 * width * height)
 
 
 def _repair_palette(image: Any) -> None:
