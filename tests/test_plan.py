@@ -39,6 +39,8 @@ def test_the_same_factory_makes_the_same_plan(factory, monkeypatch):
         {"normalize": True},
         {"precision": "bfloat16"},
         {"decode": "scaled"},
+        {"background": "white"},
+        {"value_range": (0, 4095)},
         {"input_size": 160},
         {"input_size": (160, 224)},
     ],

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from pyarrow import parquet
 
 from imagevec import FingerprintError, ImageVectorizer, OptionError, Preprocessing
@@ -206,6 +207,23 @@ def test_a_query_is_computed_at_the_input_size_of_the_table(tmp_path):
     folder = write_made_of(tmp_path / "t", rows, vectorizer.spec.metadata)
     (found,) = similar(folder, [str(files[1])], 1)
     assert found["neighbours"] == [{"path": "file:/p/1.png", "cosine": pytest.approx(1, abs=1e-6)}]
+
+
+def test_a_query_is_decoded_as_the_images_of_the_table(tmp_path):
+    options: Any = {"model": "squeezenet1_1", "weights": "random", "background": "white"}
+    vectorizer: Any = ImageVectorizer(**options)
+    image = photo().convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    file = tmp_path / "clear.png"
+    image.save(file)
+    assert vectorizer.extract_features(str(file)) != ImageVectorizer(
+        model="squeezenet1_1", weights="random"
+    ).extract_features(str(file))
+    rows = {"file:/p/clear.png": vectorizer.extract_features(str(file))}
+    folder = write_made_of(tmp_path / "t", rows, vectorizer.spec.metadata)
+    (found,) = similar(folder, [str(file)], 1)
+    (neighbour,) = found["neighbours"]
+    assert neighbour["cosine"] == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("model", ["{}/_m.pt2", "_m.pt2", "{}", "saved", "open_clip/local-dir:{}"])

@@ -41,9 +41,17 @@ def test_a_column_says_what_made_it(frame):
     assert made_of.imagevec == imagevec.__version__
 
 
-@pytest.mark.parametrize("layer", ["pooled", ("conv", "pooled")], ids=["one", "several"])
-def test_it_survives_parquet_and_renaming(frame, spark, tmp_path, layer):
-    df = features(frame, layer=layer)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layer": ("conv", "pooled")},
+        {"background": "white", "value_range": (0, 4095)},
+    ],
+    ids=["one", "several", "decoding"],
+)
+def test_it_survives_parquet_and_renaming(frame, spark, tmp_path, options):
+    df = features(frame, **options)
     df.withColumnRenamed("features", "f").write.parquet(str(tmp_path / "table"))
     read = spark.read.parquet(str(tmp_path / "table"))
     assert provenance(read, "f") == provenance(df)
