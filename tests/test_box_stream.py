@@ -72,7 +72,7 @@ class PixelEngine:
         return images.reshape(len(images), -1).astype(np.float32)
 
 
-PIXELS = {"num_features": SIDE * SIDE * 3}
+PIXELS: dict[str, Any] = {"num_features": SIDE * SIDE * 3}
 
 
 def cropped_first(image: bytes, boxes: Iterable[dict[str, Any]]) -> list[np.ndarray]:

@@ -31,9 +31,7 @@ ACCEPTED_BOXES = (
 )
 
 
-def values_with_boxes(
-    batch: tuple[pd.Series | pd.DataFrame, pd.Series] | pd.Series | pd.DataFrame,
-) -> Iterator[Value]:
+def values_with_boxes(batch: tuple[pd.Series | pd.DataFrame, pd.Series]) -> Iterator[Value]:
     """Yields the values of an Arrow batch of two columns, images and boxes.
 
     A null in either column is a null. An image with too many boxes becomes an error, so that it is

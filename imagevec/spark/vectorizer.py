@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pandas as pd
 
 from imagevec import cache
@@ -155,7 +156,7 @@ def _floats(features: Vector | list[Vector | None] | None) -> list[Any] | None:
 
 
 def _box_of(box: Any) -> Any:
-    """Names the numbers of a tuple or list. A row of Spark is a tuple whose fields have names."""
-    if not isinstance(box, list | tuple) or hasattr(box, "asDict"):
+    """Names the numbers of a tuple, list or array. A row of Spark is a tuple whose fields have names."""
+    if not isinstance(box, list | tuple | np.ndarray) or hasattr(box, "asDict"):
         return box
     return dict(zip(Box._fields, box, strict=False)) if len(box) == len(Box._fields) else box

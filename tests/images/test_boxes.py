@@ -146,8 +146,9 @@ def test_boxes_of_another_type_are_refused(cell, reason):
 
 
 def test_struct_of_boxes_is_refused():
+    boxes: Any = pd.DataFrame({"left": [1], "top": [2]})
     with pytest.raises(OptionError, match="the boxes are a struct of left, top: boxes must be of"):
-        list(values_with_boxes((series([b"image"]), pd.DataFrame({"left": [1], "top": [2]}))))
+        list(values_with_boxes((series([b"image"]), boxes)))
 
 
 @pytest.mark.parametrize("columns", [1, 3])
