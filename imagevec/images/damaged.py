@@ -15,9 +15,6 @@ from imagevec.images.png import without_ancillary_chunks
 # Decoders of WebP and AVIF need the whole file, and libheif that of an image without tiles.
 _DECODED_IN_PART = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "HEIF")
 
-# What libjpeg fills in for the pixels that a JPEG lacks: 0.5, and 0.5 in CMYK as RGB.
-_GREYS_OF_JPEG = (128, 64)
-
 
 def repaired(data: bytes, name: str) -> Iterator[bytes]:
     """Yields files to try instead of one that was refused.
@@ -64,12 +61,6 @@ def load_what_is_there(image: Image.Image) -> None:
     image.load = load_partly  # type: ignore[method-assign]
 
 
-def is_blank(pixels: Pixels, name: str) -> bool:
-    """Returns whether uint8 ``(H, W, 3)`` has only the colour of pixels that are not there.
-
-    Args:
-        pixels: What is there of an image.
-        name: The name of its format.
-    """
-    is_uniform = not np.ptp(pixels, axis=(0, 1)).any()
-    return is_uniform and (name != "JPEG" or int(pixels[0, 0, 0]) in _GREYS_OF_JPEG)
+def is_blank(pixels: Pixels) -> bool:
+    """Returns whether uint8 ``(H, W, 3)`` has one colour, that of pixels that are not there."""
+    return not np.ptp(pixels, axis=(0, 1)).any()

@@ -147,7 +147,7 @@ def _attempt(
         raise _bad_image(error, data, name, width * height, opened=True) from error
     finally:
         image.close()  # the traceback of an error would keep its pixels
-    if in_part and is_blank(decoded.pixels, name):
+    if in_part and name != "JPEG" and is_blank(decoded.pixels):
         raise ImageError("truncated", "nothing of the image is there")
     return decoded._replace(truncated=in_part)
 

@@ -6,6 +6,7 @@ Sections are those of ITU-T T.81.
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -19,6 +20,8 @@ _END = b"\xff\xd9"
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # of all coding processes
 _HUFFMAN_CODED = (0xC0, 0xC1, 0xC2)
+
+_ENDS_EARLY = "premature end of data segment"  # libjpeg's words for a scan
 
 # Entropy-coded data contain FF 00 and restart markers, and FF FF is padding (B.1.1). The marker 01
 # and that of the start of an image have no length.
@@ -61,16 +64,16 @@ def with_end(data: bytes) -> bytes | None:
     has no warning then, no bit of any scan is missing.
     """
     segments, _ = _segments(data)
-    kinds = [kind for kind, _ in segments]
+    kinds = [segment.kind for segment in segments]
     if _END_OF_IMAGE in kinds or not _has_all_scans(segments):
         return None
     for length in _lengths_before_end(data):
         candidate = data[:length] + _END
         try:
-            if _is_complete(candidate, "CMYK" if _num_components(segments) == 4 else "RGB"):
+            if _is_complete(candidate, _colours(segments)):
                 return candidate
         except ValueError as error:
-            if "premature end of data" in str(error):  # and so it is with fewer bytes
+            if _ENDS_EARLY in str(error):  # and so does a shorter file
                 return None
     return None
 
@@ -78,39 +81,46 @@ def with_end(data: bytes) -> bytes | None:
 def up_to_cut(data: bytes) -> bytes | None:
     """Returns a truncated JPEG with an end marker after its last complete segment or its pixels.
 
-    libjpeg then decodes what is there. ``None`` if the file ends before its pixels begin.
+    libjpeg then decodes what is there. ``None`` if no pixel is there.
     """
     segments, end = _segments(data)
-    kinds = [kind for kind, _ in segments]
-    if _END_OF_IMAGE in kinds or _START_OF_SCAN not in kinds:
+    kinds = [segment.kind for segment in segments]
+    if _END_OF_IMAGE in kinds or not _has_a_pixel(data, segments, end):
         return None
     return data[:end] + _END
 
 
-def _segments(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
-    """Returns the markers and their segments (B.1.1.4), and where these end.
+class _Segment(NamedTuple):
+    kind: int  # the second byte of the marker
+    start: int  # of the content, after the length
+    content: bytes
+
+
+def _segments(data: bytes) -> tuple[list[_Segment], int]:
+    """Returns the segments (B.1.1.4), and where they end.
 
     They end with the end marker, before a segment that is incomplete, or with the file.
     """
-    segments: list[tuple[int, bytes]] = []
+    segments: list[_Segment] = []
     start = 0
     while marker := _next_marker(data, start):
         kind, begin = marker[1][0], marker.end()
         start = begin + int.from_bytes(data[begin : begin + 2], "big")
         if kind == _END_OF_IMAGE:
-            return [*segments, (kind, b"")], begin
+            return [*segments, _Segment(kind, begin, b"")], begin
         if not begin + 2 <= start <= len(data):
             return segments, marker.start()
-        segments.append((kind, data[begin + 2 : start]))
+        segments.append(_Segment(kind, begin + 2, data[begin + 2 : start]))
     return segments, len(data)
 
 
-def _num_components(segments: list[tuple[int, bytes]]) -> int:
-    """Returns the number of colour components (B.2.2), 0 without a frame."""
-    return next((segment[5] for kind, segment in segments if kind in _FRAMES and segment[5:]), 0)
+def _colours(segments: list[_Segment]) -> str:
+    """Returns the colours in which libjpeg decodes a JPEG, by its frame (B.2.2)."""
+    frames = [segment.content for segment in segments if segment.kind in _FRAMES]
+    return "CMYK" if frames and frames[0][5:6] == b"\4" else "RGB"
 
 
-def _has_all_scans(segments: list[tuple[int, bytes]]) -> bool:
+def _has_all_scans(segments: list[_Segment]) -> bool:
     """Returns whether the scans have all bits of all coefficients of all components (G.1.1.1).
 
     libjpeg does not miss a scan. A frame that is not coded by Huffman's method lacks something,
@@ -118,17 +128,37 @@ def _has_all_scans(segments: list[tuple[int, bytes]]) -> bool:
     """
     lowest_bits = np.full((256, 64), -1)  # of each coefficient of a component; -1: none
     components = b""
-    for kind, segment in segments:
+    for kind, _, content in segments:
         if kind in _FRAMES:
             if kind not in _HUFFMAN_CODED:
                 return False
-            components = segment[6::3]
-        elif kind == _START_OF_SCAN and segment:
-            scan, parameters = segment[1 : 1 + 2 * segment[0] : 2], segment[1 + 2 * segment[0] :]
+            components = content[6::3]
+        elif kind == _START_OF_SCAN and content:
+            scan, parameters = content[1 : 1 + 2 * content[0] : 2], content[1 + 2 * content[0] :]
             if len(parameters) == 3:
                 first, last, bits = parameters
                 lowest_bits[list(scan), first : last + 1] = bits & 0xF
     return bool(components) and not lowest_bits[list(components)].any()
+
+
+def _has_a_pixel(data: bytes, segments: list[_Segment], end: int) -> bool:
+    """Returns whether the first pixel is there: the first scan of a JPEG of 1x1 pixels.
+
+    libjpeg fills the blocks that a scan lacks with grey, and the one at the cut with zero bits.
+    """
+    frame = next((segment for segment in segments if segment.kind in _FRAMES), None)
+    scans = [number for number, segment in enumerate(segments) if segment.kind == _START_OF_SCAN]
+    if frame is None or not scans:
+        return False
+    after = segments[scans[0] + 1 :]
+    end = after[0].start - 4 if after else end
+    size = frame.start + 1  # after the precision
+    pixel = data[:size] + b"\0\1\0\1" + data[size + 4 : end] + _END
+    try:
+        _strictly_decoded(pixel, _colours(segments))
+    except ValueError as error:
+        return _ENDS_EARLY not in str(error)
+    return True
 
 
 def _lengths_before_end(data: bytes) -> list[int]:
