@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from imagevec.search.joins import near_duplicates
     from imagevec.spark.hadoop import Folder
     from imagevec.storage.listing import escaped
+    from imagevec.table.schema import check_rows_are_images
 
     with spark_session(options.master) as spark:
         if Folder(spark, options.out).names():
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         with _bar(spark, quiet=options.quiet or options.json):
             reader = spark.read.option("pathGlobFilter", "*.parquet")  # a note may be beside them
             features = reader.parquet(escaped(options.features))
+            check_rows_are_images(options.features, features.columns)
             groups = near_duplicates(features, options.min_cosine, method=options.method)
             if "length" in features.columns:
                 groups = groups.join(features.select("path", "length"), "path")

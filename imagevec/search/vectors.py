@@ -90,7 +90,7 @@ def count_keys(side: DataFrame) -> tuple[int, int]:
     if (found["most"] or 0) > 1:
         raise OptionError(
             f"the key {found['most_frequent']!r} occurs {found['most']:,} times: "
-            "choose a unique key"
+            "choose a unique key; for boxes, join path and box_number in one column"
         )
     return int(found["rows"]), int(found["partitions"])
 

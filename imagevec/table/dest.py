@@ -32,7 +32,7 @@ from imagevec.storage.listing import escaped, glob_parts, matcher
 from imagevec.storage.location import Location
 from imagevec.table.lock import RUN_ID, Lock
 from imagevec.table.provenance import Provenance, check_same, provenance
-from imagevec.table.sources import BOX_COLUMNS
+from imagevec.table.schema import has_boxes
 
 ERRORS = "_errors"
 WORK = "_imagevec"
@@ -83,9 +83,9 @@ class Dest:
             check_same(provenance(there), Provenance.of(spec))
         except FingerprintError as error:
             raise FingerprintError(f"{self.path}: {error}. overwrite=True replaces them") from error
-        has_boxes = set(BOX_COLUMNS) <= set(there.columns)
-        if has_boxes != (set(BOX_COLUMNS) <= set(columns)):
-            rows, option = ("box", "set boxes") if has_boxes else ("image", "leave out boxes")
+        if has_boxes(there.columns) != has_boxes(columns):
+            is_by_box = has_boxes(there.columns)
+            rows, option = ("box", "set boxes") if is_by_box else ("image", "leave out boxes")
             raise OptionError(
                 f"{self.path} has a row for each {rows}: {option}, or use overwrite=True"
             )

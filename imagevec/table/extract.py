@@ -32,11 +32,10 @@ from imagevec.spark.vectorizer import ImageVectorizer
 from imagevec.storage.listing import escaped
 from imagevec.table.dest import KIND, Dest, check_outside
 from imagevec.table.lock import Lock
+from imagevec.table.schema import BOX_COLUMNS, OWN_COLUMNS
 from imagevec.table.sources import (
-    BOX_COLUMNS,
     BOXES,
     IMAGE,
-    OWN_COLUMNS,
     SOURCE_ERROR,
     FileSource,
     ShardSource,

@@ -19,6 +19,7 @@ from imagevec.errors import OptionError
 from imagevec.storage.listing import described, list_files
 from imagevec.storage.location import Location
 from imagevec.storage.stores import store_of
+from imagevec.table.schema import check_rows_are_images
 
 _ROWS = 2048  # per block
 _BUFFER_BYTES = 4 << 20  # per file; else a whole row group is held, 128 MB by Spark's default
@@ -56,7 +57,8 @@ def read_vectors(
         least 1.
 
     Raises:
-        OptionError: The table does not exist, no row has features, or vectors differ in length.
+        OptionError: The table does not exist, no row has features, rows are boxes, or vectors
+            differ in length.
     """
     lengths: set[int] = set()
     for _, batch in _batches(str(folder), _FEATURES, _FEATURES, _EXTRACT, row_groups):
@@ -169,6 +171,7 @@ def _opened(path: str) -> Any:
 
 
 def _check_columns(folder: str, columns: list[str], schema: Any, hint: str) -> None:
+    check_rows_are_images(folder, schema.names)
     types = dict(zip(schema.names, schema.types, strict=True))
     for column in columns:
         if column not in types:

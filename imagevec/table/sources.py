@@ -33,6 +33,7 @@ from imagevec.spark.sessions import (
     quoted,
 )
 from imagevec.storage.listing import check_exists, escaped, list_files
+from imagevec.table.schema import BOX_COLUMNS, OWN_COLUMNS
 from imagevec.table.webdataset import IMAGE_EXTENSIONS, read_shards, shards
 
 # The work that a task commits: seconds with a small model, minutes with a large one.
@@ -46,15 +47,6 @@ _MAX_BROADCAST_KEYS = 200_000
 
 _LISTING = pa.schema([("path", pa.string()), ("length", pa.int64()), ("modified", pa.int64())])
 _LISTING_ROWS = 10_000  # held in memory at a time
-
-OWN_COLUMNS = (
-    *("path", "length", "modificationTime", "version"),
-    *("features", "width", "height", "truncated", "error"),
-)
-"""The columns of a result."""
-
-BOX_COLUMNS = ("box", "box_number", "box_count")
-"""Its further columns if each row is a box."""
 
 _OWN_PREFIX = "imagevec_"  # of columns that exist during a run; kept columns must not have it
 IMAGE = f"{_OWN_PREFIX}image"

@@ -38,7 +38,7 @@ from imagevec.models.source import REGISTERED, ModelSource
 from imagevec.models.torchvision import TorchvisionSource
 from imagevec.options import OPTIONS, RANDOM
 from imagevec.spark import featurizer
-from imagevec.table.sources import BOX_COLUMNS, OWN_COLUMNS
+from imagevec.table.schema import BOX_COLUMNS, OWN_COLUMNS
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.shared import ROOT

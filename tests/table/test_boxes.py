@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,18 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from imagevec import ExtractReport, ImageVecError, OptionError, extract, provenance
+from imagevec import (
+    ExtractReport,
+    ImageVecError,
+    OptionError,
+    extract,
+    near_duplicates,
+    nearest,
+    provenance,
+)
+from imagevec.cli import main
+from imagevec.search.gallery import write_gallery
+from imagevec.search.similar import similar
 from imagevec.table.sources import TableSource
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
@@ -191,7 +204,7 @@ def test_version_changes_with_the_image_and_with_each_field_of_each_box(
     hen, no_left = (*BIRD[:4], "hen"), (None, *BIRD[:4])
     arrays: list[Any] = [[CAT, BIRD], [BIRD, CAT], [CAT, hen], [CAT], [CAT, None], [None, CAT]]
     arrays += [[], [no_left], [(*no_left[1:], None)], [CAT, CAT], None]
-    rows = {str(number): (image(1), boxes) for number, boxes in enumerate(arrays)}
+    rows: dict[str, Any] = {str(number): (image(1), boxes) for number, boxes in enumerate(arrays)}
     rows |= {f"other {number}": (image(2), boxes) for number, boxes in enumerate(arrays)}
     rows["null"] = (None, [CAT])
 
@@ -391,6 +404,37 @@ def test_a_table_of_images_may_keep_a_column_named_box(
     run(table.withColumn("box", F.lit(1)), boxes=None, keep="box")
     found = ds.dataset(dest, format="parquet", ignore_prefixes=["_", "."]).to_table()
     assert set(found["box"].to_pylist()) == {1}
+
+
+def test_search_in_boxes_needs_a_key_for_each_box(
+    run: Extract,
+    table: DataFrame,
+    spark: SparkSession,
+    tmp_path: Path,
+    dest: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(table)
+    boxes = spark.read.parquet(str(dest))
+    said = "the key 'three' occurs 3 times: .* for boxes, join path and box_number in one column"
+    for search in (functools.partial(nearest, boxes), near_duplicates):
+        with pytest.raises(OptionError, match=said):
+            search(boxes)
+    boxes = boxes.withColumn("key", F.concat_ws("#", "path", "box_number"))
+    found = nearest(boxes, boxes, k=1, key="key").collect()
+    assert {(row["query"], row["neighbour"]) for row in found} == {
+        (key, key) for key in ("three#0", "three#2", "three#4", "one#0")
+    }
+    said = "has a row for each box, not for each image"
+    with pytest.raises(OptionError, match=said):
+        similar(str(dest), ["a.png"], 1)
+    with pytest.raises(OptionError, match=said):
+        write_gallery(dest, tmp_path / "gallery.html")
+    arguments = ["duplicates", str(dest), "--out", str(tmp_path / "groups"), "--quiet"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("imagevec.cli.session.spark_session", lambda master: nullcontext(spark))
+        assert main(arguments) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_files_and_shards_have_no_boxes(run: Extract, tmp_path: Path) -> None:
