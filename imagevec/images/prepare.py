@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +73,7 @@ def decoded(value: Value, preprocessing: Preprocessing, options: ExecutionOption
     try:
         image = load(value, options, preprocessing)
     except ImageError as error:
+        _clear_frames(error)
         return Row(error=error, decode_seconds=time.perf_counter() - start)
     return Row(
         image.pixels,
@@ -80,6 +82,13 @@ def decoded(value: Value, preprocessing: Preprocessing, options: ExecutionOption
         decode_seconds=time.perf_counter() - start,
         truncated=image.truncated,
     )
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Frees what the frames of an error and of its causes hold, such as the decoded image."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def load(

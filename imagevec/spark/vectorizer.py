@@ -156,7 +156,7 @@ def _floats(features: Vector | list[Vector | None] | None) -> list[Any] | None:
 
 
 def _box_of(box: Any) -> Any:
-    """Names the numbers of a tuple, list or array. A row of Spark is a tuple whose fields have names."""
+    """Names the numbers of a tuple, list or array. A row of Spark is a tuple that has names."""
     if not isinstance(box, list | tuple | np.ndarray) or hasattr(box, "asDict"):
         return box
     return dict(zip(Box._fields, box, strict=False)) if len(box) == len(Box._fields) else box

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from imagevec import ImageError, OptionError, Preprocessing
 from imagevec.images.prepare import Row, load, prepare
@@ -105,3 +107,18 @@ def test_a_scaled_decode_keeps_the_size_that_is_shown():
     assert row.input is not None
     assert np.array_equal(row.input, resize_and_crop(half, scaled))
     assert (row.width, row.height) == (1600, 1200)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
+def test_error_row_does_not_keep_the_decoded_image(format):
+    def images_in_memory() -> int:
+        gc.collect()
+        return sum(issubclass(type(known), Image.Image) for known in gc.get_objects())
+
+    data = encode(photo(), format)
+    value = Value(data[: len(data) // 2])
+    before = images_in_memory()
+    row = prepare(value, Preprocessing(), execution_options())
+    assert row.error is not None
+    assert row.error.__traceback__ is not None  # where it was raised remains known
+    assert images_in_memory() == before
