@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from imagevec.images.jpeg import up_to_cut, with_end
@@ -63,4 +62,4 @@ def load_what_is_there(image: Image.Image) -> None:
 
 def is_blank(pixels: Pixels) -> bool:
     """Returns whether uint8 ``(H, W, 3)`` has one colour, that of pixels that are not there."""
-    return not np.ptp(pixels, axis=(0, 1)).any()
+    return all((row == pixels[0, 0]).all() for row in pixels)
