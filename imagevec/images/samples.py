@@ -58,7 +58,11 @@ class Layout(NamedTuple):
 
 
 def layout_of(image: Any) -> Layout:
-    """Returns the layout of an image that is open and not loaded yet."""
+    """Returns the layout of an image that is open and not loaded yet.
+
+    Raises:
+        ImageError: ``unsupported_format``: Pillow gets samples of this depth wrong.
+    """
     if image.format == "TIFF":
         return _tiff_layout(image)
     if image.format == "PNG" and image.tile and "16" in str(image.tile[0].args):
@@ -130,8 +134,6 @@ def open_low_bytes(image: Any) -> Image.Image | None:
 def _as_stored(grey: npt.NDArray[np.uint16], layout: Layout) -> Plane:
     """Undoes what Pillow does to JPEG 2000: samples fill the high bits, and signed ones are shifted
     up by half their range."""
-    if layout.bits > 16:
-        raise ImageError("unsupported_format", f"{layout.words}: only 16 bits are read")
     stored = grey >> (16 - layout.bits)
     return stored if layout.kind == "unsigned" else stored - np.int32(1 << (layout.bits - 1))
 
@@ -146,7 +148,7 @@ def _tiff_layout(image: Any) -> Layout:
     else:
         limits = None if is_full else _declared_limits(tags, kind)
     depth = None if kind == "float" or bits <= 8 else _declared_depth(tags)
-    if is_full and depth == 16:
+    if depth is not None and depth > (bits - 1 if is_full else bits):
         depth = None
     words = layout_in_words(image)
     return Layout(bits, kind, words, tags.get(_PHOTOMETRIC) == 0, limits, depth)
@@ -184,7 +186,11 @@ def _significant_bits(data: bytes) -> int:
 
 
 def _jpeg2000_layout(data: bytes) -> Layout:
-    """Reads the marker segment SIZ (ISO/IEC 15444-1, A.5.1)."""
+    """Reads the marker segment SIZ (ISO/IEC 15444-1, A.5.1).
+
+    Raises:
+        ImageError: ``unsupported_format``: Pillow gets this depth wrong.
+    """
     start = data.find(b"\xff\x4f\xff\x51")
     count = int.from_bytes(data[start + 40 : start + 42])
     sizes = data[start + 42 : start + 42 + 3 * min(count, 4) : 3]
@@ -192,8 +198,10 @@ def _jpeg2000_layout(data: bytes) -> Layout:
         return Layout()
     bits, is_signed = 1 + max(size & 0x7F for size in sizes), any(size & 0x80 for size in sizes)
     kind = "signed" if is_signed and bits > 8 else "unsigned"
-    limits = (0, 2**bits - 1) if count == 1 and 8 < bits < 16 and not is_signed else None
     words = f"JPEG2000, {count} x {bits} bit{' signed' if is_signed else ''}"
+    if bits > (8 if count > 1 else 16):  # Pillow rounds white up to 256, which is 0
+        raise ImageError("unsupported_format", words)
+    limits = (0, 2**bits - 1) if 8 < bits < 16 and not is_signed else None
     return Layout(bits, kind, words, limits=limits)
 
 
