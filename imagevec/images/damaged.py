@@ -14,6 +14,8 @@ from imagevec.images.png import without_ancillary_chunks
 # Decoders of WebP and AVIF need the whole file, and libheif that of an image without tiles.
 _DECODED_IN_PART = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "HEIF")
 
+_CHUNK = 1 << 16  # pixels that are compared at once
+
 
 def repaired(data: bytes, name: str) -> Iterator[bytes]:
     """Yields files to try instead of one that was refused.
@@ -62,4 +64,6 @@ def load_what_is_there(image: Image.Image) -> None:
 
 def is_blank(pixels: Pixels) -> bool:
     """Returns whether uint8 ``(H, W, 3)`` has one colour, that of pixels that are not there."""
-    return all((row == pixels[0, 0]).all() for row in pixels)
+    flat = pixels.reshape(-1, 3)
+    starts = range(0, len(flat), _CHUNK)
+    return all((flat[start : start + _CHUNK] == flat[0]).all() for start in starts)
