@@ -154,15 +154,16 @@ def _attempt(
 
 def _opened(data: bytes, max_pixels: int, name: str) -> Image.Image:
     """Opens an image of the format ``name`` whose header is within ``max_pixels``."""
-    webp_size = _webp_size(data)
+    webp_size = _webp_size(data) if name == "WEBP" else None
     if webp_size is not None:  # its decoder allocates two canvases to open it
         check_size(*webp_size, max_pixels)
+    elif name == "WEBP":  # and copies the file twice
+        raise refused(data, name)
     if name == "HEIF":
         heif = HeifImage(data, max_pixels)
         check_size(*heif.size, max_pixels)
         return heif
-    if name == "TIFF":
-        check_layout(data)
+    check_layout(data, name)
     if name == "ICO":  # its decoder decodes the first icon to open it
         for sides in _icon_sizes(data):
             check_size(*sides, max_pixels)

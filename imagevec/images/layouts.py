@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 
 from imagevec.errors import ImageError
 from imagevec.images.formats import BY_NAME, Format, in_words
@@ -12,6 +14,7 @@ from imagevec.images.formats import BY_NAME, Format, in_words
 _NEW_SUBFILE_TYPE, _BITS, _COMPRESSION, _PHOTOMETRIC, _MAKE = 254, 258, 259, 262, 271
 _WIDTH, _LENGTH, _STRIPS, _SAMPLES, _COLOUR_MAP, _TILES = 256, 257, 273, 277, 320, 324
 _PLANAR, _SUB_IFDS, _SAMPLE_FORMAT, _DNG_VERSION = 284, 330, 339, 50706
+_STRIP_BYTES, _TILE_BYTES = 279, 325
 _CAMERA_PHOTOMETRICS = (32803, 34892)  # colour filter array, linear raw
 _WEBP_IN_TIFF = 50001  # Pillow's libtiff is built without it
 _COMPRESSIONS = {
@@ -54,19 +57,19 @@ _PHOTOMETRICS = {
 _SAMPLE_FORMATS = {2: "signed ", 3: "float ", 5: "complex ", 6: "complex float "}
 
 
-def check_layout(data: bytes) -> None:
-    """Checks that a TIFF is the image itself, in a compression that Pillow decodes.
+def check_layout(data: bytes, name: str) -> None:
+    """Checks what a decoder would get wrong, or take minutes for, before it opens the file.
 
-    A camera's raw file is a TIFF whose first image is a thumbnail, and would be decoded as that.
+    - A camera's raw file is a TIFF whose first image is a thumbnail, and would be decoded as that.
+    - Pillow's libtiff lacks a compression.
+    - A few bytes of a JPEG's scan make libjpeg visit every pixel. Pillow reads headers byte by
+      byte, and copies what it has of the EXIF block for each further part of it.
 
     Raises:
-        ImageError: ``unsupported_format``.
+        ImageError: ``unsupported_format``, or ``corrupt`` for headers that no program writes.
     """
-    tags = _tiff_tags(data)
-    if (raw := _raw_format(tags)) is not None:
-        raise ImageError("unsupported_format", in_words(raw))
-    if tags.get(_COMPRESSION, (1,))[0] == _WEBP_IN_TIFF:
-        raise ImageError("unsupported_format", _compression_in_words(_WEBP_IN_TIFF))
+    if name in _CHECKS:
+        _CHECKS[name](data)
 
 
 def refused(data: bytes, name: str, reason: str = "", opened: bool = False) -> ImageError:
@@ -110,8 +113,20 @@ def _raw_format(tags: _Tags) -> Format | None:
     return None
 
 
+def _check_tiff(data: bytes) -> None:
+    tags = _tiff_tags(data)
+    if (raw := _raw_format(tags)) is not None:
+        raise ImageError("unsupported_format", in_words(raw))
+    if tags.get(_COMPRESSION, (1,))[0] == _WEBP_IN_TIFF:
+        raise ImageError("unsupported_format", _compression_in_words(_WEBP_IN_TIFF))
+
+
 def _tiff_tags(data: bytes) -> _Tags:
-    """Returns the tags of the first directory that tell its layout, as far as they are readable."""
+    """Returns the tags of the first directory that tell its layout, as far as they are readable.
+
+    Raises:
+        ImageError: ``corrupt``: the directory is too long.
+    """
     order = "<" if data[:1] == b"I" else ">"
     number, count_type, inline = ("Q", "Q", 8) if b"+" in data[2:4] else ("I", "H", 4)
     entry = struct.Struct(f"{order}HH{number}{inline}s")
@@ -120,10 +135,14 @@ def _tiff_tags(data: bytes) -> _Tags:
         (start,) = struct.unpack_from(order + number, data, inline)
         (count,) = struct.unpack_from(order + count_type, data, start)
         start += struct.calcsize(order + count_type)
+        if count > _MAX_TAGS:
+            raise ImageError("corrupt", f"TIFF with {count} tags")
         for position in range(start, start + count * entry.size, entry.size):
             tag, kind, length, value = entry.unpack_from(data, position)
             if tag not in _LAYOUT_TAGS or tag in tags or kind not in _TIFF_TYPES or length < 1:
                 continue
+            if length > _MAX_STRIPS:
+                raise ImageError("corrupt", f"TIFF with {length} values of tag {tag}")
             values = f"{order}{min(length, _MAX_VALUES)}{_TIFF_TYPES[kind]}"
             if length * struct.calcsize(order + _TIFF_TYPES[kind]) <= inline:
                 tags[tag] = struct.unpack_from(values, value)
@@ -137,10 +156,22 @@ def _tiff_tags(data: bytes) -> _Tags:
 
 _LAYOUT_TAGS = {
     *(_NEW_SUBFILE_TYPE, _BITS, _COMPRESSION, _PHOTOMETRIC, _MAKE, _WIDTH, _LENGTH, _STRIPS),
-    *(_SAMPLES, _COLOUR_MAP, _TILES, _SUB_IFDS, _SAMPLE_FORMAT, _DNG_VERSION, _PLANAR),
+    *(
+        _STRIP_BYTES,
+        _TILE_BYTES,
+        _SAMPLES,
+        _COLOUR_MAP,
+        _TILES,
+        _SUB_IFDS,
+        _SAMPLE_FORMAT,
+        _DNG_VERSION,
+        _PLANAR,
+    ),
 }
 _TIFF_TYPES = {1: "B", 2: "B", 3: "H", 4: "I", 7: "B", 13: "I", 16: "Q", 18: "Q"}
 _MAX_VALUES = 16
+_MAX_TAGS = 65_535  # of a BigTIFF: others cannot have more
+_MAX_STRIPS = 1_000_000  # Pillow has an object for each
 
 
 def _tiff_layout(data: bytes) -> str | None:
@@ -173,7 +204,7 @@ def _jpeg_layout(data: bytes) -> str | None:
     for marker, start in _jpeg_segments(data):
         if marker == _JPEG_LS:
             return "JPEG-LS"
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        if marker in _FRAMES:
             if len(data) < start + 8:
                 return None
             bits, components = data[start + 2], data[start + 7]
@@ -187,29 +218,58 @@ def _jpeg_layout(data: bytes) -> str | None:
     return None
 
 
+def _check_jpeg(data: bytes) -> None:
+    frame, scan, parts_of_exif, start = 0, 0, 0, 2
+    for marker, start in _jpeg_segments(data):
+        parts_of_exif += marker == 0xE1 and data.startswith(b"Exif\0\0", start + 2)
+        if marker in _FRAMES:
+            frame = marker
+        elif marker == _START_OF_SCAN:
+            scan = start
+    if parts_of_exif > _MAX_PARTS_OF_EXIF:
+        raise ImageError("corrupt", f"JPEG with {parts_of_exif} EXIF blocks")
+    if not scan and len(data) - start > _MAX_JUNK:
+        raise ImageError("corrupt", "JPEG without a scan")
+    components = data[scan + 2] if scan and len(data) > scan + 2 else 0
+    if frame in _BASELINE_FRAMES and components in (3, 4):  # of all components: there is one scan
+        return
+    if scan and sum(1 for _ in islice(_SCAN.finditer(data, scan), _MAX_SCANS)) >= _MAX_SCANS:
+        raise ImageError("unsupported_format", f"JPEG of more than {_MAX_SCANS} scans")
+
+
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_BASELINE_FRAMES = (0xC0, 0xC1)
+_START_OF_SCAN = 0xDA
+_SCAN = re.compile(b"\xff\xda")  # in the pixels, 0 follows every other 0xFF
+_MAX_SCANS = 100  # programs that optimise scans write less than 30
+_MAX_SEGMENTS = 10_000
+_MAX_PARTS_OF_EXIF = 100  # of 64 KB each
+_MAX_JUNK = 1 << 16  # bytes between segments
+
+
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Yields the marker and the start of each segment before the first scan (T.81, annex B).
 
-    The last may begin where the file has ended.
+    As in libjpeg, there may be other bytes between them. The last may begin where the file ends.
     """
     position = 2
     for _ in range(_MAX_SEGMENTS):
-        if data[position : position + 1] != b"\xff":
+        position = data.find(b"\xff", position, position + _MAX_JUNK)
+        fill = _FILL.match(data, position, position + _MAX_JUNK) if position >= 0 else None
+        if fill is None:
             return
-        while data[position + 1 : position + 2] == b"\xff":  # fill bytes
-            position += 1
-        marker, start = data[position + 1 : position + 2], position + 2
+        marker, start = data[fill.end() : fill.end() + 1], fill.end() + 1
         yield marker[0] if marker else 0, start
         if marker in (b"", b"\xda"):
             return
         position = start + _segment_bytes(data, start)
 
 
+_FILL = re.compile(b"\xff+")
+
+
 def _segment_bytes(data: bytes, start: int) -> int:
     return max(2, int.from_bytes(data[start : start + 2], "big"))
-
-
-_MAX_SEGMENTS = 10_000
 
 
 def _bmp_layout(data: bytes) -> str | None:
@@ -229,13 +289,6 @@ def _bmp_layout(data: bytes) -> str | None:
     if bits in (2, 64):
         return f"BMP, {bits} bit"
     return f"BMP, header of {size} bytes" if size not in (40, 52, 56, 64, 108, 124) else None
-
-
-_LAYOUTS: Mapping[str, Callable[[bytes], str | None]] = {
-    "JPEG": _jpeg_layout,
-    "TIFF": _tiff_layout,
-    "BMP": _bmp_layout,
-}
 
 
 def _length_of_webp(data: bytes) -> int:
@@ -259,16 +312,31 @@ def _length_of_boxes(data: bytes) -> int:
     return position if kinds & {b"mdat", b"idat", b"jp2c"} else len(data) + 1
 
 
+def _check_gif(data: bytes) -> None:
+    """Checks that an image follows the extensions, as Pillow searches for one byte by byte."""
+    end = _length_of_gif(data)
+    if len(data) - end > _MAX_JUNK and data[end - 10 : end - 9] != b",":
+        raise ImageError("corrupt", "GIF without an image")
+
+
 def _length_of_gif(data: bytes) -> int:
     """Returns the end of the first image descriptor (GIF89a, sections 17 to 25)."""
     flags = int.from_bytes(data[10:11])
     position = 13 + (6 << (flags & 7) if flags & 0x80 else 0)
-    while data[position : position + 1] == b"!":  # an extension: blocks, the last of no bytes
+    num_blocks = 0
+    while data[position : position + 1] == b"!" and num_blocks < _MAX_GIF_BLOCKS:
         position += 2
-        while size := int.from_bytes(data[position : position + 1]):
+        while (
+            size := int.from_bytes(data[position : position + 1])
+        ) and num_blocks < _MAX_GIF_BLOCKS:
             position += 1 + size
+            num_blocks += 1
+        num_blocks += 1
         position += 1
     return position + 10
+
+
+_MAX_GIF_BLOCKS = 1_000_000  # of 255 bytes at most
 
 
 def _length_of_tiff(data: bytes) -> int:
@@ -304,4 +372,16 @@ _LENGTHS: Mapping[str, Callable[[bytes], int]] = {
     "HEIF": _length_of_boxes,
     "JPEG2000": _length_of_boxes,
     "ICO": lambda data: 6 + 16 * int.from_bytes(data[4:6], "little"),
+}
+
+_CHECKS: Mapping[str, Callable[[bytes], None]] = {
+    "JPEG": _check_jpeg,
+    "TIFF": _check_tiff,
+    "GIF": _check_gif,
+}
+
+_LAYOUTS: Mapping[str, Callable[[bytes], str | None]] = {
+    "JPEG": _jpeg_layout,
+    "TIFF": _tiff_layout,
+    "BMP": _bmp_layout,
 }

@@ -41,6 +41,8 @@ def without_ancillary_chunks(data: bytes) -> Iterator[bytes]:
     use: transparency, the significant bits and EXIF.
     """
     chunks, rest = _chunks(data)
+    if not chunks:  # nothing to leave out of a file that may be large
+        return
     earlier = data
     for texts in (_TEXTS_OF_ORIENTATION, ()):
         kept = b"".join([_SIGNATURE, *_needed(chunks, texts), rest])

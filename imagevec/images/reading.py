@@ -8,6 +8,7 @@ return a null. The first bytes of a file decide whether the rest is read.
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Iterable, Iterator, Sequence
 
 from imagevec.errors import ImageError
@@ -33,7 +34,7 @@ from imagevec.storage.stores import Stream, store_of
 
 _READ_THREADS = 8
 _MAX_READ_AHEAD = 16  # files kept in memory before they are decoded
-_PART_BYTES = 8 << 20  # of a file whose length the store does not report
+_PART_BYTES = 32 << 20
 
 
 def read_ahead(
@@ -134,12 +135,12 @@ def _image_bytes(stream: Stream, formats: Sequence[str], max_bytes: int) -> byte
         check_format(head, formats)
     if stream.length is not None:
         check_bytes(stream.length, max_bytes)
-    parts, size = [head], len(head)
-    while part := stream.read(_PART_BYTES if stream.length is None else stream.length + 1):
-        parts.append(part)
-        size += len(part)
-        check_bytes(size, max_bytes)
-    return b"".join(parts)
+    file = io.BytesIO()  # joined parts would take twice the memory
+    file.write(head)
+    while part := stream.read(_PART_BYTES):
+        file.write(part)
+        check_bytes(file.tell(), max_bytes)
+    return file.getvalue()
 
 
 def _read_up_to(stream: Stream, num_bytes: int) -> bytes:
