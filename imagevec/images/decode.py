@@ -144,9 +144,9 @@ def _attempt(
     except ImageError:  # of a layout that no decoder reads
         raise
     except Exception as error:  # decoders raise more than OSError on malicious bytes
-        raise _bad_image(error, data, name, width * height, opened=True) from error
-    finally:
-        image.close()  # the traceback of an error would keep its pixels
+        bad_image = _bad_image(error, data, name, width * height, opened=True)
+        image.close()  # the traceback would keep its pixels during a second try
+        raise bad_image from error
     if in_part and name != "JPEG" and is_blank(decoded.pixels):
         raise ImageError("truncated", "nothing of the image is there")
     return decoded._replace(truncated=in_part)
