@@ -24,9 +24,10 @@ from imagevec.errors import ImageError
 _MISSING = "HEIF needs pi_heif 1.4 or later: pip install 'imagevec[heif]' on the workers"
 
 # libheif and libde265 end the process if they get no memory, so that it is asked for before.
-# Measured: 13 for a photo of 8 bits, 21 for 12 bits, 4:4:4 and alpha.
-_BYTES_PER_PIXEL = 24
-_BYTES_PER_DECODER = 16 << 20
+# Measured: 8 to 11 for 8 bits, 21 for 12 bits, 4:4:4 and alpha.
+_BYTES_PER_PIXEL = 14
+_BYTES_PER_DEEP_PIXEL = 24  # of more than 8 bits or with alpha
+_BYTES_PER_DECODER = 2 << 20
 
 # One coded image may have more pixels than is shown of it, and all parts of an image may have more
 # than the image: tiles reach over its edges, alpha doubles them. Factors of max_pixels, or of
@@ -85,9 +86,10 @@ class HeifImage(Image.Image):
     def __init__(self, data: bytes, max_pixels: int) -> None:
         super().__init__()
         items = _read_items(data)
-        limit = max(max_pixels, _SMALL_PIXELS)
-        _check_pixels(items, limit)
+        _check_pixels(items, max_pixels)
+        self._num_coded = max(items.pixels[item] for item in items.image())
         self.is_cut = _is_cut(data, items)
+        self._is_short = self.is_cut or items.is_short
         if not self.is_cut:
             _check_data(data, items)
         self._coded: Any = self._primary(data)
@@ -114,7 +116,7 @@ class HeifImage(Image.Image):
         The public classes of ``pi_heif`` also copy the metadata of all images, whatever their size.
         """
         try:
-            import _pi_heif  # type: ignore[import-not-found]
+            import _pi_heif
         except ImportError as error:
             raise ImageError("unsupported_format", f"{_MISSING} ({error})") from error
         to_8_bit, bgr, without_stride, to_16_bit, without_limits = True, False, False, True, False
@@ -135,10 +137,12 @@ class HeifImage(Image.Image):
         message = str(error).strip()
         if message.startswith("Memory allocation error") and "ecurity limit" not in message:
             return MemoryError(message)
-        return ImageError("truncated" if self.is_cut else "corrupt", f"HEIF: {message}")
+        return ImageError("truncated" if self._is_short else "corrupt", f"HEIF: {message}")
 
     def _decoded(self, coded: Any) -> Image.Image:
-        _check_worker(self.width * self.height)
+        is_deep = coded.bit_depth > 8 or self.mode.lower().endswith("a")
+        per_pixel = _BYTES_PER_DEEP_PIXEL if is_deep else _BYTES_PER_PIXEL
+        _check_worker(self._num_coded * per_pixel + _BYTES_PER_DECODER)
         try:
             pixels = coded.data
         except Exception as error:
@@ -152,10 +156,10 @@ class HeifImage(Image.Image):
         return Image.frombytes(mode, size, pixels, "raw", mode, coded.stride)
 
 
-def _check_worker(num_pixels: int) -> None:
+def _check_worker(num_bytes: int) -> None:
     """Raises what the decoder would die of: it handles neither lack of memory nor of threads."""
-    np.empty(num_pixels * _BYTES_PER_PIXEL + _BYTES_PER_DECODER, np.uint8)  # not touched
-    thread = threading.Thread(target=lambda: None)
+    memory = np.empty(num_bytes, np.uint8)  # not touched, and not free before the thread has ended
+    thread = threading.Thread(target=len, args=(memory,))
     try:
         thread.start()
     except RuntimeError as error:
@@ -179,6 +183,7 @@ class _Items:
         auxiliaries: Further images that belong to an image.
         alphas: The auxiliary images that are the alpha of others.
         idat: The box of data that extents may refer to.
+        is_short: Whether the file ends before one of its boxes.
     """
 
     primary: int = 0
@@ -189,6 +194,7 @@ class _Items:
     auxiliaries: dict[int, list[int]] = field(default_factory=dict)
     alphas: set[int] = field(default_factory=set)
     idat: _Reader | None = None
+    is_short: bool = False
 
     def needed(self, item: int) -> list[int]:
         """Returns the items that an image is decoded from, in addition to itself."""
@@ -211,12 +217,13 @@ class _Items:
         return found
 
 
-def _check_pixels(items: _Items, limit: int) -> None:
+def _check_pixels(items: _Items, max_pixels: int) -> None:
     """Checks the primary image and its parts, which libheif decodes one by one.
 
     Raises:
         ImageError: ``unsupported_format``, ``too_large`` or ``corrupt``.
     """
+    limit = max(max_pixels, _SMALL_PIXELS)
     for item in items.image():
         kind = items.kinds.get(item, b"")
         if kind != _HEVC and kind not in _DERIVED:
@@ -225,14 +232,14 @@ def _check_pixels(items: _Items, limit: int) -> None:
         if not items.pixels.get(item):
             raise ImageError("corrupt", "HEIF with an image without a size")
         if items.pixels[item] > _MAX_CODED * limit:
-            raise _too_large(items.pixels[item], limit)
+            raise _too_large(items.pixels[item], max_pixels)
     total = _total(items, items.primary, {})
     if total > _MAX_TOTAL * limit:
-        raise _too_large(total, limit)
+        raise _too_large(total, max_pixels)
 
 
-def _too_large(num_pixels: int, limit: int) -> ImageError:
-    return ImageError("too_large", f"HEIF of {num_pixels} coded pixels, max_pixels={limit}")
+def _too_large(num_pixels: int, max_pixels: int) -> ImageError:
+    return ImageError("too_large", f"HEIF of {num_pixels} coded pixels, max_pixels={max_pixels}")
 
 
 def _total(items: _Items, item: int, totals: dict[int, int], depth: int = 0) -> int:
@@ -305,8 +312,8 @@ def _read_items(data: bytes) -> _Items:
     Raises:
         ImageError: ``truncated``, ``unsupported_format`` or ``corrupt``.
     """
-    meta = _meta(data)
     items = _Items()
+    meta = _meta(items, data)
     try:
         meta.version()
         boxes: dict[bytes, _Reader] = {}
@@ -320,14 +327,23 @@ def _read_items(data: bytes) -> _Items:
         for item in items.image():
             _read_canvas(items, item, data)
     except EOFError as error:
-        raise ImageError("corrupt", f"HEIF: {error}") from error
+        is_cut = items.is_short or _is_cut(data, items)
+        raise ImageError("truncated" if is_cut else "corrupt", f"HEIF: {error}") from error
     if items.primary not in items.kinds:
         raise ImageError("corrupt", "HEIF without a primary image")
+    if _num_bytes(data, items) > 2 * len(data):  # libheif copies the metadata of all items
+        raise ImageError("corrupt", "HEIF with items that overlap")
     return items
 
 
-def _meta(data: bytes) -> _Reader:
-    """Returns the meta box of a file."""
+def _num_bytes(data: bytes, items: _Items) -> int:
+    """Returns the sum of the sizes of all items, as far as they are in the file."""
+    extents = (extent for of_item in items.extents.values() for extent in of_item)
+    return sum(max(0, min(size, len(data) - start)) for start, size in extents)
+
+
+def _meta(items: _Items, data: bytes) -> _Reader:
+    """Returns the meta box of a file, and sets ``is_short``."""
     file = _Reader(data, 0, len(data))
     found: dict[bytes, _Reader] = {}
     try:
@@ -337,13 +353,14 @@ def _meta(data: bytes) -> _Reader:
             found[kind] = box
     except EOFError:
         pass  # the file ends within the size of a box, or garbage follows
+    items.is_short = file.start > len(data)
+    if b"meta" in found and found[b"meta"].end <= len(data):
+        return found[b"meta"]
     if b"meta" not in found and b"moov" in found:
         raise ImageError("unsupported_format", "HEIF sequence without an image")
-    if file.start <= len(data) and b"meta" not in found:
-        raise ImageError("corrupt", "HEIF without a meta box")
-    if b"meta" not in found or found[b"meta"].end > len(data):
+    if items.is_short:
         raise ImageError("truncated", f"HEIF that ends after {len(data)} bytes, before its images")
-    return found[b"meta"]
+    raise ImageError("corrupt", "HEIF without a meta box")
 
 
 def _read_primary(items: _Items, box: _Reader) -> None:

@@ -1,6 +1,6 @@
 """Passes damaged images through ``decode`` and the stream, which may only raise ``ImageError``.
 
-    python -m tests.helpers.fuzz [--inputs 50000] [--seed N]
+    python -m tests.helpers.fuzz [--inputs 50000] [--seed N] [--formats HEIF ...]
 
 Each input is a small valid image of some format and mode, damaged in one to four ways. It depends
 only on the seed and its number. Separate processes decode the images, so that a crash is noticed.
@@ -9,6 +9,7 @@ only on the seed and its number. Separate processes decode the images, so that a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import multiprocessing
 import random
 import secrets
@@ -21,18 +22,40 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 
 from imagevec.errors import ImageError
+from imagevec.options import FORMATS
 from imagevec.spec import Preprocessing
-from tests.helpers.images import FORMATS_AND_MODES, encode, of_mode
+from tests.helpers.heif import alpha, coded, encode_16_bits, grid, heif, imir, irot, overlay
+from tests.helpers.images import FORMATS_AND_MODES, encode, of_mode, photo
 from tests.helpers.pipeline import decoded, mean_engine, rows, series, stream
 
 CHUNK = 500
 STREAMED = 10  # one in this many inputs also passes through the stream
 
 
-def valid_images() -> list[bytes]:
-    """Returns one image of each format and mode, and a progressive JPEG."""
-    images = [encode(of_mode(mode, 40, 30), format) for format, mode in FORMATS_AND_MODES]
-    return [*images, encode(of_mode("RGB", 40, 30), "JPEG", progressive=True)]
+def valid_images(formats: Sequence[str] = FORMATS) -> list[bytes]:
+    """Returns one image of each mode of the formats, and further kinds of JPEG and HEIF."""
+    images = [
+        encode(of_mode(mode, 40, 30), format)
+        for format, mode in FORMATS_AND_MODES
+        if format in formats
+    ]
+    if "JPEG" in formats:
+        images.append(encode(of_mode("RGB", 40, 30), "JPEG", progressive=True))
+    return images + (kinds_of_heif() if "HEIF" in formats else [])
+
+
+def kinds_of_heif() -> list[bytes]:
+    """Returns images of tiles, with alpha, of 10 bits, and turned."""
+    tile, opacity = coded(photo(40, 30)), alpha(photo(40, 30).convert("L"), of=1)
+    deep = np.asarray(photo(40, 30)).astype(np.uint16) * 257
+    turned = dataclasses.replace(tile, properties=[*tile.properties, irot(1), imir(1)])
+    return [
+        heif([grid(80, 60, 2, [2, 3, 4, 5]), tile, tile, tile, tile]),
+        heif([overlay(40, 30, [2, 3]), tile, tile]),
+        heif([tile, opacity], data_first=True),
+        heif([turned, tile]),
+        encode_16_bits("RGB;16", deep, bits=10),
+    ]
 
 
 def truncate(data: bytearray, rng: random.Random, others: Sequence[bytes]) -> None:
@@ -120,9 +143,9 @@ def outcome(data: bytes, through_stream: bool) -> str:
     return result
 
 
-def outcomes(seed: int, numbers: range) -> Counter[str]:
+def outcomes(seed: int, numbers: range, formats: Sequence[str] = FORMATS) -> Counter[str]:
     """Counts the outcomes of the inputs."""
-    images = valid_images()
+    images = valid_images(formats)
     counts: Counter[str] = Counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from Pillow, about damaged metadata
@@ -135,7 +158,7 @@ def outcomes(seed: int, numbers: range) -> Counter[str]:
     return counts
 
 
-def _outcomes(task: tuple[int, range]) -> Counter[str]:
+def _outcomes(task: tuple[int, range, Sequence[str]]) -> Counter[str]:
     return outcomes(*task)
 
 
@@ -143,10 +166,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     numbers = range(arguments.inputs)
-    tasks = [(arguments.seed, numbers[at : at + CHUNK]) for at in numbers[::CHUNK]]
+    chunks = [numbers[at : at + CHUNK] for at in numbers[::CHUNK]]
+    tasks = [(arguments.seed, chunk, arguments.formats) for chunk in chunks]
     context = multiprocessing.get_context("spawn")
     counts: Counter[str] = Counter()
     # If a process dies, the pool raises here.

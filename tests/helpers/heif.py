@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pillow_heif
 from PIL import Image
 
 from tests.helpers.images import encode
@@ -23,12 +26,14 @@ class Item:
         data: The coded image, or the layout of a grid.
         properties: Boxes.
         references: Numbers of other items by the type of the reference.
+        extent: The offset and length of the data in the file, if they are not ``data``.
     """
 
     kind: bytes
     data: bytes
     properties: list[bytes] = field(default_factory=list)
     references: dict[bytes, list[int]] = field(default_factory=dict)
+    extent: tuple[int, int] | None = None
 
 
 def box(kind: bytes, content: bytes) -> bytes:
@@ -74,12 +79,25 @@ def coded(image: Image.Image, **options: Any) -> Item:
     return Item(b"hvc1", file[b"mdat"], [box(name, properties[name]) for name in kept])
 
 
-def grid(width: int, height: int, columns: int, tiles: Sequence[int], **options: Any) -> Item:
+def grid(width: int, height: int, columns: int, tiles: Sequence[int]) -> Item:
     """Returns an image made of tiles, given by their numbers."""
     rows = len(tiles) // columns
-    data = struct.pack(">BBBBHH", 0, 0, rows - 1, columns - 1, width, height)
-    size = options.get("ispe", (width, height))
-    return Item(b"grid", data, [ispe(*size)], {b"dimg": list(tiles)})
+    layout = struct.pack(">BBBBHH", 0, 0, rows - 1, columns - 1, width, height)
+    return Item(b"grid", layout, [ispe(width, height)], {b"dimg": list(tiles)})
+
+
+def overlay(width: int, height: int, layers: Sequence[int]) -> Item:
+    """Returns images, given by their numbers, that lie on each other."""
+    layout = struct.pack(">BB4HHH", 0, 0, 0, 0, 0, 65535, width, height) + bytes(4 * len(layers))
+    return Item(b"iovl", layout, [ispe(width, height)], {b"dimg": list(layers)})
+
+
+def alpha(image: Image.Image, of: int, **options: Any) -> Item:
+    """Encodes the alpha of the image with the number ``of``."""
+    item = coded(image, **options)
+    item.properties.append(full_box(b"auxC", ALPHA + b"\0"))
+    item.references[b"auxl"] = [of]
+    return item
 
 
 def heif(
@@ -110,7 +128,7 @@ def _meta(items: Sequence[Item], primary: int, start: int) -> bytes:
     for number, item in enumerate(items, 1):
         infe = struct.pack(">HH4s", number, 0, item.kind) + b"\0"
         kinds += full_box(b"infe", infe, version=2)
-        places += struct.pack(">HHHII", number, 0, 1, start, len(item.data))
+        places += struct.pack(">HHHII", number, 0, 1, *(item.extent or (start, len(item.data))))
         start += len(item.data)
         associations += struct.pack(">HB", number, len(item.properties))
         for content in item.properties:
@@ -127,3 +145,12 @@ def _meta(items: Sequence[Item], primary: int, start: int) -> bytes:
     content += box(b"iprp", box(b"ipco", b"".join(properties)) + ipma)
     content += full_box(b"iref", references)
     return full_box(b"meta", content)
+
+
+def encode_16_bits(mode: str, pixels: np.ndarray, bits: int) -> bytes:
+    """Encodes uint16 pixels with 10 or 12 bits."""
+    file = io.BytesIO()
+    pillow_heif.options.SAVE_HDR_TO_12_BIT = bits == 12
+    size = (pixels.shape[1], pixels.shape[0])
+    pillow_heif.encode(mode, size, pixels.tobytes(), file, quality=95, chroma=444)
+    return file.getvalue()

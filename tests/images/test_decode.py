@@ -34,6 +34,7 @@ SIGNATURES = {
     "BMP": b"BM",
     "TIFF": b"II*\x00",
     "AVIF": b"\x00\x00\x00\x20ftypavif",
+    "HEIF": b"\x00\x00\x00\x20ftypheic",
 }
 
 
