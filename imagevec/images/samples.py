@@ -97,14 +97,14 @@ def read_planes(image: Any, layout: Layout, low: Image.Image | None) -> list[Pla
             "unsupported_format",
             f"{layout.words}: only the high 8 bits are read, so that no value range can apply",
         )
-    high_bytes = [image.getchannel(band) for band in image.getbands()]
-    low_bytes = [low.getchannel(band) for band in low.getbands()]
+    pairs = [((image, band), (low, band)) for band in image.getbands()]
     if low.info.get(_IS_GREY):
-        high_bytes, low_bytes = low_bytes[0::2], low_bytes[1::2]
-    return [
-        np.asarray(high).astype(np.uint16) << 8 | np.asarray(low)
-        for high, low in zip(high_bytes, low_bytes, strict=True)
-    ]
+        pairs = [((low, "R"), (low, "G")), ((low, "B"), (low, "A"))]
+    return [_bytes_of(*high).astype(np.uint16) << 8 | _bytes_of(*rest) for high, rest in pairs]
+
+
+def _bytes_of(image: Image.Image, band: str) -> npt.NDArray[np.uint8]:
+    return np.asarray(image.getchannel(band))
 
 
 def open_low_bytes(image: Any) -> Image.Image | None:

@@ -31,11 +31,15 @@ def flattened(image: Image.Image, background: str | None) -> Pixels:
     _scale_key(image)
     if frame in (None, (0, 0, *image.size)) and not image.has_transparency_data:
         return _colours(image)
-    above = _straight(image).convert("RGBA")
+    above = _straight(image)
+    if above.mode != "RGBA":
+        above = above.convert("RGBA")
     if image.format == "BMP" and above.getchannel("A").getextrema() == (0, 0):
         return _colours(image)  # as browsers do: many programs leave this channel empty
+    if frame is not None:
+        above = above.crop(frame)
     canvas = Image.new("RGB", image.size, background)
-    canvas.paste(above.crop(frame), frame, above.crop(frame))
+    canvas.paste(above, frame, above)
     return np.array(canvas)
 
 
