@@ -49,8 +49,9 @@ def literals(hint: Any) -> set[str]:
 
 
 def hints() -> dict[str, Any]:
-    """The types of ``Options``; ``nn``, which they import for type checkers alone, is any."""
-    return get_type_hints(Options, localns={"nn": argparse.Namespace(Module=object)})
+    """The types of ``Options``; what they import for type checkers alone is any."""
+    of_checkers = {"nn": argparse.Namespace(Module=object), "Column": object}
+    return get_type_hints(Options, localns=of_checkers)
 
 
 def test_the_types_have_the_names_of_the_table_in_its_order() -> None:

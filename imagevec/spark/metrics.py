@@ -34,8 +34,8 @@ class Metrics:
 
         - ``rows``: ``images`` + ``nulls`` + ``errors.<code>`` (codes of ``imagevec.ImageError``).
           For texts: ``texts`` + ``nulls``.
-        - ``boxes`` and ``bad_boxes``, with the option ``boxes``: those that became vectors and nulls.
-          ``images`` are then the decoded ones.
+        - ``boxes`` and ``bad_boxes``, with the option ``boxes``: those that became vectors, and
+          those that became nulls. ``images`` are then the decoded ones.
         - ``batches``: forward passes.
         - ``tasks``: tasks that reported.
         - ``tasks.float32_instead_of_bfloat16``: those whose processor has no bfloat16 instructions.
