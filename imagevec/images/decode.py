@@ -119,7 +119,10 @@ def decode(
     if part is not None and failure.code == "truncated":
         with contextlib.suppress(ImageError):
             return attempt(part, in_part=True)
-    raise failure
+    try:
+        raise failure
+    finally:
+        del failure  # a cycle with its own traceback, which keeps the bytes
 
 
 def _attempt(
@@ -144,9 +147,10 @@ def _attempt(
     except ImageError:  # of a layout that no decoder reads
         raise
     except Exception as error:  # decoders raise more than OSError on malicious bytes
-        bad_image = _bad_image(error, data, name, width * height, opened=True)
-        image.close()  # the traceback would keep its pixels during a second try
-        raise bad_image from error
+        try:
+            raise _bad_image(error, data, name, width * height, opened=True) from error
+        finally:
+            image.close()  # the traceback would keep its pixels during a second try
     if in_part and name != "JPEG" and is_blank(decoded.pixels):
         raise ImageError("truncated", "nothing of the image is there")
     return decoded._replace(truncated=in_part)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,6 +20,7 @@ from tests.helpers.images import FORMATS_AND_MODES, encode, of_mode, photo
 from tests.helpers.pipeline import decoded, mean_engine, rows, series, small_row, stream
 from tests.images.test_jpeg import JPEGS, SCAN, by_djpeg, markers, needs_djpeg
 from tests.images.test_png import BAD, with_chunks
+from tests.test_box_stream import box, of_boxes
 
 SIZE = (120, 90)
 
@@ -305,3 +308,35 @@ def test_truncated_files_are_decoded_at_a_scale_in_the_stream():
     )
     assert row["truncated"] is True
     assert (row["width"], row["height"]) == (1000, 800)
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_boxes_of_a_truncated_file_have_its_pixels(isolate):
+    data = encode(photo(*SIZE), "JPEG")
+    boxes = [box(4, 2, 60, 20), box(0, 70, 120, 20)]
+    whole, part = of_boxes(
+        [(series([data, data[: len(data) // 2]]), [boxes, boxes])],
+        truncated="accept",
+        isolate=isolate,
+        output="struct",
+    )
+    assert (whole["truncated"], part["truncated"]) == (False, True)
+    assert np.array_equal(whole["features"][0], part["features"][0])
+    assert not np.array_equal(whole["features"][1], part["features"][1])
+
+
+def failure(data: bytes) -> weakref.ref[ImageError]:
+    try:
+        decoded(data)
+    except ImageError as error:
+        return weakref.ref(error)
+    raise AssertionError("decoded")
+
+
+@pytest.mark.parametrize("data", [CUT, CUT_PNG], ids=["JPEG", "PNG"])
+def test_error_does_not_keep_itself_and_the_file(data):
+    gc.disable()
+    try:
+        assert failure(data)() is None
+    finally:
+        gc.enable()
