@@ -106,8 +106,8 @@ class Options(TypedDict, total=False):
     shows whatever colour the transparent pixels have."""
     value_range: Sequence[float] | None
     """``(low, high)``, the values that become black and white in images of integers of more than 8
-    bits and of floats. Default ``None``: unsigned 16-bit images have their full range, and others
-    become error rows."""
+    bits and of floats. Default ``None``: the range that the file declares, or the full range of
+    unsigned 16-bit integers. Without either, an image becomes an error row."""
     truncated: Literal["error", "accept"]
     """``"accept"`` takes the pixels that a truncated file still has. Default ``"error"``."""
     boxes: str | Column | None

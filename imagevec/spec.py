@@ -55,7 +55,8 @@ class Preprocessing:
             and 1/8 that keeps ``min_decoded_side`` pixels on both sides.
         background: The colour behind transparent pixels, as ``"#rrggbb"``; ``None`` drops alpha.
         value_range: The values that become black and white in images of integers of more than 8
-            bits and of floats; ``None`` accepts only unsigned integers in their full range.
+            bits and of floats; ``None`` takes the range that the file
+            declares, or the full one of unsigned integers of 16 bits, and accepts no others.
     """
 
     resize_size: int | tuple[int, int] = 256
