@@ -35,6 +35,7 @@ from imagevec.storage.stores import Stream, store_of
 _READ_THREADS = 8
 _MAX_READ_AHEAD = 16  # files kept in memory before they are decoded
 _PART_BYTES = 32 << 20
+_MAX_BYTES_AHEAD = 32 << 20  # of a file; longer ones are read when they are needed
 
 
 def read_ahead(
@@ -47,27 +48,32 @@ def read_ahead(
     """Yields the values in order, with each path replaced by the file's bytes or by an error.
 
     Several files are read concurrently in threads, so that slow storage overlaps decoding and the
-    forward pass. The other arguments and the exceptions are those of ``read``.
+    forward pass. Large files are read one at a time, so that few are in memory. The other arguments
+    and the exceptions are those of ``read``.
     """
     roots = resolve_roots(allowed_roots)
     read_path = functools.partial(
         _read, roots=roots, timeout_seconds=timeout_seconds, formats=formats, max_bytes=max_bytes
     )
-    read_value = functools.partial(_read_or_error, read_path=read_path)
-    return map_ahead(read_value, values, _READ_THREADS, _MAX_READ_AHEAD, is_slow=_is_path)
+    read_if_small = functools.partial(read_path, most_bytes=_MAX_BYTES_AHEAD)
+    read_value = functools.partial(_read_or_error, read_path=read_if_small)
+    for value in map_ahead(read_value, values, _READ_THREADS, _MAX_READ_AHEAD, is_slow=_is_path):
+        yield _read_or_error(value, read_path)
 
 
 def _is_path(value: Value) -> bool:
     return isinstance(value.data, str)
 
 
-def _read_or_error(value: Value, read_path: functools.partial[bytes]) -> Value:
+def _read_or_error(value: Value, read_path: functools.partial[bytes | None]) -> Value:
+    """Returns the value with its bytes or an error, or as it is if its file is not read."""
     if not isinstance(value.data, str):
         return value
     try:
-        return value._replace(data=read_path(value.data))
+        data = read_path(value.data)
     except ImageError as error:
         return value._replace(data=error)
+    return value if data is None else value._replace(data=data)
 
 
 def read(
@@ -95,7 +101,9 @@ def read(
             ``empty``, ``unsupported_format`` or ``too_large``, before the file is read.
         ReadError: The read failed for another reason.
     """
-    return _read(path, resolve_roots(allowed_roots), timeout_seconds, formats, max_bytes)
+    data = _read(path, resolve_roots(allowed_roots), timeout_seconds, formats, max_bytes)
+    assert data is not None  # without ``most_bytes``
+    return data
 
 
 def _read(
@@ -104,13 +112,15 @@ def _read(
     timeout_seconds: float,
     formats: Sequence[str],
     max_bytes: int,
-) -> bytes:
+    most_bytes: int | None = None,
+) -> bytes | None:
+    """Reads a file like ``read``, or returns ``None`` if it is longer than ``most_bytes``."""
     location = Location.parse(path)
 
-    def read_once() -> bytes | ImageError:  # returned, so that it is not retried
+    def read_once() -> bytes | ImageError | None:  # returned, so that it is not retried
         with store_of(location).stream(location, roots) as stream:
             try:
-                return _image_bytes(stream, formats, max_bytes)
+                return _image_bytes(stream, formats, max_bytes, most_bytes)
             except ImageError as error:
                 return error
 
@@ -127,19 +137,25 @@ def _read(
     return data
 
 
-def _image_bytes(stream: Stream, formats: Sequence[str], max_bytes: int) -> bytes:
-    """Reads a file if its head is that of an accepted format."""
+def _image_bytes(
+    stream: Stream, formats: Sequence[str], max_bytes: int, most_bytes: int | None
+) -> bytes | None:
+    """Reads a file if its head is that of an accepted format, and unless it is too long."""
     head = _read_up_to(stream, HEAD_BYTES)
     if not is_accepted(head, formats):
         head += _read_up_to(stream, NAMING_BYTES)
         check_format(head, formats)
     if stream.length is not None:
         check_bytes(stream.length, max_bytes)
+        if most_bytes is not None and stream.length > most_bytes:
+            return None
     file = io.BytesIO()  # joined parts would take twice the memory
     file.write(head)
     while part := stream.read(_PART_BYTES):
         file.write(part)
         check_bytes(file.tell(), max_bytes)
+        if most_bytes is not None and file.tell() > most_bytes:
+            return None
     return file.getvalue()
 
 
