@@ -133,19 +133,19 @@ class HeifImage(Image.Image):
             raise ImageError("corrupt", "HEIF whose primary image is none of its images")
         return primary
 
-    def _refused(self, error: Exception) -> Exception:
-        message = str(error).strip()
-        if message.startswith("Memory allocation error") and "ecurity limit" not in message:
-            return MemoryError(message)
-        return ImageError("truncated" if self._is_short else "corrupt", f"HEIF: {message}")
+    def _refused(self, error: Exception) -> ImageError:
+        code = "truncated" if self._is_short else "corrupt"
+        return ImageError(code, f"HEIF: {str(error).strip()}")
 
     def _decoded(self, coded: Any) -> Image.Image:
         is_deep = coded.bit_depth > 8 or self.mode.lower().endswith("a")
         per_pixel = _BYTES_PER_DEEP_PIXEL if is_deep else _BYTES_PER_PIXEL
-        _check_worker(self._num_coded * per_pixel + _BYTES_PER_DECODER)
+        num_bytes = self._num_coded * per_pixel + _BYTES_PER_DECODER
+        _check_worker(num_bytes)
         try:
             pixels = coded.data
         except Exception as error:
+            _check_worker(num_bytes)  # another thread may have taken them
             raise self._refused(error) from error
         size, mode = coded.size_mode
         if size != self.size:
@@ -269,8 +269,8 @@ def _is_cut(data: bytes, items: _Items) -> bool:
 class _Reader:
     """Reads big-endian numbers, and raises ``EOFError`` at the end of a box."""
 
-    def __init__(self, data: bytes, start: int, end: int) -> None:
-        self.data, self.start, self.end = data, start, end
+    def __init__(self, data: bytes, start: int, end: int, is_cut: bool = False) -> None:
+        self.data, self.start, self.end, self.is_cut = data, start, end, is_cut
 
     def take(self, size: int) -> bytes:
         start, self.start = self.start, self.start + size
@@ -301,8 +301,8 @@ class _Reader:
             end = box + size if size else self.end
             if end < self.start:
                 raise EOFError(f"a box {kind!r} has {size} bytes")
-            yield kind, _Reader(self.data, self.start, end)
-            self.start = end
+            yield kind, _Reader(self.data, self.start, min(end, self.end), end > self.end)
+            self.start = end  # beyond the end, if the last box is cut
         raise EOFError(f"more than {_MAX_BOXES} boxes in a box")
 
 
@@ -318,7 +318,6 @@ def _read_items(data: bytes) -> _Items:
         meta.version()
         boxes: dict[bytes, _Reader] = {}
         for kind, box in meta.boxes():
-            box.end = min(box.end, meta.end)
             boxes.setdefault(kind, box)  # libheif takes the first
         items.idat = boxes.get(b"idat")
         for kind, read in _READERS.items():
@@ -354,7 +353,7 @@ def _meta(items: _Items, data: bytes) -> _Reader:
     except EOFError:
         pass  # the file ends within the size of a box, or garbage follows
     items.is_short = file.start > len(data)
-    if b"meta" in found and found[b"meta"].end <= len(data):
+    if b"meta" in found and not found[b"meta"].is_cut:
         return found[b"meta"]
     if b"meta" not in found and b"moov" in found:
         raise ImageError("unsupported_format", "HEIF sequence without an image")

@@ -462,11 +462,25 @@ def test_a_cut_file_is_truncated_wherever_it_is_cut(data_first):
     assert set(codes.values()) == {"truncated", "corrupt"}
 
 
+def test_bytes_after_the_last_box_do_not_matter():
+    for rest in (b"\0", bytes(7), bytes(100), b"garbage" * 10):
+        for data_first in (False, True):
+            assert decoded(heif([TILE], data_first=data_first) + rest).width == 64
+
+
 @pytest.mark.parametrize("tile", [0, 1])
 def test_a_tile_of_zeros_is_corrupt(tile):
     tiles = [TILE, OTHER_TILE]
     tiles[tile] = dataclasses.replace(TILE, data=bytes(len(TILE.data)))
     assert code(heif([*tiles, grid(128, 48, 2, [1, 2])], primary=3)) == "corrupt"
+
+
+def test_a_size_of_zero_is_corrupt_though_libheif_reports_a_lack_of_memory(monkeypatch):
+    def load_file(*arguments: object) -> None:  # as it says of a damaged HEVC header
+        raise RuntimeError("Memory allocation error: Invalid image size: zero width or height")
+
+    monkeypatch.setattr(_pi_heif, "load_file", load_file)
+    assert code(heif([TILE])) == "corrupt"
 
 
 def test_damaged_heif_files_end_as_pixels_or_as_an_error():
