@@ -2,7 +2,8 @@
 
     python -m tests.cluster.extract_job SOURCE DEST [POINT]
 
-Its tasks have a few files each. At a point of ``tests.helpers.stops`` it kills itself.
+SOURCE is a folder of images, or a table ``*.parquet`` of images and boxes. Its tasks have a few
+files each. At a point of ``tests.helpers.stops`` it kills itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tests.helpers.stops import stop_at
 
 FILES_PER_TASK = 5
 OPTIONS: dict[str, Any] = {"model": slow, "weights": "random", "engine": "torch", "batch_size": 1}
+BOXES: dict[str, Any] = {"column": "content", "key": "id", "boxes": "boxes"}
 
 
 def small_tasks() -> None:
@@ -34,8 +36,11 @@ def main(source: str, dest: str, point: str | None = None) -> None:
     small_tasks()
     if point is not None:
         stop_at(point, die)
+    options = {**OPTIONS, **(BOXES if source.endswith(".parquet") else {})}
     with spark_session("local[2,4]") as spark:
-        print(extract(source, dest, spark=spark, **OPTIONS))
+        spark.conf.set("spark.sql.files.openCostInBytes", 1)
+        spark.conf.set("spark.sql.files.maxPartitionBytes", 20_000)
+        print(extract(source, dest, spark=spark, **options))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
+from pyarrow import parquet
 
 from imagevec import ImageVectorizer, extract
 from imagevec.table import sources
@@ -196,6 +198,84 @@ def test_kills_while_changed_files_are_replaced(tmp_path: Path) -> None:
     finish(source, dest)
     assert_each_is_there_once(source, dest)
     assert_right(dest, 2 * FILES_PER_TASK)
+
+
+BOXES_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("content", pa.binary()),
+        (
+            "boxes",
+            pa.list_(pa.struct([(x, pa.int32()) for x in ("left", "top", "width", "height")])),
+        ),
+    ]
+)
+BOX = {"left": 3, "top": 2, "width": 20, "height": 16}
+OUTSIDE = {**BOX, "left": 300}
+
+
+def boxes_of(number: int) -> list[dict[str, int]]:
+    """Returns no boxes, or from two to five, of which the second and the fourth are bad."""
+    return [BOX, OUTSIDE, BOX, OUTSIDE, BOX][: number % 5 + 1] if number % 5 else []
+
+
+def write_images_with_boxes(folder: Path, count: int, seed: int) -> None:
+    """Writes a table of some files. Every ninth image is none."""
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        image = encode(photo(40, 30, seed=seed + number)) if number % 9 else b"no image"
+        row = {"id": f"{number}", "content": image, "boxes": boxes_of(number)}
+        parquet.write_table(pa.Table.from_pylist([row], BOXES_SCHEMA), folder / f"{number}.parquet")
+
+
+def boxes_in(folder: Path) -> Counter[tuple[str, int | None]]:
+    if not folder.is_dir():
+        return Counter()
+    found = ds.dataset(folder, format="parquet", ignore_prefixes=["_", "."])
+    rows = found.to_table(columns=["path", "box_number"]).to_pylist() if found.files else []
+    return Counter((row["path"], row["box_number"]) for row in rows)
+
+
+def test_kills_while_boxes_are_computed_and_replaced(tmp_path: Path) -> None:
+    """All images change each time. The last kill comes between the two files of a task."""
+    source, dest = tmp_path / "source.parquet", tmp_path / "dest"
+    count = 3 * FILES_PER_TASK
+    write_images_with_boxes(source, count, seed=0)
+    process = job(source, dest, pause=PAUSE_SECONDS)
+    wait_for(process, lambda: any(dest.glob("*.parquet")))
+    strike(process, "tree", random.Random(SEED))
+    for number, point in enumerate(("all deletions", "first publication"), start=1):
+        write_images_with_boxes(source, count, seed=100 * number)
+        process = job(source, dest, point)
+        try:
+            assert process.wait(WAIT_SECONDS) == -signal.SIGKILL, (
+                point,
+                dest.with_suffix(".log").read_text()[-3000:],
+            )
+        finally:
+            kill_tree(process)
+    committed = dest / "_imagevec" / "committed" / str(lock_of(dest))
+    assert committed.is_dir()
+    for path in dest.glob("*.parquet"):
+        (committed / "imagevec_kind=errors" / path.name).unlink(missing_ok=True)
+    assert 0 < sum(boxes_in(dest).values()) < sum(len(boxes_of(n)) for n in range(count))
+    finish(source, dest)
+    good, bad = set(), set()
+    for number in range(count):
+        if number % 9 == 0 or not boxes_of(number):
+            bad.add((f"{number}", None))
+            continue
+        for box, each in enumerate(boxes_of(number)):
+            (good if each is BOX else bad).add((f"{number}", box))
+    assert boxes_in(dest) == Counter(good)
+    assert boxes_in(dest / "_errors") == Counter(bad)
+    assert not (dest / "_imagevec").exists()
+    vectorizer = ImageVectorizer(**OPTIONS)
+    table = ds.dataset(dest, format="parquet", ignore_prefixes=["_", "."]).to_table().to_pylist()
+    for row in table:
+        image = photo(40, 30, seed=200 + int(row["path"])).crop((3, 2, 23, 18))
+        expected = vectorizer.extract_features(encode(image))
+        assert row["features"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def is_executor(process: psutil.Process) -> bool:
