@@ -67,9 +67,10 @@ class ExtractReport:
     Attributes:
         found: Images in the source.
         done_before: Images that the table already had.
-        features: Vectors added to the table.
-        errors: Bad images added to the table's errors, by code: see ``imagevec.ImageError``.
-        nulls: Null images added to the table's errors.
+        features: Vectors added to the table. With ``boxes``, an image has several.
+        errors: Bad images and bad boxes added to the table's errors, by code: see
+            ``imagevec.ImageError``.
+        nulls: Null images, and images without boxes, added to the table's errors.
         skipped: Entries of the source that are not images, by reason.
         seconds: Duration of the run.
         fingerprint: Fingerprint of the features: see ``imagevec.provenance``.
@@ -109,10 +110,12 @@ def extract(
 
         extract("photos/", "features/", recursive=True, model="resnet50")
         extract(df, "features/", column="image", key="id")
+        extract(df, "features/", column="image", key="id", boxes="boxes")
 
     Each task commits its own files when it ends. To continue after a crash, run it again: each
     image is in the table exactly once. New and changed images are computed. Images that were
-    deleted from the source keep their rows.
+    deleted from the source keep their rows. With ``boxes``, each box has a row, and the rows of an
+    image are written and replaced together.
 
     Args:
         src: A folder, glob or URI of image files, which the workers read. With ``column`` or
@@ -127,7 +130,7 @@ def extract(
         key: A column that uniquely identifies each row, ``path`` in the result. By default
             ``path``, or the paths themselves if ``column`` contains paths.
         version: A column whose value changes when an image changes. By default a 64-bit hash of the
-            bytes, which requires reading them.
+            bytes, and of the boxes, which requires reading them.
         where: A SQL condition that selects rows of the table.
         keep: Further columns to copy; for ``webdataset``, extensions such as ``json``.
         overwrite: Whether to replace existing features, even with another fingerprint. They stay
@@ -137,6 +140,7 @@ def extract(
         progress: A function called with ``(done, errors, total)`` as tasks end, from its own
             thread.
         **options: See ``imagevec.options.Options``; ``on_error`` and ``output`` are not accepted.
+            ``boxes`` names a column of a table.
 
     Raises:
         OptionError: An option is invalid, the source or a column does not exist, a key is null or
