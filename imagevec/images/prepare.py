@@ -85,9 +85,10 @@ def decoded(value: Value, preprocessing: Preprocessing, options: ExecutionOption
 
 
 def _clear_frames(error: BaseException | None) -> None:
-    """Frees what the frames of an error and of its causes hold, such as the decoded image."""
+    """Frees what the frames of an error and of its causes hold: the file, the decoded image."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None  # the frame of the caller runs: it cannot be cleared
         error = error.__cause__ or error.__context__
 
 

@@ -72,7 +72,7 @@ def _read_or_error(value: Value, read_path: functools.partial[bytes | None]) -> 
     try:
         data = read_path(value.data)
     except ImageError as error:
-        return value._replace(data=error)
+        return value._replace(data=error.with_traceback(None))  # whose frames have what was read
     return value if data is None else value._replace(data=data)
 
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import ast
+import functools
+import gc
 import struct
 import sys
 import zlib
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from imagevec import ImageError
+from imagevec import ImageError, Preprocessing
+from imagevec.images.isolation import isolated
+from imagevec.images.prepare import prepare
+from imagevec.images.values import Value
 from imagevec.options import FORMATS
+from tests.helpers.bombs import BOMBS, SIGNATURES, jpeg_of_scans, segment
 from tests.helpers.images import encode, photo
-from tests.helpers.pipeline import decoded, run_python
+from tests.helpers.pipeline import decoded, execution_options, run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 
@@ -137,3 +145,139 @@ def test_the_size_of_a_webp_is_read_from_its_header(options, sides):
     assert decoded(data, max_pixels=width * height).pixels.shape == (height, width, 3)
     error = refused(data, max_pixels=width * height - 1)
     assert error.detail.startswith(f"{width}x{height} pixels")
+
+
+BOMBED = """
+import functools, warnings
+from imagevec.images.prepare import prepare
+from imagevec.images.values import Value
+from imagevec.options import DEFAULTS
+from imagevec.spec import ExecutionOptions, Preprocessing
+from tests.helpers.bombs import BOMBS
+from tests.helpers.images import encode, photo
+from tests.helpers.memory import outcomes
+
+warnings.simplefilter("ignore")
+
+def prepared(data):
+    row = prepare(Value(data), Preprocessing(), ExecutionOptions.of(DEFAULTS))
+    return "decoded" if row.error is None else row.error.code
+
+for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"):
+    prepared(encode(photo(), format))
+found = {}
+for name, (make, _) in BOMBS.items():
+    data = make()
+    megabytes = 24 + 4 * len(data) // 1_000_000
+    (found[name],) = outcomes(functools.partial(prepared, data), [megabytes])
+print(found)
+"""
+
+
+@pytest.fixture(scope="module")
+def bombed() -> dict[str, str]:
+    """What becomes of each of ``BOMBS`` with 24 MB and four times its length."""
+    found: dict[str, str] = ast.literal_eval(
+        run_python(BOMBED, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
+    )
+    return found
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_takes_little_memory(name, bombed):
+    assert bombed[name] == BOMBS[name][1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_isolated_bombs_are_judged_alike():
+    prepare_isolated = isolated(
+        functools.partial(prepare, preprocessing=Preprocessing(), options=execution_options())
+    )
+    for name, (make, expected) in BOMBS.items():
+        row = prepare_isolated(Value(make()))
+        assert ("decoded" if row.error is None else row.error.code) == expected, name
+
+
+def test_jpegs_of_more_than_100_scans_are_refused():
+    assert decoded(jpeg_of_scans(100)).pixels.shape == (64, 64, 3)
+    error = refused(jpeg_of_scans(101))
+    assert (error.code, error.detail) == ("unsupported_format", "JPEG of more than 100 scans")
+
+
+def test_scans_are_counted_in_the_pixels_alone():
+    thumbnails = segment(0xE2, b"\xff\xda" * 1000)
+    progressive = encode(photo(), "JPEG", progressive=True)
+    data = progressive[:2] + thumbnails + progressive[2:] + b"\xff\xda"
+    assert np.array_equal(decoded(data).pixels, decoded(progressive).pixels)
+
+
+@pytest.mark.parametrize("name", [name for name in SIGNATURES if name != "HEIF"])
+def test_an_error_does_not_keep_the_file(name):
+    data = SIGNATURES[name] + bytes(70_000)
+    gc.disable()
+    try:
+        before = sys.getrefcount(data)
+        row = prepare(Value(data), Preprocessing(), execution_options())
+        assert row.error is not None
+        assert sys.getrefcount(data) == before
+    finally:
+        gc.enable()
+
+
+LARGE = """
+import functools, warnings
+from pathlib import Path
+from imagevec.images.prepare import prepare
+from imagevec.images.reading import read_ahead
+from imagevec.images.values import Value
+from imagevec.options import DEFAULTS
+from imagevec.spec import ExecutionOptions, Preprocessing
+from tests.helpers.images import encode, photo
+from tests.helpers.memory import outcomes
+
+def prepared(paths):
+    codes = []
+    for value in read_ahead(Value(path) for path in paths):
+        row = prepare(value, Preprocessing(), ExecutionOptions.of(DEFAULTS))
+        codes.append("decoded" if row.error is None else row.error.code)
+    return " ".join(codes)
+
+for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"):
+    Path({folder!r}, "warm").write_bytes(encode(photo(), format))
+    prepared([str(Path({folder!r}, "warm"))])
+print(outcomes(functools.partial(prepared, {paths!r}), [{megabytes}]))
+"""
+
+
+def large(folder: Path, paths: list[str], megabytes: int) -> list[str]:
+    """What becomes of files in a process that may allocate so much. They are read in threads."""
+    code = LARGE.format(folder=str(folder), paths=paths, megabytes=megabytes)
+    (outcome,) = ast.literal_eval(
+        run_python(code, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
+    )
+    codes: str = outcome
+    return codes.split()
+
+
+def sparse(path: Path, start: bytes, size: int) -> str:
+    with path.open("wb") as file:
+        file.write(start)
+        file.truncate(size)
+    return str(path)
+
+
+def test_a_large_file_that_is_no_image_is_not_read(tmp_path):
+    starts = {"zeros": b"", "text": b"no image", **SIGNATURES}
+    paths = [sparse(tmp_path / name, start, 2 << 30) for name, start in starts.items()]
+    expected = ["unsupported_format"] * 2 + ["too_large"] * len(SIGNATURES)
+    assert large(tmp_path, paths, 150) == expected  # of which 8 threads have stacks
+
+
+def test_large_files_are_not_read_ahead_nor_copied(tmp_path):
+    paths = [
+        sparse(tmp_path / name, start, 100 << 20)
+        for name, start in SIGNATURES.items()
+        if name != "HEIF"  # its decoder is an extra
+    ]
+    codes = large(tmp_path, paths, 330)  # this one, the one before, and the stacks of the threads
+    assert set(codes) <= {"corrupt", "truncated"} and len(codes) == len(paths)
