@@ -23,7 +23,7 @@ import io
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -108,15 +108,29 @@ def decode(
     except ImageError as error:
         if error.code not in ("truncated", "corrupt"):
             raise
-        failure = error
+        return _decode_damaged(data, name, error, attempt, truncated == "accept")
+
+
+def _decode_damaged(
+    data: bytes,
+    name: str,
+    failure: ImageError,
+    attempt: Callable[..., DecodedImage],
+    accept: bool,
+) -> DecodedImage:
+    """Decodes a file that failed, after a repair or, with ``accept``, in part.
+
+    Raises:
+        ImageError: The failure, or what remains of it after a repair.
+    """
     for file in repaired(data, name):
         try:
             return attempt(file)
         except ImageError as error:
-            if error.code in ("truncated", "too_large"):  # what remains, once it is repaired
+            if error.code in ("truncated", "too_large"):
                 failure, data = error, file
-    part = decodable_part(data, name) if truncated == "accept" else None
-    if part is not None and failure.code == "truncated":
+    part = decodable_part(data, name) if accept and failure.code == "truncated" else None
+    if part is not None:
         with contextlib.suppress(ImageError):
             return attempt(part, in_part=True)
     try:
