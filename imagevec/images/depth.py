@@ -10,7 +10,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from imagevec.errors import ImageError
-from imagevec.images.samples import Layout, Plane, layout_of, open_low_bytes, read_planes
+from imagevec.images.ranges import Layout, layout_of
+from imagevec.images.samples import Plane, open_low_bytes, read_planes
 
 Range = tuple[float, float]
 
@@ -46,12 +47,20 @@ def to_8_bit(image: Any, value_range: Range | None, with_alpha: bool) -> Image.I
     low = open_low_bytes(image)
     if limits is None and key is None and _fills_high_bits(image, layout):
         return image  # type: ignore[no-any-return]
-    planes = read_planes(image, layout, low)
+    return _merged(read_planes(image, layout, low), limits, key, layout)
+
+
+def _merged(
+    planes: list[Plane], limits: Range | None, key: int | tuple[int, ...] | None, layout: Layout
+) -> Image.Image:
+    """Returns the image of the channels, of which the last of 2 or 4 is alpha."""
     alpha = planes.pop() if len(planes) in (2, 4) else None
-    limits = limits or _range_of_depth(planes, layout)
+    limits = limits or _range_of_depth(planes, layout, layout.depth)
     channels = [_levels(plane, limits, layout) for plane in planes]
     if alpha is not None:
-        channels.append(_levels(alpha, _range_of_depth([alpha], layout), layout))
+        channels.append(
+            _levels(alpha, _range_of_depth([alpha], layout, layout.alpha_depth), layout)
+        )
     elif key is not None:
         channels.append(_alpha_of_key(planes, key))
     mode = ("L", "LA", "RGB", "RGBA")[len(channels) - 1]
@@ -64,35 +73,36 @@ def _without_range(layout: Layout) -> ImageError:
 
 def _fills_high_bits(image: Any, layout: Layout) -> bool:
     """Returns whether the high bytes alone show that the declared bits are not the low ones."""
-    if layout.depth is None or image.mode not in ("RGB", "RGBA"):
+    if layout.depth is None or len(image.getbands()) == 1:
         return False
-    return any(high >= 1 << max(layout.depth - 8, 0) for _, high in image.getextrema())
+    extrema = image.getextrema()
+    colours = extrema if image.mode == "CMYK" else extrema[:3]
+    return any(high >= 1 << max(layout.depth - 8, 0) for _, high in colours)
 
 
-def _range_of_depth(planes: Sequence[Plane], layout: Layout) -> Range | None:
+def _range_of_depth(planes: Sequence[Plane], layout: Layout, depth: int | None) -> Range | None:
     """Returns the range of the declared depth if these samples have it; ``None`` for 16 bits.
 
     Raises:
         ImageError: There is no other range.
     """
-    if layout.depth is not None and _are_right_aligned(planes, layout):
-        return 0, 2**layout.depth - 1
+    if depth is not None and _are_right_aligned(planes, layout, depth):
+        return 0, 2**depth - 1
     if layout.bits > 16 or layout.kind != "unsigned":
         raise _without_range(layout)
     return None
 
 
-def _are_right_aligned(planes: Sequence[Plane], layout: Layout) -> bool:
+def _are_right_aligned(planes: Sequence[Plane], layout: Layout, depth: int) -> bool:
     """Returns whether the declared bits are the low ones, as cameras and medical devices write.
 
     In a PNG they should be the high ones, and the others repeat them or are 0.
     """
-    assert layout.depth is not None
-    if any(plane.max() >= 1 << layout.depth for plane in planes):
+    if any(plane.max() >= 1 << depth for plane in planes):
         return False
     if not layout.words.startswith("PNG"):
         return True
-    expected = _scaled_samples(layout.depth)
+    expected = _scaled_samples(depth)
     return not all(expected[plane].all() for plane in planes)
 
 

@@ -12,8 +12,9 @@ from PIL import ImagePalette
 
 from imagevec.errors import ImageError
 
-_BITS, _SAMPLES, _STRIP_BYTES, _PLANAR, _COLOUR_MAP = 258, 277, 279, 284, 320
-_EXTRA, _SAMPLE_FORMAT, _SUBSAMPLING = 338, 339, 530
+_BITS, _PHOTOMETRIC, _SAMPLES, _STRIP_BYTES, _PLANAR = 258, 262, 277, 279, 284
+_COLOUR_MAP, _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT, _SUBSAMPLING = 320, 325, 338, 339, 530
+_YCBCR = 6  # the value of _PHOTOMETRIC
 _ASSOCIATED = 1  # the value of _EXTRA for premultiplied alpha
 
 # libtiff returns samples in the byte order of the processor; Pillow takes that of the file.
@@ -62,14 +63,14 @@ def _repair_planes(image: Any, with_alpha: bool) -> None:
     """Has libtiff read planes, except those of 8 bits that Pillow reads right."""
     bits = set(image.tag_v2.get(_BITS, (1,)))
     by_libtiff = image.use_load_libtiff
-    if image.mode in ("RGB", "RGBA", "CMYK"):
+    if image.tag_v2.get(_PHOTOMETRIC) == _YCBCR:
+        _read_by_libtiff(image, "RGB", "RGBX")
+    elif image.mode in ("RGB", "RGBA", "CMYK"):
         samples = len(image.tag_v2.get(_BITS, (1,)))
         premultiplied = _ASSOCIATED in image.tag_v2.get(_EXTRA, ())
         if by_libtiff or bits != {8} or premultiplied or samples > len(image.mode):
             raw_mode = image.mode if bits == {8} else f"{image.mode};16N"
             _read_by_libtiff(image, image.mode, raw_mode)
-    elif image.mode == "YCbCr":
-        _read_by_libtiff(image, "RGB", "RGBX")
     elif image.mode.startswith("I;16"):
         _read_by_libtiff(image, image.mode, "I;16N")
     elif not (by_libtiff and (len(image.mode) == 1 or (image.mode == "LA" and not with_alpha))):
@@ -77,10 +78,15 @@ def _repair_planes(image: Any, with_alpha: bool) -> None:
 
 
 def _is_subsampled(image: Any) -> bool:
-    """Returns whether chroma has fewer pixels than luma, in an uncompressed YCbCr TIFF."""
+    """Returns whether chroma has fewer pixels than luma, in an uncompressed YCbCr TIFF.
+
+    It has without the tag, but many writers leave the tag out without subsampling.
+    """
     tags, (width, height) = image.tag_v2, image.size
-    stored = sum(tags.get(_STRIP_BYTES, (0,)))
-    return bool(tags.get(_SUBSAMPLING, (2, 2)) != (1, 1) and stored < 3 * width * height)
+    if _SUBSAMPLING in tags:
+        return bool(tags[_SUBSAMPLING] != (1, 1))
+    stored = tags.get(_STRIP_BYTES) or tags.get(_TILE_BYTES) or (0,)
+    return sum(stored) < 3 * width * height
 
 
 def _repair_palette(image: Any) -> None:

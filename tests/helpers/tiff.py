@@ -13,6 +13,7 @@ def tiff(
     tags: Mapping[int, tuple[str, Sequence[float]]],
     strips: Sequence[bytes],
     byte_order: Literal["<", ">"] = "<",
+    tiled: bool = False,
 ) -> bytes:
     """Encodes a TIFF of one page (TIFF 6.0, section 2).
 
@@ -21,6 +22,7 @@ def tiff(
             of the strips are added.
         strips: The encoded pixels.
         byte_order: As in ``struct``.
+        tiled: Whether the strips are tiles.
     """
     file = bytearray(b"II" if byte_order == "<" else b"MM")
     file += struct.pack(f"{byte_order}HI", 42, 0)
@@ -30,7 +32,9 @@ def tiff(
         file += strip + bytes(len(strip) % 2)
     lengths = [len(strip) for strip in strips]
     entries = b""
-    for tag, (code, values) in sorted({**tags, 273: ("I", offsets), 279: ("I", lengths)}.items()):
+    places = {324: offsets, 325: lengths} if tiled else {273: offsets, 279: lengths}
+    all_tags = {**tags, **{tag: ("I", values) for tag, values in places.items()}}
+    for tag, (code, values) in sorted(all_tags.items()):
         packed = struct.pack(f"{byte_order}{len(values)}{code}", *values)
         if len(packed) > 4:
             place = struct.pack(f"{byte_order}I", len(file))

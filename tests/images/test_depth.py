@@ -279,6 +279,14 @@ def test_samples_in_the_low_bits_follow_sbit(picture, bits):
     assert difference(decoded(declared, **background), decoded(plain, **background)) <= 1
 
 
+def test_alpha_may_have_its_own_sbit():
+    samples = np.dstack([scaled(RGB, 4095), scaled(ALPHA, 65535)])
+    declared = png(samples, 16, chunk(b"sBIT", bytes([12, 12, 12, 16])))
+    plain = encode(Image.fromarray(PICTURES["RGBA"]))
+    for options in ({}, {"background": "#20c0f0"}):
+        assert difference(decoded(declared, **options), decoded(plain, **options)) <= 1
+
+
 @by_picture
 def test_a_range_wins_over_sbit(picture):
     samples = scaled(picture, 4095)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import subprocess
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,10 @@ from PIL import Image
 
 from imagevec import ImageError
 from imagevec.images.decode import Pixels
-from tests.helpers.images import encode, photo
+from tests.helpers.images import cosine, encode, photo
 from tests.helpers.judges import (
     IMAGEMAGICK,
+    SAME,
     assert_same,
     by_imagemagick,
     by_tifffile,
@@ -70,8 +72,9 @@ def by_hand(
         277: ("H", [channels]),
         278: ("H", [HEIGHT]),
     }
-    byte_order = tags.pop("byte_order", "<")
-    return tiff({**basic, **{int(name[1:]): tags[name] for name in tags}}, strips, byte_order)
+    byte_order, tiled = tags.pop("byte_order", "<"), tags.pop("tiled", False)
+    given = {int(name[1:]): tags[name] for name in tags}
+    return tiff({**basic, **given}, strips, byte_order, tiled)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +229,36 @@ def test_uncompressed_ycbcr(byte_order, width, height, is_named):
     assert_same(decoded(data).pixels, pixels_of(Image.fromarray(expected, "YCbCr").convert("RGB")))
     if (width, height) != (1, 1):  # which libvips does not convert
         assert_same(decoded(data).pixels, by_vips(data))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_planes_of_ycbcr(compressed):
+    full = np.array(PHOTO.convert("YCbCr"))
+    strips = [plane.tobytes() for plane in planes(full)]
+    tags: Any = {"t284": ("H", [2]), "t530": ("H", [1, 1])}
+    if compressed:
+        strips, tags["t259"] = [zlib.compress(strip) for strip in strips], ("H", [8])
+    assert_same(decoded(by_hand(3, 8, 6, strips, **tags)).pixels, RGB)
+
+
+@pytest.mark.parametrize(
+    ("subsampled", "is_named"),
+    [(False, True), (False, False), (True, True)],  # no one can tell the fourth from the second
+)
+def test_tiles_of_ycbcr(subsampled, is_named):
+    """One tile that is larger than the image."""
+    full = np.zeros((128, 128, 3), np.uint8)
+    full[:HEIGHT, :WIDTH] = np.array(PHOTO.convert("YCbCr"))
+    tile, factors = full.tobytes(), [1, 1]
+    if subsampled:
+        blocks = full.reshape(64, 2, 64, 2, 3).transpose(0, 2, 1, 3, 4)
+        chroma = np.rint(blocks[..., 1:].mean(axis=(2, 3)))
+        luma = blocks[..., 0].reshape(64, 64, 4)
+        tile, factors = np.concatenate([luma, chroma], axis=2).astype(np.uint8).tobytes(), [2, 2]
+    sizes: Any = {"t322": ("H", [128]), "t323": ("H", [128])}
+    tags = {**sizes, "t530": ("H", factors)} if is_named else sizes
+    data = by_hand(3, 8, 6, [tile], tiled=True, **tags)
+    assert cosine(decoded(data).pixels.ravel(), RGB.ravel()) > SAME
 
 
 @pytest.mark.parametrize("factor", [1, 256, 257], ids=["8 bit", "high byte", "16 bit"])
