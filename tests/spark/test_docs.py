@@ -465,7 +465,7 @@ def test_a_command_has_a_row_for_each_flag(verb: str) -> None:
 def test_the_defaults_of_extract_are_as_told() -> None:
     rows = flag_rows("extract")
     in_words = {"normalize": "off", "isolate": "off", "allowed_roots": "anywhere"}
-    in_words |= {"formats": "all of them", "input_size": "the model's own"}
+    in_words |= {"formats": "all but the last two", "input_size": "the model's own"}
     in_words |= {"background": "none", "value_range": "none", "boxes": "none"}
     for option in OPTIONS:
         if option.name not in ("on_error", "output"):
