@@ -260,6 +260,7 @@ class ImageFeaturizer(
         if find_column(schema.names, name):
             raise OptionError(f"outputCol={name!r} is not valid: this column already exists")
         check_choice("outputType", self.getOutputType(), _OUTPUT_TYPES)
+        spec = self._resolve().vectorizer.spec
         boxes = self.getBoxes()
         if boxes is not None:
             check_boxes_column(schema, boxes)
@@ -268,7 +269,6 @@ class ImageFeaturizer(
                     f"outputType='vector' is not valid with boxes={boxes!r}, which give an array "
                     "of vectors: use outputType='array', and explode it for an estimator"
                 )
-        spec = self._resolve().vectorizer.spec
         metadata = spec.metadata
         if self.getOutputType() == "array":
             vector = ArrayType(FloatType())

@@ -391,7 +391,7 @@ def test_a_wrong_option_is_refused_before_a_job_starts(
     frame: Frame, jobs_started: Callable[[], int], option: dict[str, Any], fix: str
 ) -> None:
     names = {"batch_size": "batchSize", "max_pixels": "maxPixels", "on_error": "onError"}
-    names |= {"max_bytes": "maxBytes", "input_size": "inputSize"}
+    names |= {"max_bytes": "maxBytes", "input_size": "inputSize", "value_range": "valueRange"}
     params = {names.get(name, name): value for name, value in option.items()}
     df = frame(IMAGES)
     with pytest.raises((OptionError, TypeError)) as refused:
