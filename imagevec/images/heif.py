@@ -11,10 +11,14 @@ image must be complete, of HEVC and small enough. Sections are those of ISO/IEC 
 from __future__ import annotations
 
 import errno
+import functools
+import math
+import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -54,6 +58,13 @@ _CODECS = {
     b"unci": "uncompressed",
     b"vvc1": "VVC",
 }
+_ROTATIONS = (
+    None,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+)
+_MIRRORS = (Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.FLIP_LEFT_RIGHT)
 _ALPHA = (
     b"urn:mpeg:avc:2015:auxid:1",
     b"urn:mpeg:hevc:2015:auxid:1",
@@ -92,8 +103,12 @@ class HeifImage(Image.Image):
         self._is_short = self.is_cut or items.is_short
         if not self.is_cut:
             _check_data(data, items)
+        self._steps = _own_steps(data, items)
+        if self._steps:
+            data = _without_steps(data, items)
         self._coded: Any = self._primary(data)
-        self._size, mode = self._coded.size_mode
+        self._coded_size, mode = self._coded.size_mode
+        self._size = functools.reduce(_size_after, self._steps, self._coded_size)
         self._mode = "L" if mode.startswith("I;16") else mode
         self.bits: int = self._coded.bit_depth
 
@@ -107,7 +122,7 @@ class HeifImage(Image.Image):
         """
         if self._coded is not None:
             coded, self._coded = self._coded, None
-            self.im = self._decoded(coded).im
+            self.im = functools.reduce(_after, self._steps, self._decoded(coded)).im
         return super().load()
 
     def _primary(self, data: bytes) -> Any:
@@ -148,12 +163,72 @@ class HeifImage(Image.Image):
             _check_worker(num_bytes)  # another thread may have taken them
             raise self._refused(error) from error
         size, mode = coded.size_mode
-        if size != self.size:
-            raise ImageError("corrupt", f"HEIF of {self.size} pixels that is decoded to {size}")
+        if size != self._coded_size:
+            raise ImageError("corrupt", f"HEIF of {self._coded_size} pixels decoded to {size}")
         if mode.startswith("I;16"):  # the samples fill the high bits
-            wide = np.frombuffer(pixels, "<u2").reshape(self.height, coded.stride // 2)
-            return Image.fromarray((wide[:, : self.width] >> 8).astype(np.uint8))
+            wide = np.frombuffer(pixels, "<u2").reshape(size[1], coded.stride // 2)
+            return Image.fromarray((wide[:, : size[0]] >> 8).astype(np.uint8))
         return Image.frombytes(mode, size, pixels, "raw", mode, coded.stride)
+
+
+def _own_steps(data: bytes, items: _Items) -> list[_Property]:
+    """Returns the transformations of a cropped image, which are not left to libheif 1.23.
+
+    It refuses crops by more than 64 pixels, and moves the colours of odd sizes that are turned.
+    Those of images without a crop, as phones write them, are left to it. Alpha must have the same,
+    and no other part any of them.
+    """
+    steps = items.steps.get(items.primary, [])
+    group = items.primary_and_alpha()
+    others = [step for item in items.image() - group for step in items.steps.get(item, [])]
+    is_same = all(_contents(items.steps.get(item, [])) == _contents(steps) for item in group)
+    is_own = is_same and not set(others) & set(steps)
+    is_plain = all(data[step.start - 4 : step.start] == step.kind for step in steps)
+    return steps if is_own and is_plain and any(step.kind == b"clap" for step in steps) else []
+
+
+def _contents(steps: list[_Property]) -> list[tuple[bytes, bytes]]:
+    return [(step.kind, step.content) for step in steps]
+
+
+def _without_steps(data: bytes, items: _Items) -> bytes:
+    """Returns a file whose primary image and its alpha are as coded."""
+    changed = bytearray(data)
+    for item in items.primary_and_alpha():
+        for step in items.steps[item]:
+            if step.kind == b"clap":
+                width, height = items.sizes[item]
+                struct.pack_into(">8I", changed, step.start, width, 1, height, 1, 0, 1, 0, 1)
+            else:
+                changed[step.start - 4 : step.start + 1] = b"irot\0"
+    return bytes(changed)
+
+
+def _size_after(size: tuple[int, int], step: _Property) -> tuple[int, int]:
+    if step.kind == b"clap":
+        left, top, right, bottom = _crop(size, step)
+        return right - left, bottom - top
+    return (size[1], size[0]) if step.kind == b"irot" and step.content[0] & 1 else size
+
+
+def _after(image: Image.Image, step: _Property) -> Image.Image:
+    if step.kind == b"clap":
+        return image.crop(_crop(image.size, step))
+    turns = _MIRRORS if step.kind == b"imir" else _ROTATIONS
+    turn = turns[step.content[0] & (len(turns) - 1)]
+    return image if turn is None else image.transpose(turn)
+
+
+def _crop(size: tuple[int, int], step: _Property) -> tuple[int, int, int, int]:
+    """Returns left, top, right and bottom of a crop of an image."""
+    width, height, x, y = _fractions(step.content)
+    left = math.floor(x + Fraction(size[0] - 1, 2) - (width - 1) / 2)
+    top = math.floor(y + Fraction(size[1] - 1, 2) - (height - 1) / 2 + Fraction(1, 2))
+    right, bottom = min(left + round(width), size[0]), min(top + round(height), size[1])
+    left, top = max(left, 0), max(top, 0)
+    if right <= left or bottom <= top:
+        raise ImageError("corrupt", "HEIF with a crop outside the image")
+    return left, top, right, bottom
 
 
 def _check_worker(num_bytes: int) -> None:
@@ -167,6 +242,15 @@ def _check_worker(num_bytes: int) -> None:
     thread.join()
 
 
+class _Property(NamedTuple):
+    """A property of images: its type, where its content begins, and what is in it."""
+
+    kind: bytes
+    start: int
+    content: bytes = b""
+    size: tuple[int, int] = (0, 0)
+
+
 _IN_IDAT = 1  # how an extent is found
 
 
@@ -177,6 +261,8 @@ class _Items:
     Attributes:
         primary: The number of the primary image.
         kinds: The types, such as ``hvc1`` or ``grid``.
+        sizes: The sizes of images before transformations.
+        steps: The transformations of images, in order.
         pixels: The pixels of images, as coded or cropped, whichever is more.
         extents: Where the data of an item are: offset and length.
         parts: The images that an image is made of, each as often as it is used.
@@ -188,6 +274,8 @@ class _Items:
 
     primary: int = 0
     kinds: dict[int, bytes] = field(default_factory=dict)
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    steps: dict[int, list[_Property]] = field(default_factory=dict)
     pixels: dict[int, int] = field(default_factory=dict)
     extents: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     parts: dict[int, list[int]] = field(default_factory=dict)
@@ -200,6 +288,9 @@ class _Items:
         """Returns the items that an image is decoded from, in addition to itself."""
         alphas = [other for other in self.auxiliaries.get(item, []) if other in self.alphas]
         return self.parts.get(item, []) + alphas
+
+    def primary_and_alpha(self) -> set[int]:
+        return {self.primary, *(item for item in self.needed(self.primary) if item in self.alphas)}
 
     def head(self, item: int, data: bytes) -> bytes:
         """Returns the first bytes of the data of an item, 20 if there are so many."""
@@ -229,7 +320,7 @@ def _check_pixels(items: _Items, max_pixels: int) -> None:
         if kind != _HEVC and kind not in _DERIVED:
             codec = _CODECS.get(kind) or f"an image of type {kind!r}"
             raise ImageError("unsupported_format", f"HEIF, {codec} inside")
-        if not items.pixels.get(item):
+        if not items.pixels.get(item) or item not in items.sizes:
             raise ImageError("corrupt", "HEIF with an image without a size")
         if items.pixels[item] > _MAX_CODED * limit:
             raise _too_large(items.pixels[item], max_pixels)
@@ -420,8 +511,8 @@ def _read_references(items: _Items, box: _Reader) -> None:
 
 
 def _read_properties(items: _Items, box: _Reader) -> None:
-    """Reads the sizes of images, and which are alpha (14496-12, section 8.11.14)."""
-    properties: list[int | bytes] = [b""]  # they are counted from 1
+    """Reads sizes, transformations and which images are alpha (14496-12, section 8.11.14)."""
+    properties = [_Property(b"", 0)]  # they are counted from 1
     associations = []
     for kind, part in box.boxes():
         if kind == b"ipco" and len(properties) == 1:
@@ -431,25 +522,43 @@ def _read_properties(items: _Items, box: _Reader) -> None:
     for part in associations:
         for item, numbers in _associations(part):
             for number in numbers:
-                value = properties[number] if number < len(properties) else b""
-                if isinstance(value, int):
-                    items.pixels[item] = max(items.pixels.get(item, 0), value)
-                elif value in _ALPHA:
-                    items.alphas.add(item)
+                if number < len(properties):
+                    _associate(items, item, properties[number])
 
 
-def _property(kind: bytes, box: _Reader) -> int | bytes:
-    """Returns a number of pixels, or the kind of an auxiliary image, or nothing."""
+def _property(kind: bytes, box: _Reader) -> _Property:
+    start = box.start
     if kind == b"ispe":
         box.version()
-        return box.uint(4) * box.uint(4)
-    if kind == b"clap":  # a crop, in fractions (14496-12, section 12.1.4)
-        width, width_parts, height, height_parts = box.uints(4, 4)
-        return -(width // -max(width_parts, 1)) * -(height // -max(height_parts, 1))
+        return _Property(kind, start, size=(box.uint(4), box.uint(4)))
+    if kind == b"clap":
+        content = box.take(32)
+        width, height, *_ = _fractions(content)
+        return _Property(kind, start, content, (math.ceil(width), math.ceil(height)))
+    if kind in (b"irot", b"imir"):
+        return _Property(kind, start, box.take(1))
     if kind == b"auxC":
         box.version()
-        return box.take(box.end - box.start).partition(b"\0")[0]
-    return b""
+        return _Property(kind, start, box.take(box.end - box.start).partition(b"\0")[0])
+    return _Property(kind, start)
+
+
+def _associate(items: _Items, item: int, given: _Property) -> None:
+    if given.kind in (b"clap", b"irot", b"imir"):
+        items.steps.setdefault(item, []).append(given)
+    elif given.kind == b"ispe":
+        items.sizes[item] = given.size
+    elif given.content in _ALPHA:
+        items.alphas.add(item)
+    items.pixels[item] = max(items.pixels.get(item, 0), math.prod(given.size))
+
+
+def _fractions(content: bytes) -> list[Fraction]:
+    """Returns width, height and offset of the centre of a crop (14496-12, section 12.1.4)."""
+    numbers = struct.unpack(">8i", content)
+    if min(numbers[1::2]) < 1 or min(numbers[:4]) < 1:
+        raise EOFError("a crop is impossible")
+    return [Fraction(*numbers[at : at + 2]) for at in range(0, 8, 2)]
 
 
 def _associations(box: _Reader) -> Iterator[tuple[int, list[int]]]:

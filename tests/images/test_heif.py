@@ -119,6 +119,49 @@ def test_a_crop_comes_before_a_rotation():
     assert np.array_equal(image.pixels, np.rot90(whole[16:32, 16:48]))
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("turns", [(), (irot(1),), (imir(0), irot(2)), (irot(3), imir(1))])
+def test_a_crop_to_a_small_part_is_applied(mode, turns):
+    """libheif 1.23.0 refuses crops of more than 64 pixels."""
+    original = of_mode(mode, 512, 384)
+    properties = (clap(100, 70, -120, 33), *turns)
+    items = [with_property(coded(original.convert("L" if mode == "L" else "RGB")), *properties)]
+    if mode == "RGBA":
+        items.append(with_property(alpha(original.getchannel("A"), of=1), *properties))
+    whole = heif(
+        [
+            dataclasses.replace(item, properties=item.properties[: -len(properties)])
+            for item in items
+        ]
+    )
+    white = None if mode == "L" else "white"
+    expected = decoded(whole, background=white).pixels[190:260, 86:186]
+    for turn in turns:
+        if turn[4:8] == b"irot":
+            expected = np.rot90(expected, turn[8])
+        else:
+            expected = np.flip(expected, turn[8])
+    image = decoded(heif(items), background=white)
+    assert (image.height, image.width) == expected.shape[:2]
+    assert np.array_equal(image.pixels, expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_odd_sizes_are_turned_with_their_colours_in_place(orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = photo(81, 61)
+    upright = Image.fromarray(decoded(encode(stored, "HEIF")).pixels)
+    upright.getexif()[ORIENTATION] = orientation
+    expected = pixels_of(ImageOps.exif_transpose(upright))
+    assert np.array_equal(decoded(encode(stored, "HEIF", exif=exif.tobytes())).pixels, expected)
+
+
+@pytest.mark.parametrize("crop", [clap(100, 70, 5000), clap(0, 70), box(b"clap", bytes(32))])
+def test_an_impossible_crop_is_corrupt(crop):
+    assert code(with_properties(crop)) == "corrupt"
+
+
 # Pixels
 
 
