@@ -86,7 +86,7 @@ def _is_subsampled(image: Any) -> bool:
     if _SUBSAMPLING in tags:
         return bool(tags[_SUBSAMPLING] != (1, 1))
     stored = tags.get(_STRIP_BYTES) or tags.get(_TILE_BYTES) or (0,)
-    return sum(stored) < 3 * width * height
+    return bool(sum(stored) < 3 * width * height)
 
 
 def _repair_palette(image: Any) -> None:

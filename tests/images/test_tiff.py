@@ -258,7 +258,8 @@ def test_tiles_of_ycbcr(subsampled, is_named):
     sizes: Any = {"t322": ("H", [128]), "t323": ("H", [128])}
     tags = {**sizes, "t530": ("H", factors)} if is_named else sizes
     data = by_hand(3, 8, 6, [tile], tiled=True, **tags)
-    assert cosine(decoded(data).pixels.ravel(), RGB.ravel()) > SAME
+    lost = 0.001 if subsampled else 0
+    assert cosine(decoded(data).pixels.ravel(), RGB.ravel()) > SAME - lost
 
 
 @pytest.mark.parametrize("factor", [1, 256, 257], ids=["8 bit", "high byte", "16 bit"])
