@@ -42,7 +42,7 @@ _PLACES = {"features": "", "errors": f"{ERRORS}/"}
 # The files of the table: Spark does not read those that start with a dot or an underscore.
 _FILE = re.compile(rf"({ERRORS}/)?[^/._][^/]*\.parquet", re.DOTALL)
 _ROW_GROUP_BYTES = 64 << 20
-_KNOWN = "path string, version string, error string, box_count int"
+_KNOWN = "path string, version string, error string"
 
 
 class Dest:
@@ -115,19 +115,15 @@ class Dest:
         """
         known = None
         code = F.substring_index("error", ":", 1)
+        count = ["box_count"] if by_box else []
+        schema = f"{_KNOWN}, box_count int" if by_box else _KNOWN
         for place in _PLACES.values():
             if self._parquet_files(place):
-                rows = self._read(_KNOWN, place)
+                rows = self._read(schema, place)
                 is_retried = F.coalesce(code.isin(*retried), F.lit(False))
-                keys = rows.select("path", "version", is_retried.alias("is_retried"), "box_count")
+                keys = rows.select("path", "version", is_retried.alias("is_retried"), *count)
                 known = keys if known is None else known.union(keys)
-        if known is None or not by_box:
-            return None if known is None else known.drop("box_count")
-        expected = F.coalesce(F.max("box_count"), F.lit(1))
-        is_retried = F.bool_or("is_retried") | (F.count("*") != expected)
-        return known.groupBy("path").agg(
-            F.max("version").alias("version"), is_retried.alias("is_retried")
-        )
+        return known if known is None or not by_box else _keys_of_boxes(known)
 
     def write(self, rows: DataFrame, run: str, is_staged: bool = False) -> None:
         """Runs the job. Each task commits its files when it ends.
@@ -255,6 +251,15 @@ class Dest:
     def _parquet_files(self, folder: str) -> list[str]:
         names = self._folder.names(folder, only_files=True)
         return [name for name in names if _FILE.fullmatch(name)]
+
+
+def _keys_of_boxes(boxes: DataFrame) -> DataFrame:
+    """Returns the keys of boxes. A key that does not have a row for each box is retried."""
+    expected = F.coalesce(F.max("box_count"), F.lit(1))  # without boxes, one row of the image
+    is_retried = F.bool_or("is_retried") | (F.count("*") != expected)
+    return boxes.groupBy("path").agg(
+        F.max("version").alias("version"), is_retried.alias("is_retried")
+    )
 
 
 def check_outside(dest: str, src: str) -> None:

@@ -139,6 +139,31 @@ def test_rows_are_taken_out(table: Dest) -> None:
     assert {name.partition("part-")[0] for name in files(table)} == {"", "_errors/"}
 
 
+def test_known_keys_of_boxes_have_each_box_once(table: Dest) -> None:
+    rows: list[Any] = [(key, "1", None, 3, "features") for key in ("whole", "whole", "torn")]
+    rows += [
+        ("whole", "1", "bad_box: null", 3, "errors"),
+        ("lost", "1", "bad_box: null", 2, "errors"),
+    ]
+    rows += [("twice", "1", None, 1, "features")] * 2 + [("none", None, None, None, "errors")]
+    rows += [("late", "1", "timed_out: ", None, "errors"), ("bad", "1", "empty: ", None, "errors")]
+    schema = f"path string, version string, error string, box_count int, {KIND} string"
+    table.write(table._spark.createDataFrame(rows, schema).coalesce(1), "first")
+    table.publish("first")
+    found = table.known(["timed_out"], by_box=True)
+    assert found is not None
+    keys = {row.path: row.is_retried for row in found.collect()}
+    assert found.count() == len(keys) == 7
+    assert {key for key, is_retried in keys.items() if is_retried} == {
+        "torn",
+        "lost",
+        "twice",
+        "late",
+    }
+    versions = {row.path: row.version for row in found.collect()}
+    assert versions["whole"] == "1" and versions["none"] is None
+
+
 class Stopped(Exception):
     pass
 
