@@ -260,7 +260,8 @@ def test_kills_while_boxes_are_computed_and_replaced(tmp_path: Path) -> None:
         (committed / "imagevec_kind=errors" / path.name).unlink(missing_ok=True)
     assert 0 < sum(boxes_in(dest).values()) < sum(len(boxes_of(n)) for n in range(count))
     finish(source, dest)
-    good, bad = set(), set()
+    good: set[tuple[str, int | None]] = set()
+    bad: set[tuple[str, int | None]] = set()
     for number in range(count):
         if number % 9 == 0 or not boxes_of(number):
             bad.add((f"{number}", None))
