@@ -108,7 +108,9 @@ def test_a_shuffle_keeps_rows_with_their_vectors(frame, expected):
 
 def test_a_struct_tells_why(frame, expected):
     df = frame(MIXED).withColumn("result", features_udf("content", **TINY, output="struct"))
-    expected_type = "struct<features:array<float>,error:string,width:int,height:int>"
+    expected_type = (
+        "struct<features:array<float>,error:string,width:int,height:int,truncated:boolean>"
+    )
     assert df.schema["result"].dataType.simpleString() == expected_type
     results = vectors(df, "result")
     assert_vectors([result.features for result in results], [expected.get(v) for v in MIXED])
