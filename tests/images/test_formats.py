@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
 import random
 import struct
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from imagevec.images.formats import HEAD_BYTES, TABLE, identify, is_accepted
 from imagevec.images.reading import read
 from imagevec.options import FORMATS, OTHER_FORMATS
 from imagevec.table.webdataset import IMAGE_EXTENSIONS
+from tests.helpers.fuzz import MUTATIONS
 from tests.helpers.images import encode, opened, photo, png_header
 from tests.helpers.pipeline import decoded, run_python
 from tests.helpers.tiff import tiff as write_tiff
@@ -457,3 +460,18 @@ def test_heif_brands_tell_hevc_from_av1():
     for data, name in [*((d, "HEIF") for d in hevc), *((d, "AVIF") for d in av1)]:
         assert is_accepted(data[:HEAD_BYTES], (name,))
         assert not is_accepted(data[:HEAD_BYTES], tuple(set(ALL) - {name}))
+
+
+def test_damaged_files_of_every_kind_are_rows():
+    images = [encode(photo(40, 30), "JPEG2000"), encode(photo(40, 30), "JPEG2000", no_jp2=True)]
+    images += [encode(photo(32, 32), "ICO", bitmap_format=kind) for kind in ("png", "bmp")]
+    images += [data for data, _ in [*NAMED.values(), *LAYOUTS.values()]]
+    rng = random.Random(0)
+    for number in range(2000):
+        data = bytearray(images[number % 4] if number % 2 else rng.choice(images))
+        for _ in range(rng.randint(1, 4)):
+            if data:
+                rng.choice(MUTATIONS)(data, rng, images)
+        with warnings.catch_warnings(), contextlib.suppress(ImageError):
+            warnings.simplefilter("ignore")
+            decoded(bytes(data), formats=ALL, max_pixels=1_000_000)

@@ -185,6 +185,20 @@ def test_length_that_a_store_does_not_report_is_limited(store: FakeStore) -> Non
     assert len(store.reads) == 2
 
 
+@pytest.mark.parametrize("has_length", [True, False])
+def test_long_files_are_read_in_order_when_they_are_needed(
+    store: FakeStore, has_length: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.has_length = has_length
+    monkeypatch.setattr(reading, "_MAX_BYTES_AHEAD", len(PNG) - 1)
+    values = read_ahead(Value(f"s3://b/{number}.png", str(number)) for number in range(20))
+    first = next(values)
+    assert (first.data, first.path) == (PNG, "0")
+    assert [(value.data, value.path) for value in values] == [
+        (PNG, str(number)) for number in range(1, 20)
+    ]
+
+
 @pytest.mark.parametrize("name", [*MODES_OF_FORMAT])
 def test_head_of_every_format_is_accepted(tmp_path: Path, name: str) -> None:
     data = encode(photo(), name)
