@@ -35,7 +35,7 @@ from imagevec.images.damaged import decodable_part, is_blank, load_what_is_there
 from imagevec.images.formats import check_format
 from imagevec.images.heif import HeifImage
 from imagevec.images.jpeg import decode_jpeg
-from imagevec.images.layouts import check_layout, refused
+from imagevec.images.layouts import check_layout, check_scans, refused
 from imagevec.images.pixels import Pixels, to_rgb
 
 # A task has one core. A worker that cannot start a thread could decode no AVIF otherwise.
@@ -189,6 +189,8 @@ def _opened(data: bytes, max_pixels: int, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=[name])
         check_size(*image.size, max_pixels)
         _check_tiles(image, max_pixels)
+        if name == "JPEG":
+            check_scans(data, math.prod(image.size))
     except ImageError:
         raise
     except UnidentifiedImageError as error:

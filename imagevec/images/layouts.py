@@ -62,8 +62,8 @@ def check_layout(data: bytes, name: str) -> None:
 
     - A camera's raw file is a TIFF whose first image is a thumbnail, and would be decoded as that.
     - Pillow's libtiff lacks a compression.
-    - A few bytes of a JPEG's scan make libjpeg visit every pixel. Pillow reads headers byte by
-      byte, and copies what it has of the EXIF block for each further part of it.
+    - Pillow reads the headers of JPEGs and GIFs byte by byte, and copies what it has of an EXIF
+      block for each further part of it.
 
     Raises:
         ImageError: ``unsupported_format``, or ``corrupt`` if there is no image in sight.
@@ -209,21 +209,33 @@ def _jpeg_layout(data: bytes) -> str | None:
     return None
 
 
+def check_scans(data: bytes, num_pixels: int) -> None:
+    """Checks that a JPEG has few scans: a few bytes of a scan make libjpeg visit every pixel.
+
+    Raises:
+        ImageError: ``unsupported_format``.
+    """
+    if len(data) * num_pixels < _QUICK:
+        return
+    segments = list(_jpeg_segments(data))
+    start = segments[-1][1] if segments else 0
+    frame = next((kind for kind, _ in segments if kind in _FRAMES), 0)
+    has_one_scan = frame in _BASELINE_FRAMES and data[start + 2 : start + 3] in (b"\3", b"\4")
+    if not has_one_scan and len([*islice(_SCAN.finditer(data, start), _MAX_SCANS)]) == _MAX_SCANS:
+        raise ImageError("unsupported_format", f"JPEG of more than {_MAX_SCANS} scans")
+
+
 def _check_jpeg(data: bytes) -> None:
+    if len(data) <= _SMALL_JPEG:
+        return
     segments = list(_jpeg_segments(data))
     exif = sum(kind == 0xE1 and data.startswith(b"Exif\0\0", start + 2) for kind, start in segments)
     if exif > _MAX_PARTS_OF_EXIF or len(segments) == _MAX_SEGMENTS:
         detail = f"JPEG with {len(segments)} segments before its pixels, {exif} of them EXIF"
         raise ImageError("unsupported_format", detail)
     kind, start = segments[-1] if segments else (0, 2)
-    if kind != _START_OF_SCAN:
-        if len(data) - start > _MAX_JUNK:
-            raise ImageError("corrupt", "JPEG without a scan")
-        return
-    frame = next((kind for kind, _ in segments if kind in _FRAMES), 0)
-    has_one_scan = frame in _BASELINE_FRAMES and data[start + 2 : start + 3] in (b"\3", b"\4")
-    if not has_one_scan and len([*islice(_SCAN.finditer(data, start), _MAX_SCANS)]) == _MAX_SCANS:
-        raise ImageError("unsupported_format", f"JPEG of more than {_MAX_SCANS} scans")
+    if kind != _START_OF_SCAN and len(data) - start > _MAX_JUNK:
+        raise ImageError("corrupt", "JPEG without a scan")
 
 
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -231,6 +243,8 @@ _BASELINE_FRAMES = (0xC0, 0xC1)
 _START_OF_SCAN = 0xDA
 _SCAN = re.compile(b"\xff\xda")  # in the pixels, 0 follows every other 0xFF
 _MAX_SCANS = 100  # programs that optimise scans write less than 30
+_QUICK = 2e10  # bytes x pixels: in 10 bytes a scan, and half a nanosecond a pixel, one second
+_SMALL_JPEG = 1 << 20  # in bytes, whose header takes less than a second, whatever it is
 _MAX_SEGMENTS = 10_000
 _MAX_PARTS_OF_EXIF = 100  # of 64 KB each
 _MAX_JUNK = 1 << 16  # bytes between segments
