@@ -46,6 +46,8 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 _BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 16, "JPEG": 12}
 _BYTES_PER_PIXEL_OF_OTHERS = 4  # a buffer of libtiff
 
+_AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")  # the major brands that Pillow accepts
+
 _ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
 
 
@@ -186,6 +188,8 @@ def _opened(data: bytes, max_pixels: int, name: str) -> Image.Image:
         for sides in _icon_sizes(data):
             check_size(*sides, max_pixels)
     try:
+        if name == "AVIF" and data[8:12] not in _AVIF_BRANDS:  # one is among the compatible brands
+            data = data[:8] + _AVIF_BRANDS[0] + data[12:]
         image = Image.open(io.BytesIO(data), formats=[name])
         check_size(*image.size, max_pixels)
         _check_tiles(image, max_pixels)

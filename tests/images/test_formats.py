@@ -453,6 +453,13 @@ def test_heads_are_judged_without_a_decoder():
     assert run_python(HEADS) == "[]\n"
 
 
+@pytest.mark.parametrize("brand", [b"mif1", b"miaf", b"MA1B", b"abcd"])
+def test_the_major_brand_of_an_avif_may_be_another(brand):
+    data = encode(photo(), "AVIF")
+    other = data[:8] + brand + data[12:]
+    assert np.array_equal(decoded(other).pixels, decoded(data).pixels)
+
+
 def test_heif_brands_tell_hevc_from_av1():
     hevc = [iso(b"heic", b"mif1", b"heic"), iso(b"mif1", b"mif1", b"heic"), iso(b"msf1", b"hevc")]
     hevc += [iso(b"heix", b"mif1"), iso(b"mif1", b"miaf"), iso(b"abcd", b"isom", b"heic")]
