@@ -250,22 +250,29 @@ def check_range(option: str, value: object) -> tuple[float, float] | None:
     """Returns ``(low, high)`` as floats, or ``None``.
 
     Raises:
-        OptionError: The value is not two finite numbers, the second above the first.
+        OptionError: The value is not two numbers whose difference, as floats, is positive and
+            finite.
     """
     if value is None:
         return None
     ends = value if isinstance(value, list | tuple) else ()
-    if (
-        len(ends) != 2
-        or not all(isinstance(end, numbers.Real) and not isinstance(end, bool) for end in ends)
-        or not all(math.isfinite(end) for end in ends)
-        or not ends[0] < ends[1]
-    ):
+    try:
+        low, high = (_number(end) for end in ends)
+        is_range = 0 < high - low < math.inf
+    except (TypeError, ValueError, OverflowError):
+        is_range = False
+    if not is_range:
         raise OptionError(
             f"{option}={value!r} is not valid: use two numbers, (low, high), the second above the "
             "first"
         )
-    return float(ends[0]), float(ends[1])
+    return low, high
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError
+    return float(value)
 
 
 def check_bool(option: str, value: object) -> None:
