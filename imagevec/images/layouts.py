@@ -240,6 +240,7 @@ def _check_jpeg(data: bytes) -> None:
 
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _BASELINE_FRAMES = (0xC0, 0xC1)
+_ARITHMETIC_FRAMES = (0xC9, 0xCA)
 _START_OF_SCAN = 0xDA
 _SCAN = re.compile(b"\xff\xda")  # in the pixels, 0 follows every other 0xFF
 _MAX_SCANS = 100  # programs that optimise scans write less than 30
@@ -358,11 +359,16 @@ def _length_of_tiff(data: bytes) -> int:
 
 
 def _length_of_jpeg(data: bytes) -> int:
-    """Returns the end of the last segment before the first scan, and of the scan's marker."""
-    end = 4
+    """Returns the end of the last segment before the first scan, and of the scan's marker.
+
+    It is beyond the file if arithmetic-coded data have no end: libjpeg cannot wait for more of
+    them, and reports another error.
+    """
+    end, is_arithmetic = 4, False
     for marker, start in _jpeg_segments(data):
         end = start + 2 if marker == 0 else start + _segment_bytes(data, start)
-    return end
+        is_arithmetic |= marker in _ARITHMETIC_FRAMES
+    return len(data) + 1 if is_arithmetic and data.find(b"\xff\xd9", end) < 0 else end
 
 
 # The least length of a file, as far as its header says.

@@ -212,6 +212,12 @@ def test_jpeg_whose_coder_does_not_notice_the_end_is_not_completed():
     assert b"\xff\xc9" in data
     assert with_end(data[:-2]) is None
     assert with_end(data[:-300]) is None
+    whole = decoded(data).pixels
+    for length in (len(data) - 2, len(data) - 300):
+        assert verdict(data[:length]) == "truncated"
+        part = decoded(data[:length], truncated="accept")
+        assert part.truncated
+        assert np.array_equal(part.pixels[:16], whole[:16])
 
 
 def test_end_inside_the_file_is_the_end():
