@@ -36,11 +36,12 @@ def main(source: str, dest: str, point: str | None = None) -> None:
     small_tasks()
     if point is not None:
         stop_at(point, die)
-    options = {**OPTIONS, **(BOXES if source.endswith(".parquet") else {})}
+    is_table = source.endswith(".parquet")
     with spark_session("local[2,4]") as spark:
-        spark.conf.set("spark.sql.files.openCostInBytes", 1)
-        spark.conf.set("spark.sql.files.maxPartitionBytes", 20_000)
-        print(extract(source, dest, spark=spark, **options))
+        if is_table:  # a few files a task
+            spark.conf.set("spark.sql.files.openCostInBytes", 1)
+            spark.conf.set("spark.sql.files.maxPartitionBytes", 20_000)
+        print(extract(source, dest, spark=spark, **OPTIONS, **(BOXES if is_table else {})))
 
 
 if __name__ == "__main__":
