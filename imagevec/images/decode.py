@@ -306,7 +306,10 @@ def _icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
     The latter have the height of two images, the second of which is the mask.
     """
     for number in range(int.from_bytes(data[4:6], "little")):
-        start = int.from_bytes(data[18 + 16 * number : 22 + 16 * number], "little")
+        entry = data[6 + 16 * number : 22 + 16 * number]
+        if len(entry) < 16:
+            return
+        start = int.from_bytes(entry[12:], "little")
         header = data[start : start + 24]
         if header.startswith(b"\x89PNG"):
             yield int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")

@@ -6,6 +6,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from typing import NamedTuple
 
 from imagevec.errors import ImageError
 from imagevec.images.formats import BY_NAME, Format, in_words
@@ -14,7 +15,7 @@ from imagevec.images.formats import BY_NAME, Format, in_words
 _NEW_SUBFILE_TYPE, _BITS, _COMPRESSION, _PHOTOMETRIC, _MAKE = 254, 258, 259, 262, 271
 _WIDTH, _LENGTH, _STRIPS, _SAMPLES, _COLOUR_MAP, _TILES = 256, 257, 273, 277, 320, 324
 _PLANAR, _SUB_IFDS, _SAMPLE_FORMAT, _DNG_VERSION = 284, 330, 339, 50706
-_STRIP_BYTES, _TILE_BYTES = 279, 325
+_STRIP_BYTES, _TILE_BYTES, _JPEG_TABLES = 279, 325, 347
 _CAMERA_PHOTOMETRICS = (32803, 34892)  # colour filter array, linear raw
 _WEBP_IN_TIFF = 50001  # Pillow's libtiff is built without it
 _COMPRESSIONS = {
@@ -128,30 +129,54 @@ def _tiff_tags(data: bytes) -> _Tags:
         ImageError: ``unsupported_format``: the directory is too long.
     """
     order = "<" if data[:1] == b"I" else ">"
-    number, count_type, inline = ("Q", "Q", 8) if b"+" in data[2:4] else ("I", "H", 4)
-    entry = struct.Struct(f"{order}HH{number}{inline}s")
     tags: dict[int, tuple[int, ...]] = {}
     try:
-        (start,) = struct.unpack_from(order + number, data, inline)
-        (count,) = struct.unpack_from(order + count_type, data, start)
-        start += struct.calcsize(order + count_type)
-        if count > _MAX_TAGS:
-            raise ImageError("unsupported_format", f"TIFF with {count} tags")
-        for position in range(start, start + count * entry.size, entry.size):
-            tag, kind, length, value = entry.unpack_from(data, position)
-            if tag not in _LAYOUT_TAGS or tag in tags or kind not in _TIFF_TYPES or length < 1:
+        for entry in _tiff_entries(data):
+            if entry.tag not in _LAYOUT_TAGS or entry.tag in tags or entry.length < 1:
                 continue
-            if length > _MAX_STRIPS:
-                raise ImageError("unsupported_format", f"TIFF with {length} values of tag {tag}")
-            values = f"{order}{min(length, _MAX_VALUES)}{_TIFF_TYPES[kind]}"
-            if length * struct.calcsize(order + _TIFF_TYPES[kind]) <= inline:
-                tags[tag] = struct.unpack_from(values, value)
-            else:
-                (offset,) = struct.unpack(order + number, value)
-                tags[tag] = struct.unpack_from(values, data, offset)
+            if entry.length > _MAX_STRIPS:
+                detail = f"TIFF with {entry.length} values of tag {entry.tag}"
+                raise ImageError("unsupported_format", detail)
+            values = f"{order}{min(entry.length, _MAX_VALUES)}{entry.type}"
+            tags[entry.tag] = struct.unpack_from(values, data, entry.start)
     except (struct.error, OverflowError):  # the file ends, or an offset is impossible
         pass
     return tags
+
+
+class _TiffEntry(NamedTuple):
+    tag: int
+    type: str  # of one value, as in struct
+    length: int  # number of values
+    start: int
+    end: int
+
+
+def _tiff_entries(data: bytes) -> Iterator[_TiffEntry]:
+    """Yields the entries of the first directory whose values are integers or bytes.
+
+    Raises:
+        ImageError: ``unsupported_format``: the directory is too long.
+        struct.error: The file ends in the directory.
+        OverflowError: The offset of the directory is impossible.
+    """
+    order = "<" if data[:1] == b"I" else ">"
+    number, count_type, inline = ("Q", "Q", 8) if b"+" in data[2:4] else ("I", "H", 4)
+    head = struct.Struct(f"{order}HH{number}")
+    (start,) = struct.unpack_from(order + number, data, inline)
+    (count,) = struct.unpack_from(order + count_type, data, start)
+    start += struct.calcsize(order + count_type)
+    if count > _MAX_TAGS:
+        raise ImageError("unsupported_format", f"TIFF with {count} tags")
+    for _ in range(count):
+        tag, kind, length = head.unpack_from(data, start)
+        place = start + head.size
+        start = place + inline
+        if kind in _TIFF_TYPES:
+            size = length * struct.calcsize(order + _TIFF_TYPES[kind])
+            if size > inline:
+                (place,) = struct.unpack_from(order + number, data, place)
+            yield _TiffEntry(tag, _TIFF_TYPES[kind], length, place, place + size)
 
 
 _LAYOUT_TAGS = {
@@ -173,6 +198,8 @@ def _tiff_layout(data: bytes) -> str | None:
     compression, bits = tags.get(_COMPRESSION, (1,))[0], tags.get(_BITS, (1,))
     is_whole = (_STRIPS in tags or _TILES in tags) and (photometric != 3 or _COLOUR_MAP in tags)
     if min(width, length, samples, *bits) < 1 or max(bits) > 128 or not is_whole:
+        return None
+    if len(data) < _length_of_tiff(data):
         return None
     if compression in _COMPRESSIONS:
         return _compression_in_words(compression)
@@ -346,16 +373,25 @@ _MAX_GIF_BLOCKS = 1_000_000  # of 255 bytes at most
 
 
 def _length_of_tiff(data: bytes) -> int:
-    """Returns the end of the first directory."""
+    """Returns the end of the first directory, or of those of its values that decoding needs."""
+    ends = [0]
+    try:
+        for entry in _tiff_entries(data):
+            if entry.tag in _LAYOUT_TAGS or entry.tag == _JPEG_TABLES:
+                ends.append(entry.end)
+    except (struct.error, OverflowError):
+        return len(data) + 1
+    return max(ends)
 
-    def number(start: int, end: int) -> int:
-        return int.from_bytes(data[start:end], "little" if data[:1] == b"I" else "big")
 
-    if b"+" in data[2:4]:
-        start = number(8, 16)
-        return start + 8 + 20 * number(start, start + 8)
-    start = number(4, 8)
-    return start + 2 + 12 * number(start, start + 2)
+def _length_of_icon(data: bytes) -> int:
+    """Returns the end of the last image."""
+    count = int.from_bytes(data[4:6], "little")
+    entries = [data[position : position + 16] for position in range(6, 6 + 16 * count, 16)]
+    ends: list[int] = [
+        sum(struct.unpack("<II", entry[8:])) for entry in entries if len(entry) == 16
+    ]
+    return max([6 + 16 * count, *ends])
 
 
 def _length_of_jpeg(data: bytes) -> int:
@@ -382,7 +418,7 @@ _LENGTHS: Mapping[str, Callable[[bytes], int]] = {
     "AVIF": _length_of_boxes,
     "HEIF": _length_of_boxes,
     "JPEG2000": _length_of_boxes,
-    "ICO": lambda data: 6 + 16 * int.from_bytes(data[4:6], "little"),
+    "ICO": _length_of_icon,
 }
 
 _CHECKS: Mapping[str, Callable[[bytes], None]] = {

@@ -26,7 +26,7 @@ from imagevec.images.reading import read
 from imagevec.options import FORMATS, OTHER_FORMATS
 from imagevec.table.webdataset import IMAGE_EXTENSIONS
 from tests.helpers.fuzz import MUTATIONS
-from tests.helpers.images import encode, opened, photo, png_header
+from tests.helpers.images import encode, of_mode, opened, photo, png_header
 from tests.helpers.pipeline import decoded, run_python
 from tests.helpers.tiff import tiff as write_tiff
 
@@ -348,6 +348,22 @@ def test_a_file_cut_anywhere_after_its_signature_is_truncated(format):
     for length in range(HEAD_BYTES, len(data) - 20, 1 + len(data) // 40):
         error = refused(data[:length])
         assert error.code == "truncated", (length, error)
+
+
+@pytest.mark.parametrize("values", ["colours", "JPEG tables"])
+def test_a_tiff_cut_within_the_values_of_its_tags_is_truncated(values):
+    image = of_mode("P" if values == "colours" else "RGB", 40, 30)
+    data = encode(image, "TIFF", compression="tiff_lzw" if values == "colours" else "jpeg")
+    directory = int.from_bytes(data[4:8], "little")
+    for length in range(directory + 150, len(data), 61):
+        assert refused(data[:length]).code == "truncated", length
+
+
+@pytest.mark.parametrize("inside", ["png", "bmp"])
+def test_a_cut_icon_is_truncated(inside):
+    data = encode(photo(64, 64), "ICO", bitmap_format=inside)
+    for length in range(HEAD_BYTES, len(data) * 3 // 4, 1 + len(data) // 20):
+        assert refused(data[:length], formats=OTHER_FORMATS).code == "truncated", length
 
 
 @pytest.mark.parametrize("options", [{}, {"no_jp2": True}], ids=str)
