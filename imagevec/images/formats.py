@@ -149,6 +149,15 @@ TABLE = (
     Format("X3F", (".x3f",), _start(b"FOVb"), hint=_RAW_HINT),
     Format("PSD", (".psd", ".psb"), _start(b"8BPS")),
     Format("XCF", (".xcf",), _start(b"gimp xcf")),
+    Format(  # by its kind, without text and palette, and its bits: there is no signature
+        "TGA",
+        (".tga", ".icb", ".vda", ".vst"),
+        tuple(
+            ((0, bytes((0, 0, kind, 0, 0, 0, 0, 0))), (16, bytes((bits,))))
+            for kind in (2, 3, 10, 11)
+            for bits in (8, 16, 24, 32)
+        ),
+    ),
     Format("CUR", (".cur",), _start(b"\0\0\2\0")),
     Format("ANI", (".ani",), _both(b"RIFF", 8, b"ACON")),
     Format("ICNS", (".icns",), _start(b"icns")),
@@ -339,11 +348,22 @@ def _text_format(start: bytes) -> Format | None:
     return BY_NAME["JSON" if _JSON.match(encoded) else "plain text"]
 
 
+# With a byte order mark, and without one before "<" (XML 1.0, appendix F)
+_UTF_16 = {
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+    b"<\0": "utf-16-le",
+    b"\0<": "utf-16-be",
+}
+
+
 def _as_text(start: bytes) -> str | None:
-    """Decodes text in UTF-8, or in UTF-16 with a byte order mark. It may be cut anywhere."""
-    encoding = "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    """Decodes text in UTF-8 or UTF-16, or markup in Latin-1. It may be cut anywhere."""
+    encoding = _UTF_16.get(start[:2], "utf-8-sig")
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(start)
     except UnicodeDecodeError:
-        return None
+        if not start.lstrip().startswith(b"<"):
+            return None
+        text = start.decode("latin-1")
     return None if not text or _CONTROL.search(text) else text

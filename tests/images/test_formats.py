@@ -137,6 +137,8 @@ NAMED = {
         "JPEG2000, which is accepted if the option formats names it",
     ),
     "ICO": (encode(photo(), "ICO"), "ICO, which is accepted if the option formats names it"),
+    "TGA": (encode(photo(), "TGA"), "TGA"),
+    "TGA, grey and run lengths": (encode(photo().convert("L"), "TGA", rle=True), "TGA"),
     "CUR": (b"\0\0\2\0" + encode(photo(), "ICO")[4:], "CUR"),
     "ANI": (b"RIFF" + struct.pack("<I", 40) + b"ACON" + bytes(36), "ANI"),
     "ICNS": (encode(photo(), "ICNS"), "ICNS"),
@@ -169,6 +171,8 @@ NAMED = {
     "SVG": (SVG, SVG_HINT),
     "SVG with a byte order mark": (b"\xef\xbb\xbf" + SVG, SVG_HINT),
     "SVG in UTF-16": (SVG.decode().encode("utf-16"), SVG_HINT),
+    "SVG in UTF-16 without a mark": (SVG.decode().encode("utf-16-be"), SVG_HINT),
+    "SVG in Latin-1": (b"<!-- M\xfcller -->" + SVG, SVG_HINT),
     "SVG with a prolog": (PROLOG + SVG, SVG_HINT),
     "SVG with a document type": (PROLOG + DOCTYPE + SVG, SVG_HINT),
     "SVG with a long comment": (b"<!--" + 500 * b"- x" + b"-->" + SVG, SVG_HINT),
@@ -177,6 +181,10 @@ NAMED = {
     "SVGZ": (gzip.compress(PROLOG + SVG), "gzip-compressed SVG"),
     "HTML": (
         b"\n<!DOCTYPE html><html><title>404</title>",
+        "HTML, often an error page that was saved as an image",
+    ),
+    "HTML in Latin-1": (
+        b"<html><title>P\xe1gina no encontrada</title>",
         "HTML, often an error page that was saved as an image",
     ),
     "HTML of old": (b"<HTML><HEAD>", "HTML, often an error page that was saved as an image"),
