@@ -41,10 +41,7 @@ if TYPE_CHECKING:
 
 SHARDS = "*.{tar,tar.gz,tgz}"
 IMAGE_EXTENSIONS = tuple(
-    suffix.removeprefix(".")
-    for format in TABLE
-    if format.accepted == "by default"
-    for suffix in format.suffixes
+    suffix.removeprefix(".") for format in TABLE if format.decoder for suffix in format.suffixes
 )
 
 # WebDataset's own rule: a sample's key ends at the first dot of the file's name.

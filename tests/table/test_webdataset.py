@@ -478,6 +478,16 @@ def test_a_sample_without_an_image_is_a_null(spark: SparkSession, tmp_path: Path
     assert (report.found, report.features, report.nulls, report.errors) == (2, 1, 1, {})
 
 
+def test_formats_that_are_accepted_if_named(spark: SparkSession, tmp_path: Path) -> None:
+    image = encode(photo(), "JPEG2000")
+    write_shard(tmp_path / "shards" / "a.tar", [{"__key__": "scan", "jp2": image}])
+    options: dict[str, Any] = {"spark": spark, "format": "webdataset", **OPTIONS}
+    report = extract(tmp_path / "shards", tmp_path / "refused", **options)
+    assert (report.features, report.errors) == (0, {"unsupported_format": 1})
+    report = extract(tmp_path / "shards", tmp_path / "dest", formats="JPEG2000", **options)
+    assert (report.features, report.errors) == (1, {})
+
+
 def test_a_member_that_is_not_read_is_an_error(spark: SparkSession, tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     write_shard(folder / "a.tar", [sample(0)])
