@@ -18,6 +18,7 @@ _is_kind = re.compile(rb"[A-Za-z]{4}").fullmatch
 _TEXTS_OF_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 
 _GREY, _RGB, _PALETTE = 0, 2, 3  # colour types
+_MAX_CHUNKS = 100_000  # pixels are usually written in chunks of 8 KB or more
 
 
 class _Chunk(NamedTuple):
@@ -41,7 +42,7 @@ def without_ancillary_chunks(data: bytes) -> Iterator[bytes]:
     use: transparency, the significant bits and EXIF.
     """
     chunks, rest = _chunks(data)
-    if not chunks:  # nothing to leave out of a file that may be large
+    if not chunks or len(chunks) == _MAX_CHUNKS:  # a list of more would be larger than the file
         return
     earlier = data
     for texts in (_TEXTS_OF_ORIENTATION, ()):
@@ -55,7 +56,7 @@ def _chunks(data: bytes) -> tuple[list[_Chunk], memoryview]:
     """Returns the chunks up to ``IEND``; without one, also the bytes at the end that are none."""
     view, start = memoryview(data), len(_SIGNATURE)
     chunks: list[_Chunk] = []
-    while _is_kind(kind := data[start + 4 : start + 8]):
+    while len(chunks) < _MAX_CHUNKS and _is_kind(kind := data[start + 4 : start + 8]):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
         chunks.append(_Chunk(kind, view[start:end]))
         if kind == b"IEND":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -216,6 +217,16 @@ def test_intact_png_is_decoded_once(monkeypatch):
 def test_nothing_is_tried_again_if_nothing_can_be_left_out():
     assert list(without_ancillary_chunks(PNG)) == []
     assert list(without_ancillary_chunks(with_chunks(PNG, chunk(b"eXIf", oriented(6))))) == []
+
+
+def test_memory_for_a_file_of_many_small_chunks_is_bounded():
+    """A list of chunks would be twenty times as large as such a file."""
+    data = with_chunks(encode(photo(40, 30)), chunk(b"aaAa", b"", intact=False) * 1_000_000)
+    tracemalloc.start()
+    assert refused(data).code == "corrupt"
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * len(data)
 
 
 def xmp(value: int) -> bytes:
