@@ -25,6 +25,7 @@ from imagevec.images.heif_items import (
     check_data,
     check_pixels,
     crop_of,
+    cut_metadata,
     is_cut,
     read_items,
 )
@@ -80,6 +81,8 @@ class HeifImage(Image.Image):
         self._steps = _own_steps(data, items)
         if self._steps:
             data = _without_steps(data, items)
+        if lacking := cut_metadata(data, items):
+            data = _without_metadata(data, items, lacking)
         self._coded: Any = self._primary(data)
         self._coded_size, mode = self._coded.size_mode
         self._size = functools.reduce(_size_after, self._steps, self._coded_size)
@@ -175,6 +178,15 @@ def _without_steps(data: bytes, items: Items) -> bytes:
                 struct.pack_into(">8I", changed, step.start, width, 1, height, 1, 0, 1, 0, 1)
             else:
                 changed[step.start - 4 : step.start + 1] = b"irot\0"
+    return bytes(changed)
+
+
+def _without_metadata(data: bytes, items: Items, lacking: list[int]) -> bytes:
+    """Returns a file where the type of some items is unknown: libheif refuses a file for EXIF."""
+    changed = bytearray(data)
+    for item in lacking:
+        start = items.kind_starts[item]
+        changed[start : start + 4] = b"none"
     return bytes(changed)
 
 

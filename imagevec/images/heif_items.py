@@ -34,6 +34,7 @@ _MAX_REFERENCES = 100_000
 _MAX_DEPTH = 8
 
 _HEVC = b"hvc1"
+_METADATA = (b"Exif", b"mime")  # mime: XMP
 _DERIVED = (b"grid", b"iden", b"iovl")  # made of other images (23008-12, section 6.6.2)
 _CODECS = {
     b"av01": "AV1",
@@ -69,6 +70,7 @@ class Items:
     Attributes:
         primary: The number of the primary image.
         kinds: The types, such as ``hvc1`` or ``grid``.
+        kind_starts: Where these are in the file.
         sizes: The sizes of images before transformations.
         steps: The transformations of images, in order.
         pixels: The pixels of images, as coded or cropped, whichever is more.
@@ -82,6 +84,7 @@ class Items:
 
     primary: int = 0
     kinds: dict[int, bytes] = field(default_factory=dict)
+    kind_starts: dict[int, int] = field(default_factory=dict)
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     steps: dict[int, list[Property]] = field(default_factory=dict)
     pixels: dict[int, int] = field(default_factory=dict)
@@ -161,8 +164,17 @@ def check_data(data: bytes, items: Items) -> None:
 
 def is_cut(data: bytes, items: Items) -> bool:
     """Returns whether the file ends before the data of the primary image."""
-    extents = (extent for item in items.image() for extent in items.extents.get(item, []))
-    return any(start + size > len(data) for start, size in extents)
+    return any(_is_cut(data, items, item) for item in items.image())
+
+
+def cut_metadata(data: bytes, items: Items) -> list[int]:
+    """Returns the items of EXIF and XMP whose data the file lacks."""
+    metadata = [item for item, kind in items.kinds.items() if kind in _METADATA]
+    return [item for item in metadata if _is_cut(data, items, item)]
+
+
+def _is_cut(data: bytes, items: Items, item: int) -> bool:
+    return any(start + size > len(data) for start, size in items.extents.get(item, []))
 
 
 class _Reader:
@@ -272,6 +284,7 @@ def _read_kinds(items: Items, box: _Reader) -> None:
         if kind == b"infe" and version >= 2:  # before, items had no types
             item = entry.uint(2 if version == 2 else 4)
             entry.uint(2)  # protection
+            items.kind_starts.setdefault(item, entry.start)
             items.kinds.setdefault(item, entry.take(4))
 
 

@@ -494,6 +494,22 @@ def test_a_file_that_lacks_only_other_data_is_whole():
     assert np.array_equal(image.pixels, decoded(heif([TILE])).pixels)
 
 
+@pytest.mark.parametrize("kind", [b"Exif", b"mime"])
+def test_metadata_that_are_cut_off_do_not_matter(kind):
+    metadata = Item(kind, bytes(4) + b"MM\0*" + bytes(40), references={b"cdsc": [1]})
+    data = heif([grid(128, 48, 2, [2, 3]), TILE, OTHER_TILE, metadata])
+    whole = decoded(data)
+    for cut in (1, len(metadata.data)):
+        image = decoded(data[:-cut])
+        assert not image.truncated
+        assert np.array_equal(image.pixels, whole.pixels)
+    part = data[: -len(metadata.data) - 1]
+    assert code(part) == "truncated"
+    image = decoded(part, truncated="accept")
+    assert image.truncated
+    assert np.array_equal(image.pixels[:, :64], whole.pixels[:, :64])
+
+
 @pytest.mark.parametrize("data_first", [False, True])
 def test_a_cut_file_is_truncated_wherever_it_is_cut(data_first):
     data = heif([grid(128, 48, 2, [2, 3]), TILE, OTHER_TILE], data_first=data_first)
