@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -12,6 +12,7 @@ import pandas as pd
 
 from imagevec import cache
 from imagevec.errors import OptionError
+from imagevec.images.boxes import ACCEPTED_BOXES
 from imagevec.images.values import Box
 from imagevec.plan import Plan, has_cuda, make_plan
 from imagevec.runtime import device_here, get_engine, schedule, threads_here
@@ -114,6 +115,8 @@ class ImageVectorizer:
                 f"boxes={plan.execution.boxes!r} is a column of data frames: give the boxes of the "
                 "image, extract_features(image, boxes=[(left, top, width, height), ...])"
             )
+        if not isinstance(boxes, Iterable | None):
+            raise OptionError(f"the boxes are {boxes!r:.200}: {ACCEPTED_BOXES}")
         if plan.execution.device != "cpu" and not has_cuda():  # the driver of a cluster with GPUs
             plan = self._plan_for(None)
         device = device_here(plan.execution.device)

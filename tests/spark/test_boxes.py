@@ -306,7 +306,8 @@ def test_vectors_of_one_image_without_spark(tmp_path: Path) -> None:
     assert found["logits"] == [of_crop(0, CAT, layer="logits"), None]
     with pytest.raises(OptionError, match=r"boxes='boxes' is a column of data frames: give"):
         vectorizer.extract_features(IMAGES[0])
-    for wrong in ([7], [(1, 2, 3)], [("1", 2, 3, 4)], [{"left": 1}]):
+    wrong: Any
+    for wrong in (7, [7], [(1, 2, 3)], [("1", 2, 3, 4)], [{"left": 1}]):
         with pytest.raises(OptionError, match="boxes must be of type"):
             vectorizer.extract_features(IMAGES[0], boxes=wrong)
     with pytest.raises(ImageError, match="bad_box: outside"):
