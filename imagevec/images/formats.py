@@ -118,7 +118,9 @@ TABLE = (
     Format(
         "QuickTime video without a brand",
         (".mov",),
-        _at(4, b"moov", b"mdat", b"wide", b"pnot", b"skip", b"free"),
+        # The others are small, so their size begins with 0. That tells them from words of a text.
+        _at(4, b"moov", b"mdat")
+        + tuple(((0, b"\0"), (4, kind)) for kind in (b"wide", b"pnot", b"skip", b"free")),
     ),
     # Accepted if formats names them
     Format(

@@ -191,6 +191,7 @@ NAMED = {
     "HTML of old": (b"<HTML><HEAD>", "HTML, often an error page that was saved as an image"),
     "XML": (PROLOG + b"<Error><Code>AccessDenied</Code></Error>", "XML"),
     "JSON": (json.dumps({"error": "not found"}).encode(), "JSON"),
+    "text with a word of MOV": (b"The free image is gone", "starts with b'The free', plain text"),
     "plain text": ("no image, façade".encode(), "starts with b'no image', plain text"),
     "Git LFS": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
