@@ -14,6 +14,8 @@ from imagevec.images.png import without_ancillary_chunks
 # Decoders of WebP and AVIF need the whole file, and libheif that of an image without tiles.
 _DECODED_IN_PART = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "HEIF")
 
+_ENDS_EARLY = ("truncated", "decoder error -2")  # words of Pillow; the latter of libtiff, too
+
 _CHUNK = 1 << 16  # pixels that are compared at once
 
 
@@ -53,7 +55,7 @@ def load_what_is_there(image: Image.Image) -> None:
         try:
             return load()
         except OSError as error:
-            if "truncated" not in str(error):
+            if not any(words in str(error) for words in _ENDS_EARLY):
                 raise
             image.tile = []  # type: ignore[attr-defined]
             image.load_end()  # type: ignore[attr-defined]

@@ -128,7 +128,7 @@ def _tiff_tags(data: bytes) -> _Tags:
     Raises:
         ImageError: ``unsupported_format``: the directory is too long.
     """
-    order = "<" if data[:1] == b"I" else ">"
+    order = _byte_order(data)
     tags: dict[int, tuple[int, ...]] = {}
     try:
         for entry in _tiff_entries(data):
@@ -142,6 +142,11 @@ def _tiff_tags(data: bytes) -> _Tags:
     except (struct.error, OverflowError):  # the file ends, or an offset is impossible
         pass
     return tags
+
+
+def _byte_order(data: bytes) -> str:
+    """Returns the byte order of a TIFF, as in ``struct``."""
+    return "<" if data[:1] == b"I" else ">"
 
 
 class _TiffEntry(NamedTuple):
@@ -160,7 +165,7 @@ def _tiff_entries(data: bytes) -> Iterator[_TiffEntry]:
         struct.error: The file ends in the directory.
         OverflowError: The offset of the directory is impossible.
     """
-    order = "<" if data[:1] == b"I" else ">"
+    order = _byte_order(data)
     number, count_type, inline = ("Q", "Q", 8) if b"+" in data[2:4] else ("I", "H", 4)
     head = struct.Struct(f"{order}HH{number}")
     (start,) = struct.unpack_from(order + number, data, inline)
@@ -172,6 +177,8 @@ def _tiff_entries(data: bytes) -> Iterator[_TiffEntry]:
         tag, kind, length = head.unpack_from(data, start)
         place = start + head.size
         start = place + inline
+        if start > len(data):
+            raise struct.error("the file ends in an entry")
         if kind in _TIFF_TYPES:
             size = length * struct.calcsize(order + _TIFF_TYPES[kind])
             if size > inline:
@@ -184,6 +191,7 @@ _LAYOUT_TAGS = {
     *(_SAMPLES, _STRIP_BYTES, _PLANAR, _COLOUR_MAP, _TILES, _TILE_BYTES, _SUB_IFDS),
     *(_SAMPLE_FORMAT, _DNG_VERSION),
 }
+_PLACES_OF_PIXELS = {_STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES}
 _TIFF_TYPES = {1: "B", 2: "B", 3: "H", 4: "I", 7: "B", 13: "I", 16: "Q", 18: "Q"}
 _MAX_VALUES = 16
 _MAX_TAGS = 65_535  # of a BigTIFF: others cannot have more
@@ -199,7 +207,7 @@ def _tiff_layout(data: bytes) -> str | None:
     is_whole = (_STRIPS in tags or _TILES in tags) and (photometric != 3 or _COLOUR_MAP in tags)
     if min(width, length, samples, *bits) < 1 or max(bits) > 128 or not is_whole:
         return None
-    if len(data) < _length_of_tiff(data):
+    if len(data) < _end_of_tiff_tags(data):
         return None
     if compression in _COMPRESSIONS:
         return _compression_in_words(compression)
@@ -373,6 +381,22 @@ _MAX_GIF_BLOCKS = 1_000_000  # of 255 bytes at most
 
 
 def _length_of_tiff(data: bytes) -> int:
+    """Returns the end of the last strip or tile, or of what comes before the pixels."""
+    end = _end_of_tiff_tags(data)
+    if end > len(data):
+        return end
+    places: dict[int, tuple[int, ...]] = {}
+    for entry in _tiff_entries(data):
+        if entry.tag in _PLACES_OF_PIXELS and entry.tag not in places:
+            values = f"{_byte_order(data)}{entry.length}{entry.type}"
+            places[entry.tag] = struct.unpack_from(values, data, entry.start)
+    offsets = places.get(_STRIPS) or places.get(_TILES) or ()
+    lengths = places.get(_STRIP_BYTES) or places.get(_TILE_BYTES) or ()
+    ends = [offset + length for offset, length in zip(offsets, lengths, strict=False)]
+    return max([end, *ends])
+
+
+def _end_of_tiff_tags(data: bytes) -> int:
     """Returns the end of the first directory, or of those of its values that decoding needs."""
     ends = [0]
     try:

@@ -6,12 +6,14 @@ import gc
 import io
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import pyvips
 import simplejpeg
+import tifffile
 from PIL import Image, ImageFile
 
 from imagevec import ImageError, Preprocessing
@@ -42,6 +44,14 @@ def rows_that_equal(image: DecodedImage, whole: DecodedImage, order: int) -> int
     return int(differs.argmax()) if differs.any() else len(differs)
 
 
+def compressed_tiff(dtype: type[np.unsignedinteger[Any]], **options: Any) -> bytes:
+    """A TIFF whose directory comes first, unlike those of Pillow and libtiff."""
+    file = io.BytesIO()
+    samples = np.asarray(photo(*SIZE)).astype(int) * np.iinfo(dtype).max // 255
+    tifffile.imwrite(file, samples.astype(dtype), photometric="rgb", compression="zlib", **options)
+    return file.getvalue()
+
+
 def interlaced() -> bytes:
     return bytes(
         pyvips.Image.new_from_array(np.asarray(photo(*SIZE))).pngsave_buffer(interlace=True)
@@ -58,6 +68,9 @@ IN_PART = {
     "JPEG with restart intervals": encode(photo(*SIZE), "JPEG", restart_marker_rows=1),
     "JPEG YCCK": JPEGS["YCCK"],
     "MPO": encode(photo(*SIZE), "MPO", save_all=True, append_images=[photo(8, 8)]),
+    "compressed TIFF of strips": compressed_tiff(np.uint8, rowsperstrip=4),
+    "compressed TIFF of tiles": compressed_tiff(np.uint8, tile=(16, 16)),
+    "compressed TIFF of 16 bits": compressed_tiff(np.uint16, rowsperstrip=4),
     "GIF with 2 frames": encode(
         photo(*SIZE), "GIF", save_all=True, append_images=[photo(*SIZE, seed=2)]
     ),
