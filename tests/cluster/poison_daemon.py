@@ -14,7 +14,7 @@ from pyspark.daemon import manager
 
 import imagevec.images.decode
 
-POISON = b"poison"
+POISON = b"\xff\xd8\xffpoison"  # a JPEG by its first bytes
 
 _opened = imagevec.images.decode._opened
 
