@@ -297,8 +297,10 @@ class _Hasher:
 
     def _object(self, value: Any) -> Iterable[Any]:
         """Returns what pickle would write for any other object: its class and its state."""
-        if not self._exact and isinstance(value, _WITHOUT_STATE):
-            return self._opaque(value)
+        if not self._exact:
+            for kind in _WITHOUT_STATE:  # not its own class: NNCF replaces that of new loggers
+                if isinstance(value, kind):
+                    return "opaque", kind.__qualname__
         try:
             reduced = value.__reduce_ex__(4)
         except Exception:  # a lock, a file, or an error in the object's own code
