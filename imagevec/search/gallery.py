@@ -22,7 +22,7 @@ from PIL import Image
 from imagevec.errors import IMAGE_ERROR_CODES, ImageError, ReadError
 from imagevec.images.decode import decode
 from imagevec.images.reading import read
-from imagevec.options import DEFAULTS, FORMATS, RANDOM, check_positive, checked
+from imagevec.options import DEFAULTS, FORMATS, OTHER_FORMATS, RANDOM, check_positive, checked
 from imagevec.search.neighbours import Vectors, map_2d, near_duplicates, nearest
 from imagevec.spec import METADATA_KEY
 from imagevec.storage.location import Location
@@ -32,6 +32,8 @@ NEAR_DUPLICATE_COSINE = 0.95
 
 _THREADS = 4
 _JPEG_QUALITY = 80
+_FORMATS = (*FORMATS, *OTHER_FORMATS)  # whatever the table's option was
+_BACKGROUND = "white"  # of transparent pixels, as in a browser
 _READ_SECONDS = 30  # after which an image gets a placeholder
 _UNREADABLE = "the file cannot be read"
 _HTML_ESCAPES = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&"})
@@ -243,10 +245,12 @@ def _picture(
         return {"problem": _UNREADABLE}
     try:
         decoded = decode(
-            read(path, roots, _READ_SECONDS),
+            read(path, roots, _READ_SECONDS, _FORMATS),
             max_pixels=DEFAULTS["max_pixels"],
-            formats=FORMATS,
+            formats=_FORMATS,
             min_side=2 * size,
+            background=_BACKGROUND,
+            truncated="accept",
         )
     except ImageError as error:
         return {"problem": IMAGE_ERROR_CODES[error.code]}

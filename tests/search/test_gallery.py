@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 from imagevec import OptionError
@@ -26,7 +27,7 @@ from imagevec.search.gallery import write_gallery
 from imagevec.search.neighbours import nearest
 from imagevec.spec import FeatureSpec, Preprocessing
 from imagevec.table import read
-from tests.helpers.images import opened
+from tests.helpers.images import encode, opened, photo
 from tests.helpers.pipeline import run_python
 from tests.helpers.tables import HOSTILE, with_column_metadata, write_images, write_table
 
@@ -258,6 +259,24 @@ def test_thumbnails_keep_the_aspect_and_are_not_enlarged(tmp_path, size, expecte
     assert kind == "data:image/jpeg;base64"
     thumbnail = opened(base64.b64decode(encoded))
     assert (thumbnail.format, thumbnail.size) == ("JPEG", expected)
+
+
+@pytest.mark.parametrize("kind", ["transparent", "truncated", "named"])
+def test_thumbnails_show_what_options_of_the_table_accept(tmp_path, kind):
+    (path,) = write_images(tmp_path, ["a.png"])
+    image = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
+    data = encode(photo(60, 40))
+    files = {
+        "transparent": encode(image),
+        "truncated": data[: len(data) // 2],
+        "named": encode(photo(60, 40), "JPEG2000"),
+    }
+    (tmp_path / "a.png").write_bytes(files[kind])
+    write_features(tmp_path / "t", [path])
+    write_gallery(tmp_path / "t", tmp_path / "g.html")
+    (shown,) = data_of(tmp_path / "g.html")["images"]
+    thumbnail = opened(base64.b64decode(shown["thumbnail"].partition(",")[2]))
+    assert np.asarray(thumbnail)[:10].mean() > 30  # not black
 
 
 def test_a_file_that_has_gone_or_is_bad_has_a_placeholder(tmp_path):
