@@ -100,7 +100,7 @@ def truncated() -> Image.Image:
     return sheet(
         [
             [
-                (f"{name}, {lost} % lost", shown(_cut(file, lost), truncated="accept"))
+                (f"{name}, {lost} % lost", shown(cut(file, lost), truncated="accept"))
                 for name, file in files.items()
             ]
             for lost in (10, 50)
@@ -108,7 +108,7 @@ def truncated() -> Image.Image:
     )
 
 
-def _cut(data: bytes, percent: int) -> bytes:
+def cut(data: bytes, percent: int) -> bytes:
     return data[: len(data) * (100 - percent) // 100]
 
 

@@ -6,24 +6,26 @@ the page, which the tests compare.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from examples.photos import PHOTOS
 from imagevec import ImageError
 from imagevec.images.decode import Pixels
+from tests.helpers.images import encode
+from tests.helpers.pages import WRITES, check_table, tables
 from tests.helpers.pipeline import decoded
 from tests.helpers.shared import ROOT
 from tests.images.kinds import KINDS, Kind
-from tests.images.pictures import PICTURES
+from tests.images.pictures import PICTURES, cut, photo_of
 
 PAGE = ROOT / "docs" / "formats.md"
-WRITES = os.environ.get("IMAGEVEC_WRITE_DOCS") == "1"
 
 
 def outcome(kind: Kind, options: Mapping[str, Any]) -> Pixels | str:
@@ -55,16 +57,10 @@ def row(kind: Kind) -> str:
     found = outcome(kind, {})
     default = f"`{found}`" if isinstance(found, str) else kind.default
     cells = [kind.name, default]
-    if kind.group not in ("refused",):
+    if kind.group != "refused":
         shown = "the rest of the picture" if "cut in half" in kind.name else "the picture"
         cells.append(f"{code(*kind.options.items())}: {shown}" if kind.options else "")
     return f"| {' | '.join(cells)} |"
-
-
-def tables() -> dict[str, list[str]]:
-    """Returns the rows of each table of the page."""
-    marked = re.findall(r"<!-- begin (.+?) -->\n(.*?)<!-- end -->", PAGE.read_text(), re.DOTALL)
-    return {group: text.splitlines()[2:] for group, text in marked}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -84,20 +80,37 @@ def test_a_kind(kind: Kind) -> None:
         assert not is_shown(kind, by_default)
 
 
-HEADS = {"refused": ("file", "error")}
-
-
 @pytest.mark.parametrize("group", dict.fromkeys(kind.group for kind in KINDS))
 def test_the_page_has_the_rows(group: str) -> None:
     rows = [row(kind) for kind in KINDS if kind.group == group]
+    head = ("file", "error") if group == "refused" else ("file", "by default", "with an option")
+    check_table(PAGE, group, head, rows)
+
+
+def share_of_wrong_pixels(lost: int, **options: Any) -> float:
+    """Returns the mean share in photos as JPEGs that lost a percentage of their bytes."""
+    shares = []
+    for place in PHOTOS:
+        data = encode(photo_of(Path(place).stem), "JPEG", quality=85, **options)
+        whole = decoded(data).pixels.astype(int)
+        rest = decoded(cut(data, lost), truncated="accept").pixels
+        shares.append((np.abs(whole - rest).max(2) > 8).mean())
+    return float(np.mean(shares))
+
+
+def test_the_page_has_the_shares_of_wrong_pixels() -> None:
+    shares = [
+        [share_of_wrong_pixels(lost, progressive=progressive) for progressive in (False, True)]
+        for lost in (1, 10, 50)
+    ]
     if WRITES:
-        head = HEADS.get(group, ("file", "by default", "with an option"))
-        table = "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])
-        start, _, rest = PAGE.read_text().partition(f"<!-- begin {group} -->\n")
-        PAGE.write_text(
-            f"{start}<!-- begin {group} -->\n{table}\n{rest[rest.index('<!-- end -->') :]}"
-        )
-    assert tables()[group] == rows
+        cells = [[f"{100 * share:.0f} %" for share in row] for row in shares]
+        rows = [
+            f"| {lost} % | {' | '.join(c)} |" for lost, c in zip((1, 10, 50), cells, strict=True)
+        ]
+        check_table(PAGE, "lost", ("lost bytes", "baseline JPEG", "progressive JPEG"), rows)
+    told = [re.findall(r"(\d+) %", row)[1:] for row in tables(PAGE)["lost"]]
+    assert np.abs(100 * np.array(shares) - np.array(told, float)).max() < 2  # of other encoders
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -17,13 +16,13 @@ import pytest
 
 from imagevec.errors import ImageVecError
 from tests.helpers.images import encode, photo
+from tests.helpers.pages import check_table
 from tests.helpers.pipeline import vector_of
 from tests.helpers.shared import ROOT
 from tests.models.forms import BARE, FORMS, Form, small
 
 PAGE = ROOT / "docs" / "checkpoints.md"
 PNG = encode(photo(64, 64))
-WRITES = os.environ.get("IMAGEVEC_WRITE_DOCS") == "1"
 
 
 @functools.cache
@@ -47,12 +46,6 @@ def row(form: Form) -> str:
     return f"| {form.name} | {f'`{found}`' if isinstance(found, str) else 'loads'} |"
 
 
-def tables() -> dict[str, list[str]]:
-    """Returns the rows of each table of the page."""
-    marked = re.findall(r"<!-- begin (.+?) -->\n(.*?)<!-- end -->", PAGE.read_text(), re.DOTALL)
-    return {group: text.splitlines()[2:] for group, text in marked}
-
-
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_a_form(form: Form) -> None:
     found = outcome(form)
@@ -67,10 +60,4 @@ def test_a_form(form: Form) -> None:
 @pytest.mark.parametrize("group", dict.fromkeys(form.group for form in FORMS))
 def test_the_page_has_the_rows(group: str) -> None:
     rows = [row(form) for form in FORMS if form.group == group]
-    if WRITES:
-        table = "\n".join(["| form | result |", "|---|---|", *rows])
-        start, _, rest = PAGE.read_text().partition(f"<!-- begin {group} -->\n")
-        PAGE.write_text(
-            f"{start}<!-- begin {group} -->\n{table}\n{rest[rest.index('<!-- end -->') :]}"
-        )
-    assert tables()[group] == rows
+    check_table(PAGE, group, ("form", "result"), rows)

@@ -22,10 +22,11 @@ from imagevec.images.preprocess import resize_and_crop
 from tests.helpers.folders import write as write_transformers
 from tests.helpers.images import cosine, encode, photo
 from tests.helpers.onnx_files import INT64, UINT8, expected_of, network, node, write
+from tests.helpers.pages import check_table
 from tests.helpers.pipeline import pixels_of
 from tests.helpers.repositories import write_clip, write_timm
 from tests.models.forms import Form
-from tests.models.test_checkpoints import PAGE, WRITES, tables
+from tests.models.test_checkpoints import PAGE
 
 pytest.importorskip("openvino")
 pytest.importorskip("timm")
@@ -191,8 +192,4 @@ def test_a_form(form: Form) -> None:
 
 def test_the_page_has_the_rows() -> None:
     rows = [f"| {form.name} | {outcome(form)} |" for form in MODEL_FORMS]
-    if WRITES:
-        table = "\n".join(["| form | result |", "|---|---|", *rows])
-        start, mark, rest = PAGE.read_text().partition(f"<!-- begin {GROUP} -->\n")
-        PAGE.write_text(f"{start}{mark}{table}\n{rest[rest.index('<!-- end -->') :]}")
-    assert tables()[GROUP] == rows
+    check_table(PAGE, GROUP, ("form", "result"), rows)
