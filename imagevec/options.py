@@ -235,7 +235,10 @@ def check_colour(option: str, value: object) -> str | None:
 
     try:
         rgb = ImageColor.getrgb(value) if isinstance(value, str) else value
-        red, green, blue = map(operator.index, rgb if isinstance(rgb, list | tuple) else ())
+        red, green, blue = (
+            -1 if isinstance(level, bool) else operator.index(level)
+            for level in (rgb if isinstance(rgb, list | tuple) else ())
+        )
     except (TypeError, ValueError):
         red = green = blue = -1
     if not all(0 <= level <= 255 for level in (red, green, blue)):

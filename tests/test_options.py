@@ -211,6 +211,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
         (1, 2),
         (0, 0, 256),
         (0.5, 0, 0),
+        (True, 1, 1),
         b"red",
     ],
     "value_range": [

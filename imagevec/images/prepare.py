@@ -21,8 +21,6 @@ from imagevec.spec import ExecutionOptions, Preprocessing
 # OpenCV type numbers from pyspark.ml.image.ImageSchema.ocvTypes, with 8-bit unsigned channels.
 _CHANNELS_OF_MODE = {0: 1, 16: 3, 24: 4}
 
-_AS_IT_IS = Preprocessing()
-
 
 class Row(NamedTuple):
     """An input row, prepared for the forward pass.
@@ -92,9 +90,7 @@ def _clear_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def load(
-    value: Value, options: ExecutionOptions, preprocessing: Preprocessing = _AS_IT_IS
-) -> DecodedImage:
+def load(value: Value, options: ExecutionOptions, preprocessing: Preprocessing) -> DecodedImage:
     """Decodes one non-null value from ``read_ahead``.
 
     Raises:

@@ -20,13 +20,15 @@ PNG = encode(photo())
 
 def refused(data: Any, **options: object) -> ImageError:
     with pytest.raises(ImageError) as error:
-        load(Value(data), execution_options(**options))
+        load(Value(data), execution_options(**options), Preprocessing())
     return error.value
 
 
 @pytest.mark.parametrize("data", [PNG, bytearray(PNG)], ids=["bytes", "bytearray"])
 def test_bytes_are_decoded(data):
-    assert np.array_equal(load(Value(data), execution_options()).pixels, pixels_of(photo()))
+    assert np.array_equal(
+        load(Value(data), execution_options(), Preprocessing()).pixels, pixels_of(photo())
+    )
 
 
 def test_limits_and_formats_are_passed_on():
@@ -39,7 +41,7 @@ def test_limits_and_formats_are_passed_on():
 )
 def test_an_image_struct_has_the_pixels_of_its_file(pillow_mode, mode):
     image = of_mode(pillow_mode)
-    loaded = load(Value(image_struct(image, mode)), execution_options())
+    loaded = load(Value(image_struct(image, mode)), execution_options(), Preprocessing())
     assert (loaded.width, loaded.height) == (80, 60)
     assert loaded.pixels.dtype == np.uint8
     assert loaded.pixels.flags.c_contiguous
@@ -74,7 +76,7 @@ def test_what_could_not_be_read_is_raised_as_it_is():
 @pytest.mark.parametrize("data", [7, 1.5, [1, 2], {"a": 1}, np.zeros(3)], ids=repr)
 def test_another_type_is_refused_with_what_is_accepted(data):
     with pytest.raises(OptionError, match=rf"{type(data).__name__}.*binary.*string"):
-        load(Value(data), execution_options())
+        load(Value(data), execution_options(), Preprocessing())
 
 
 def test_a_null_is_an_empty_row():

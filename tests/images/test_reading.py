@@ -27,6 +27,7 @@ from imagevec.images import reading
 from imagevec.images.prepare import load
 from imagevec.images.reading import read, read_ahead
 from imagevec.images.values import Value
+from imagevec.spec import Preprocessing
 from imagevec.storage import retry
 from imagevec.storage.location import Location, UnsupportedURIError
 from imagevec.storage.retry import retried
@@ -223,7 +224,7 @@ def test_many_paths_stay_in_order(tmp_path: Path) -> None:
     contents = list(read_ahead(values))
     assert [type(content.data) for content in contents] == [bytes, type(None), ImageError] * 50
     assert [content.path for content in contents] == [value.path for value in values]
-    images = [load(content, execution_options()) for content in contents[::3]]
+    images = [load(content, execution_options(), Preprocessing()) for content in contents[::3]]
     assert [int(image.pixels[0, 0, 0]) for image in images] == list(range(50))
 
 

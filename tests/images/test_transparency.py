@@ -300,7 +300,7 @@ def test_an_image_struct_is_put_over_the_colour():
     assert np.array_equal(loaded.pixels, decoded(encode(image), background=BACKGROUND))
     for mode, name in ((BGR, "RGB"), (GREY, "L")):
         struct_of_mode = Value(image_struct(image.convert(name), mode))
-        plain = load(struct_of_mode, execution_options())
+        plain = load(struct_of_mode, execution_options(), Preprocessing())
         coloured = load(struct_of_mode, execution_options(), Preprocessing(background=BACKGROUND))
         assert np.array_equal(plain.pixels, coloured.pixels)
 

@@ -7,6 +7,7 @@ import pytest
 from imagevec import OptionError
 from imagevec.images.prepare import load
 from imagevec.images.values import Value, values_of
+from imagevec.spec import Preprocessing
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import (
     execution_options,
@@ -30,7 +31,7 @@ def test_the_values_of_image_structs_keep_nulls():
     struct = image_struct(photo(), BGR)
     values = list(values_of(struct_batch([None, struct, None])))
     assert [value.data for value in values] == [None, struct, None]
-    pixels = load(values[1], execution_options()).pixels
+    pixels = load(values[1], execution_options(), Preprocessing()).pixels
     assert (pixels == pixels_of(photo())).all()
 
 
