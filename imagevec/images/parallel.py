@@ -36,7 +36,7 @@ def map_ahead(
         while pending:
             yield pending.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        _end(pool)
 
 
 def map_in_turns(
@@ -44,6 +44,18 @@ def map_in_turns(
 ) -> Iterator[R]:
     """Computes ``turn`` results at a time, and pauses while they are in use."""
     iterator = iter(items)
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         while chunk := list(itertools.islice(iterator, turn)):
             yield from list(pool.map(function, chunk))
+    finally:
+        _end(pool)
+
+
+def _end(pool: ThreadPoolExecutor) -> None:
+    """Ends the threads without waiting for them.
+
+    An abandoned generator is finalized wherever the garbage collector runs, such as in a thread
+    that starts and holds a lock, for which the end of another thread would wait forever.
+    """
+    pool.shutdown(wait=False, cancel_futures=True)
