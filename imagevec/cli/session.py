@@ -84,7 +84,8 @@ def _start_jvm(started: list[Popen[bytes]]) -> None:
     class Recorded(Popen[bytes]):
         def __init__(self, *arguments: Any, **named: Any) -> None:
             started.append(self)  # first: an interrupt may come as soon as the process exists
-            super().__init__(*arguments, **named)
+            with _interrupts_deferred():
+                super().__init__(*arguments, **named)
 
     if SparkContext._gateway is not None:
         return
@@ -100,6 +101,23 @@ def _start_jvm(started: list[Popen[bytes]]) -> None:
         setattr(java_gateway, "Popen", Popen)  # noqa: B010
         os.close(write_end)
     SparkContext._ensure_initialized(gateway=gateway)
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Handles Ctrl-C at the end of the context.
+
+    Python ignores an exception that a signal raises in a function registered for forks. One that is
+    raised between the fork and the assignment of its result loses the process ID.
+    """
+    received: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if received and callable(before):
+        before(*received[0])
 
 
 def _pass_on(read_end: int) -> None:

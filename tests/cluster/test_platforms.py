@@ -142,6 +142,24 @@ def listens(jvm: psutil.Process) -> bool:
     return any(connection.status == "LISTEN" for connection in jvm.net_connections())
 
 
+def test_an_interrupt_during_the_fork_of_spark_is_not_lost() -> None:
+    code = """
+import os, signal
+import psutil
+from imagevec.cli.session import spark_session
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
+try:
+    with spark_session(None):
+        print("started")
+except KeyboardInterrupt:
+    print("interrupted", psutil.Process().children())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "interrupted []\n"
+
+
 @pytest.mark.parametrize("moment", [appears, runs_java, listens])
 def test_an_interrupt_while_spark_starts_leaves_no_jvm(
     tmp_path: Path, moment: Callable[[psutil.Process], bool]
