@@ -16,6 +16,16 @@ BOX_COLUMNS = ("box", "box_number", "box_count")
 """Its further columns if each row is a box."""
 
 
+OWN_PREFIX = "imagevec_"
+"""Of columns that exist during a run; kept columns must not have it."""
+
+IMAGE = f"{OWN_PREFIX}image"
+BOXES = f"{OWN_PREFIX}boxes"
+SOURCE_ERROR = f"{OWN_PREFIX}error"
+CHANGED = f"{OWN_PREFIX}changed"
+"""Whether the table has the image in another version."""
+
+
 def has_boxes(columns: Iterable[str]) -> bool:
     """Returns whether a table with these columns has a row for each box."""
     return set(BOX_COLUMNS) <= set(columns)
