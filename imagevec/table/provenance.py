@@ -64,7 +64,7 @@ class Provenance:
                 with fields or values that this one does not know.
         """
         try:
-            fields = dict(metadata[METADATA_KEY])
+            fields = dict(own_metadata(metadata)[METADATA_KEY])
             own = {name: fields.pop(name) for name in ("fingerprint", "imagevec")}
         except (KeyError, TypeError, ValueError) as error:
             raise FingerprintError(f"{column} has no provenance in its metadata") from error
@@ -77,6 +77,27 @@ class Provenance:
             ) from error
         made_of = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
         return cls(**own, **made_of)
+
+
+def own_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the part of a column's metadata that contains its provenance; empty if none does."""
+    if METADATA_KEY in metadata:
+        return {METADATA_KEY: metadata[METADATA_KEY]}
+    return from_json(metadata.get("comment"))
+
+
+def commented(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the provenance as a comment, which a table keeps that drops other metadata: Iceberg."""
+    return {**metadata, "comment": json.dumps(metadata)}
+
+
+def from_json(text: str | None) -> dict[str, Any]:
+    """Reads metadata from a comment or a table property; empty if it is of another kind."""
+    try:
+        read = json.loads(text or "")
+    except ValueError:
+        return {}
+    return read if isinstance(read, dict) and METADATA_KEY in read else {}
 
 
 def provenance(df: DataFrame, column: str = "features") -> Provenance:
