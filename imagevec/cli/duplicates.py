@@ -47,8 +47,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from imagevec.search.joins import near_duplicates
     from imagevec.spark.hadoop import Folder
     from imagevec.storage.listing import escaped
+    from imagevec.table.read import check_has_no_log
     from imagevec.table.schema import check_rows_are_images
 
+    check_has_no_log(options.features)
     with spark_session(options.master) as spark:
         if Folder(spark, options.out).names():
             raise OptionError(f"{options.out} exists and is not empty: choose another --out")
