@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 
-from pyspark.sql import Column, DataFrame, DataFrameWriterV2, SparkSession
+from pyspark.sql import Column, DataFrame, DataFrameWriterV2, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
     ArrayType,
@@ -216,9 +216,10 @@ class CatalogTable:
         rows = {of: self._staged(parts, run, target.schema) for of, parts in staged.items()}
         source = rows[kind].withColumn(_DELETED, F.lit(False))
         changes, stale = _changes(target, rows[kind], _paths(*rows.values()))
-        if stale is not None:
-            stale = stale.withColumn(_DELETED, F.lit(True))
-            source = source.unionByName(stale, allowMissingColumns=True)
+        if stale:
+            schema = target.select(*_keys(target.columns)).schema
+            deleted = self._spark.createDataFrame(stale, schema).withColumn(_DELETED, F.lit(True))
+            source = source.unionByName(deleted, allowMissingColumns=True)
         if changes:
             self._run_merge(kind, run, source, _merge_clauses(target.columns))
 
@@ -327,12 +328,12 @@ class CatalogTable:
 _NO_MERGE = "which has no MERGE"
 
 
-def _changes(target: DataFrame, rows: DataFrame, paths: DataFrame) -> tuple[int, DataFrame | None]:
+def _changes(target: DataFrame, rows: DataFrame, paths: DataFrame) -> tuple[int, list[Row]]:
     """Compares the rows of a wave with those of a table that have the same paths.
 
     Returns:
-        The number of rows to insert, update or delete, and the keys of those to delete, or ``None``
-        if there are none.
+        The number of rows to insert, update or delete, and the keys of those to delete. They are
+        on the driver, because Iceberg's MERGE cannot read its own target.
     """
     keys = _keys(target.columns)
     columns = [*keys, *_VERSION]
@@ -344,18 +345,17 @@ def _changes(target: DataFrame, rows: DataFrame, paths: DataFrame) -> tuple[int,
         same = [F.col(f"new_{name}").eqNullSafe(F.col(f"old_{name}")) for name in names]
         return reduce(Column.__and__, same)
 
-    old = named(target.join(F.broadcast(paths), "path", "left_semi"), "old")
+    old = named(target.join(paths, "path", "left_semi"), "old")
     pairs = named(rows, "new").join(old, is_same(keys), "full")
     is_stale = F.col("new_path").isNull()
     is_new = F.col("old_path").isNull()
-    changed = pairs.where(is_stale | is_new | ~is_same(_VERSION))
-    counts = changed.agg(F.count("*").alias("all"), F.count_if(is_stale).alias("stale")).first()
-    assert counts is not None, "an aggregate has a row"
-    if not counts["stale"]:
-        return counts["all"], None
-    return counts["all"], old.join(named(rows, "new"), is_same(keys), "left_anti").select(
-        *(F.col(f"old_{key}").alias(key) for key in keys)
-    )
+    is_changed = is_stale | is_new | ~is_same(_VERSION)
+    found = pairs.agg(
+        F.count_if(is_changed).alias("changes"),
+        F.collect_list(F.when(is_stale, F.struct(*(f"old_{key}" for key in keys)))).alias("stale"),
+    ).first()
+    assert found is not None, "an aggregate has a row"
+    return found["changes"], found["stale"]
 
 
 def _merge_clauses(columns: Sequence[str]) -> str:
