@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from imagevec.errors import ReadError, WriteError
 from imagevec.options import DEFAULTS
 from imagevec.storage.location import Location
 from imagevec.storage.retry import retried
@@ -29,9 +30,9 @@ class Folder:
 
     Raises:
         ReadError, WriteError: The store does not answer within the timeout, or only a person can
-            help: permission is denied, the disk is full, or the settings are wrong.
+            help: permission is denied, the disk is full, a folder is a file, or the settings are
+            wrong.
         UnsupportedURIError: The store cannot do this, or the URI is malformed.
-        OSError: The path cannot be read or written, such as a file where a folder is needed.
     """
 
     def __init__(
@@ -170,13 +171,19 @@ class Folder:
         writes: bool = False,
         any_size: bool = False,
     ) -> T:
-        return retried(
-            location,
-            lambda: action(store_of(location)),
-            self._timeout_seconds,
-            writes=writes,
-            any_size=any_size,
-        )
+        try:
+            return retried(
+                location,
+                lambda: action(store_of(location)),
+                self._timeout_seconds,
+                writes=writes,
+                any_size=any_size,
+            )
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not writes:
+                raise
+            kind, done = (WriteError, "written") if writes else (ReadError, "read")
+            raise kind(f"{location} cannot be {done}: {error}") from error
 
     def _at(self, path: str) -> Location:
         plain = path.strip("/")

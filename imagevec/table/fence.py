@@ -1,12 +1,13 @@
 """Fencing: one run at a time publishes to a table, however many drivers start, hang or wake up.
 
-    <work>/epochs/00000007        the run with the epoch 7, created conditionally: there is only one
-    <work>/epochs/00000007.beat   the time of its last heartbeat
+    <work>/epochs/<epoch>        the run that has the epoch, created conditionally
+    <work>/epochs/<epoch>.beat   the time of its last heartbeat
 
 A run takes the next epoch, which fences all earlier ones: before it publishes what it has listed, a
 run checks that no later epoch exists. The next run takes over if the process of the last one is
 known to have ended, or if it wrote no heartbeat while it was watched. Clocks of two machines are
-compared only to refuse sooner.
+compared only to refuse sooner. The first epoch is the time, so that no number is used again after
+the epochs were deleted.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 RUN_ID = re.compile(r"[0-9a-f]+")  # a run's ID becomes a part of paths
 EPOCHS = "epochs"
-_EPOCH = re.compile(r"\d{8}")
+_EPOCH = re.compile(r"\d{16}")
 _SETTLE_SECONDS = 0.5
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,7 @@ class Fence:
 
     def check(self) -> None:
         """Raises ``ImageVecError`` if a later run has fenced this one."""
-        # In this order: a later run that ends deletes the epochs, the earliest first.
-        is_last = self._work.read(_file(self._epoch + 1)) is None
+        is_last = max(self._epochs(), default=0) == self._epoch
         owner = Owner.of_bytes(self._work.read(_file(self._epoch)))
         if not is_last or owner is None or owner.run != self.run:
             raise ImageVecError(f"another run took over {self._table}: this one stops")
@@ -128,18 +128,9 @@ class Fence:
                 self._table,
                 who,
             )
-        self._epoch = last + 1
-        if not self._create(_file(self._epoch), _this_process(self.run)):
+        self._epoch = last + 1 if last else int(time.time() * 1000)
+        if not create(self._work, _file(self._epoch), _this_process(self.run)):
             raise ImageVecError(f"another run is starting on {self._table}: try again later")
-
-    def _create(self, file: str, data: bytes) -> bool:
-        try:
-            return self._work.create(file, data)
-        except UnsupportedURIError:
-            # The store cannot arbitrate. If two drivers write at once, the last one has the epoch.
-            self._work.write(file, data)
-            time.sleep(_SETTLE_SECONDS)
-            return self._work.read(file) == data
 
     def _watch(self, epoch: int, owner: Owner | None) -> None:
         """Waits until a run is known to be dead. Raises ``ImageVecError`` if it may be alive."""
@@ -168,19 +159,34 @@ class Fence:
                 return
 
     def _release(self) -> None:
-        """Deletes the epochs up to this one, the earliest first: see ``check``."""
+        """Deletes the epochs up to this one, which are all dead."""
         with contextlib.suppress(ImageVecError):
             self.check()
-            for epoch in sorted(self._epochs()):
+            for epoch in sorted(epoch for epoch in self._epochs() if epoch <= self._epoch):
                 self._work.delete(_beat_file(epoch))
                 self._work.delete(_file(epoch))
+            self._work.delete_empty(EPOCHS)
+            self._work.delete_empty("")
 
     def _epochs(self) -> list[int]:
         return [int(name) for name in self._work.names(EPOCHS) if _EPOCH.fullmatch(name)]
 
 
+def create(folder: Folder, path: str, data: bytes) -> bool:
+    """Writes a new file, with unique content. Returns ``False`` if there is one."""
+    try:
+        return folder.create(path, data)
+    except UnsupportedURIError:
+        # The store cannot arbitrate. If two drivers write at once, the last one wins.
+        if folder.read(path) is not None:
+            return False
+        folder.write(path, data)
+        time.sleep(_SETTLE_SECONDS)
+        return folder.read(path) == data
+
+
 def _file(epoch: int) -> str:
-    return f"{EPOCHS}/{epoch:08}"
+    return f"{EPOCHS}/{epoch:016}"
 
 
 def _beat_file(epoch: int) -> str:

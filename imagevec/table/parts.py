@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from imagevec.storage.folder import Folder
-from imagevec.table.schema import BOXES, CHANGED, IMAGE, SOURCE_ERROR
+from imagevec.table.schema import BOXES, CHANGED, IMAGE, SOURCE_ERROR, kept_column
 
 FEATURES, ERRORS = "features", "errors"
 _SECONDS = 45.0  # so that the next forward pass still ends within a minute
@@ -81,6 +81,11 @@ class Part(NamedTuple):
             bool(match["both"]),
         )
 
+    @classmethod
+    def of_published_name(cls, name: str) -> Part | None:
+        """Like ``of_name``, for a file that may have its ``published_name``."""
+        return cls.of_name(name) or cls.of_name(f"{FEATURES}.{name}")
+
     @property
     def published_name(self) -> str:
         return f"{self.stem}.parquet"
@@ -96,7 +101,7 @@ class Task:
         published: Folders where the driver may have moved parts of this run.
         metadata: The metadata of the Parquet files: Spark's schema, with the provenance.
         layers: The layers of ``features``, if it is a struct.
-        kept: The names of the kept columns.
+        kept: The names of the kept columns. Their input is ``kept_column`` of their number.
         compression: The name of a codec of Parquet.
     """
 
@@ -143,7 +148,7 @@ def _keys_of_others(task: Task, partition: int, attempt: int) -> set[str]:
     keys: set[str] = set()
     for folder in (task.folder, *task.published):  # the driver moves parts in this direction
         for name in folder.names(only_files=True):
-            part = Part.of_name(name) or Part.of_name(f"{FEATURES}.{name}")
+            part = Part.of_published_name(name)
             if part and (part.run, part.partition) == (task.run, partition):
                 keys.update(_keys_in(folder, name))
     return keys
@@ -275,8 +280,8 @@ def _flat_vectors(result: pd.DataFrame, counts: Any, layers: tuple[str, ...] | N
 
 
 def _with_kept(columns: dict[str, Any], others: pa.Table, task: Task) -> pa.Table:
-    columns |= {name: others.column(name) for name in task.kept}
-    return pa.table({**columns, CHANGED: others.column(CHANGED)})
+    kept = {name: others.column(kept_column(n)) for n, name in enumerate(task.kept)}
+    return pa.table({**columns, **kept, CHANGED: others.column(CHANGED)})
 
 
 def _texts(column: pd.Series) -> pa.Array:

@@ -4,8 +4,9 @@ Two attempts of a task may write the same rows: after a failure, by speculation,
 runs a stage again. So parts are published by key. A row counts if it is the first with its key that
 the driver publishes; a part with other rows is written again without them, before it is published.
 
-The order fences runs: the driver lists parts, then checks that no later run exists, then publishes
-what it listed. A later run that adopts the parts of this one has seen all of them.
+The order fences runs: the driver lists parts, then checks that no later run exists, then moves what
+it listed. A later run first moves the parts of dead runs into its own folder, where these cannot
+find them any more, and then looks up which of their keys were published.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -51,8 +52,16 @@ class Table(Protocol):
     def run_folder(self, run: str) -> Folder:
         """Returns the folder where the tasks of a run write parts."""
 
+    def published_folders(self, run: str) -> tuple[Folder, ...]:
+        """Returns the folders where published parts of a run may be."""
+
     def keys_among(self, parts: list[Part], run: str) -> set[str]:
-        """Returns the keys in parts of a run that the table has already."""
+        """Returns the keys in parts of dead runs that were published already.
+
+        Args:
+            parts: Parts in the folder of ``run``, of which all are ``is_changed``, or none.
+            run: The ID of the run that adopts them.
+        """
 
     def publish(self, parts: list[Part], run: str) -> None:
         """Makes parts of a run visible, and removes them from its folder."""
@@ -83,20 +92,28 @@ class Publisher:
         return self._publish(_complete(self._names()))
 
     def adopt(self) -> None:
-        """Publishes the parts that a dead run left behind. Damaged parts are deleted.
+        """Publishes the parts of dead runs, which are in the folder of this run before its job.
 
-        What its tasks still write afterwards is never published.
+        Damaged parts are deleted. What tasks of dead runs still write is never published.
         """
         names = self._names()
-        parts = _complete(names)
+        parts = _complete(names, self._published_stems()) if names else []
         damaged = {part.stem for part in parts if not self._is_whole(part)}
         for name in {*names} - {part.name for part in parts if part.stem not in damaged}:
             self._folder.delete(name)
         parts = [part for part in parts if part.stem not in damaged]
-        new = [part for part in parts if not part.is_changed]
-        if new:
-            self._keys.add("", self._table.keys_among(new, self._run))
+        for is_changed in (False, True):
+            group = [part for part in parts if part.is_changed == is_changed]
+            if group:
+                keys = self._table.keys_among(group, self._run)
+                self._keys.add("changed" if is_changed else "", keys)
         self._publish(parts)
+
+    def _published_stems(self) -> set[str]:
+        folders = self._table.published_folders(self._run)
+        names = [name for folder in folders for name in folder.names(only_files=True)]
+        parts = (Part.of_published_name(name) for name in names)
+        return {part.stem for part in parts if part is not None}
 
     def _names(self) -> list[str]:
         return self._folder.names(only_files=True)
@@ -127,6 +144,7 @@ class Publisher:
             with self._folder.open(part.name) as file:
                 return parquet.read_table(file, columns=columns)
         except (pa.ArrowInvalid, FileNotFoundError) as error:
+            self._fence.check()  # a later run may have moved it
             self._folder.delete(part.name)
             raise ImageVecError(
                 f"{self._folder.path}/{part.name} is damaged: run extract again to compute its "
@@ -162,11 +180,15 @@ class Publisher:
             self.published.errors.update(code.partition(":")[0] for code in codes)
 
 
-def _complete(names: Iterable[str]) -> list[Part]:
-    """Returns the parts of which all files are there."""
+def _complete(names: Iterable[str], published_stems: Collection[str] = ()) -> list[Part]:
+    """Returns the parts of which all files are there, or were published."""
     parts = [part for part in map(Part.of_name, names) if part is not None]
     files = Counter(part.stem for part in parts)
-    return [part for part in parts if files[part.stem] == 1 + part.has_both]
+    return [
+        part
+        for part in parts
+        if files[part.stem] == 1 + part.has_both or part.stem in published_stems
+    ]
 
 
 def _by_stem(parts: list[Part]) -> Iterator[list[Part]]:

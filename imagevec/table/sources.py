@@ -18,7 +18,7 @@ import pyarrow as pa
 from pyarrow import parquet
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import ArrayType, BinaryType, StringType, StructField, StructType
+from pyspark.sql.types import ArrayType, BinaryType, LongType, StringType, StructField, StructType
 
 from imagevec.errors import OptionError
 from imagevec.spark.sessions import (
@@ -29,10 +29,10 @@ from imagevec.spark.sessions import (
     existing_column,
     find_column,
     quoted,
-    spark_path,
 )
 from imagevec.storage.folder import Folder
-from imagevec.storage.listing import Listed, check_exists, escaped, list_files
+from imagevec.storage.listing import Listed, check_exists, list_files
+from imagevec.table.files import read_files, write_files
 from imagevec.table.schema import (
     BOX_COLUMNS,
     BOXES,
@@ -153,13 +153,20 @@ class FileSource:
     def prepare(self, folder: Folder) -> None:
         self._size = 0
         files = self._list()
+        names = []
         for number, rows in enumerate(_grouped(map(self._listed, _chunks(files)))):
             sink = pa.BufferOutputStream()
             parquet.write_table(pa.Table.from_batches(rows, _LISTING), sink)
-            folder.write(f"files-{number:05}.parquet", sink.getvalue().to_pybytes())
-        schema = "path string, length bigint, modified bigint"
-        path = escaped(spark_path(folder.location))
-        self._listing = self._spark.read.schema(schema).parquet(path)
+            names.append(f"files-{number:05}.parquet")
+            folder.write(names[-1], sink.getvalue().to_pybytes())
+        schema = StructType(
+            [
+                StructField("path", StringType()),
+                StructField("length", LongType()),
+                StructField("modified", LongType()),
+            ]
+        )
+        self._listing = read_files(self._spark, folder, names, schema)
 
     def _listed(self, files: list[Listed]) -> pa.RecordBatch:
         """Returns the images among some files as rows."""
@@ -315,9 +322,10 @@ class ShardSource:
         )
 
     def prepare(self, folder: Folder) -> None:
-        path = spark_path(folder.location)
-        self._read(images=False).write.mode("overwrite").parquet(path)
-        self._keys = self._spark.read.parquet(escaped(path)).select(_path_of_sample(), "__url__")
+        samples = self._read(images=False).select(_path_of_sample(), "__url__")
+        schema = samples.schema
+        names = write_files(samples, folder)
+        self._keys = read_files(self._spark, folder, names, schema)
 
     def keys(self) -> DataFrame:
         keys = self._with_version(self._keys).withColumn("partition", F.lit(0))
