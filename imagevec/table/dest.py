@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from pyspark.sql.types import StructField, StructType
 
@@ -15,7 +17,7 @@ from imagevec.storage.folder import Folder
 from imagevec.storage.listing import glob_parts, matcher
 from imagevec.storage.location import Location
 from imagevec.table.parts import Part
-from imagevec.table.provenance import Provenance, check_same, provenance
+from imagevec.table.provenance import Provenance, check_same
 from imagevec.table.publish import Fencing
 from imagevec.table.schema import has_boxes
 
@@ -57,8 +59,8 @@ class Dest(Protocol):
                 was killed after it had published one of two files, is retried, too.
         """
 
-    def recover(self, fence: Fencing) -> None:
-        """Completes the work of dead runs, which ``fence`` has fenced."""
+    def recover(self, fence: Fencing, run: str) -> None:
+        """Completes the work of dead runs, which ``fence`` has fenced, in the name of a run."""
 
     def run_folder(self, run: str) -> Folder:
         """Returns the folder where the tasks of a run write parts."""
@@ -67,7 +69,7 @@ class Dest(Protocol):
         """Returns the folders where published parts of a run may be."""
 
     def keys_among(self, parts: list[Part], run: str) -> set[str]:
-        """Returns the keys in parts of a dead run that the table has already."""
+        """Returns the keys in parts of dead runs that were published: see ``publish.Table``."""
 
     def publish(self, parts: list[Part], run: str) -> None:
         """Makes parts of a run visible, and removes them from its folder."""
@@ -87,8 +89,8 @@ class Dest(Protocol):
     def replace_by_replacement(self, check: Callable[[], None]) -> None:
         """Replaces all rows by those of ``replacement``."""
 
-    def remove_work(self) -> None:
-        """Deletes the working files of runs, except their epochs."""
+    def remove_work(self, run: str) -> None:
+        """Deletes the working files of a run, and a replacement, but not the epochs."""
 
 
 class FolderDest(Dest, Protocol):
@@ -96,25 +98,56 @@ class FolderDest(Dest, Protocol):
         """Deletes the table."""
 
 
+_KNOWN = ("path", "version", "error")
+
+
+def known_keys(
+    tables: Sequence[DataFrame], retried: Sequence[str], by_box: bool
+) -> DataFrame | None:
+    """Returns the keys of some tables, or ``None`` without any: see ``Dest.known``."""
+    if not tables:
+        return None
+    columns = [*_KNOWN, "box_count"] if by_box else _KNOWN
+    rows = functools.reduce(DataFrame.union, [table.select(*columns) for table in tables])
+    code = F.substring_index("error", ":", 1)
+    is_retried = F.coalesce(code.isin(*retried), F.lit(False))
+    keys = rows.withColumn("is_retried", is_retried).drop("error")
+    return _keys_of_boxes(keys) if by_box else keys
+
+
+def _keys_of_boxes(boxes: DataFrame) -> DataFrame:
+    """Returns the keys of boxes. A key that does not have a row for each box is retried."""
+    expected = F.coalesce(F.max("box_count"), F.lit(1))  # without boxes, one row of the image
+    is_retried = F.bool_or("is_retried") | (F.count("*") != expected)
+    return boxes.groupBy("path").agg(
+        F.max("version").alias("version"), is_retried.alias("is_retried")
+    )
+
+
 def check_fits(
-    table: str, there: DataFrame, spec: FeatureSpec, columns: Sequence[str], kept: StructType
+    table: str,
+    there: StructType,
+    made_of: Provenance,
+    spec: FeatureSpec,
+    columns: Sequence[str],
+    kept: StructType,
 ) -> None:
     """Raises an error if a table has another fingerprint, or other columns: see ``Dest.check``."""
     try:
-        check_same(provenance(there), Provenance.of(spec))
+        check_same(made_of, Provenance.of(spec))
     except FingerprintError as error:
         raise FingerprintError(f"{table}: {error}. overwrite=True replaces them") from error
-    if has_boxes(there.columns) != has_boxes(columns):
-        is_by_box = has_boxes(there.columns)
+    if has_boxes(there.names) != has_boxes(columns):
+        is_by_box = has_boxes(there.names)
         rows, option = ("box", "set boxes") if is_by_box else ("image", "leave out boxes")
         raise OptionError(f"{table} has a row for each {rows}: {option}, or use overwrite=True")
-    if set(there.columns) != set(columns):
+    if set(there.names) != set(columns):
         raise OptionError(
-            f"{table} has the columns {', '.join(there.columns)}, not "
+            f"{table} has the columns {', '.join(there.names)}, not "
             f"{', '.join(columns)}: keep the same columns, or use overwrite=True"
         )
     for field in kept:
-        type, other = field.dataType.simpleString(), there.schema[field.name].dataType
+        type, other = field.dataType.simpleString(), there[field.name].dataType
         if type != other.simpleString():
             raise OptionError(
                 f"{table} has the column {field.name!r} of type {other.simpleString()}, "

@@ -23,7 +23,14 @@ from pyspark import TaskContext
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import StructField, StructType
+from pyspark.sql.types import (
+    BooleanType,
+    IntegerType,
+    LongType,
+    StringType,
+    StructField,
+    StructType,
+)
 
 from imagevec import cache
 from imagevec.errors import ImageVecError, OptionError
@@ -35,19 +42,20 @@ from imagevec.spark.sessions import (
     cancellable,
     failures_in_words,
     gpus_of_tasks,
-    spark_path,
+    quoted,
 )
 from imagevec.spark.udf import extract_in_worker, send
 from imagevec.spec import FeatureSpec
 from imagevec.storage.folder import Folder
-from imagevec.storage.listing import escaped
 from imagevec.storage.location import Location
+from imagevec.table.catalog import CatalogTable
 from imagevec.table.dest import Dest, check_outside, result_schema
 from imagevec.table.fence import Fence
+from imagevec.table.files import read_files, write_files
 from imagevec.table.folder import FolderTable
 from imagevec.table.parts import Task, write_parts
 from imagevec.table.publish import NULL, Published, Publisher
-from imagevec.table.schema import BOX_COLUMNS, BOXES, OWN_COLUMNS
+from imagevec.table.schema import BOX_COLUMNS, BOXES, OWN_COLUMNS, SPARK_SCHEMA, kept_column
 from imagevec.table.sources import (
     FileSource,
     ShardSource,
@@ -104,6 +112,8 @@ def extract(
     src: str | Path | DataFrame,
     dest: str | Path,
     *,
+    to: str = "folder",
+    staging: str | Path | None = None,
     spark: SparkSession | None = None,
     recursive: bool = False,
     pattern: str | None = None,
@@ -133,7 +143,12 @@ def extract(
         src: A folder, glob or URI of image files, which the workers read. With ``column`` or
             ``format``, a table that Spark reads. Or a data frame.
         dest: A folder or URI that the workers can write. Bad images are listed in
-            ``<dest>/_errors``.
+            ``<dest>/_errors``. With ``to="table"``, the name of a table; bad images are listed in
+            ``<dest>_errors``.
+        to: ``"folder"``, or ``"table"`` for a table of the catalog that has MERGE, such as Delta or
+            Iceberg. It is created if it does not exist.
+        staging: With ``to="table"``, a folder or URI that the workers can write. Tables can share
+            it.
         spark: The session; by default the active one.
         recursive: Whether to include subfolders.
         pattern: A glob: only files whose names match are included.
@@ -171,9 +186,10 @@ def extract(
         spark = src.sparkSession if isinstance(src, DataFrame) else active_session()
     limits = checked({**DEFAULTS, **options})
     kept = (keep,) if isinstance(keep, str) else tuple(keep)
+    _check_staging(to, staging)
     with failures_in_words():
         if not isinstance(src, DataFrame):
-            check_outside(str(dest), str(src))
+            check_outside(str(staging or dest), str(src))
         source = _source(
             spark,
             src,
@@ -194,7 +210,7 @@ def extract(
             options["boxes"] = BOXES
             own += BOX_COLUMNS
             typed = StructType([*typed, StructField("box", source.boxes.elementType)])
-        table: Dest = FolderTable(spark, Folder(dest, limits["read_timeout_seconds"]))
+        table = _dest(spark, dest, staging, limits["read_timeout_seconds"])
         table.check_is_table()
         options["output"] = "struct"
         plan = make_plan(gpus=gpus_of_tasks(spark), **options)
@@ -205,7 +221,7 @@ def extract(
             cache.store(file)  # `imagevec similar` finds it by its digest
         fence = Fence(table.work, table.path, uuid.uuid4().hex)
         with fence.held():
-            table.recover(fence)
+            table.recover(fence, fence.run)
             target = table
             if overwrite:
                 table.check_is_features()
@@ -221,10 +237,11 @@ def extract(
             except BaseException:
                 with suppress(Exception):  # else the next run does it
                     fence.check()
-                    target.recover(fence)
+                    table.recover(fence, fence.run)
+                    target.recover(fence, fence.run)
                 raise
             fence.check()
-            table.remove_work()
+            table.remove_work(fence.run)
     return ExtractReport(
         **done,
         seconds=round(time.perf_counter() - start, 1),
@@ -233,12 +250,32 @@ def extract(
     )
 
 
+def _check_staging(to: str, staging: str | Path | None) -> None:
+    if to not in ("folder", "table"):
+        raise OptionError(f"to={to!r} is not known: choose 'folder' or 'table'")
+    if to == "table" and staging is None:
+        raise OptionError(
+            "to='table' requires staging=...: a folder that the workers can write, because only "
+            "the driver writes the table"
+        )
+    if to == "folder" and staging is not None:
+        raise OptionError("staging is only for to='table': a folder needs no other one")
+
+
+def _dest(
+    spark: SparkSession, dest: str | Path, staging: str | Path | None, timeout_seconds: float
+) -> Dest:
+    if staging is None:
+        return FolderTable(spark, Folder(dest, timeout_seconds))
+    return CatalogTable(spark, str(dest), Folder(staging, timeout_seconds))
+
+
 def _replacement(
     table: Dest, fence: Fence, spec: FeatureSpec, columns: Sequence[str], kept: StructType
 ) -> Dest:
     """Returns the table that replaces another one, with what a killed run has computed of it."""
     replacement = table.replacement()
-    replacement.recover(fence)
+    replacement.recover(fence, fence.run)
     try:
         replacement.check(spec, columns, kept)
     except ImageVecError:
@@ -371,7 +408,15 @@ def _everything(source: Source) -> tuple[Survey, None]:
     return Survey(found["found"], found["partitions"], pending=found["found"]), None
 
 
-_KEYS = "path string, count long, partition int, is_pending boolean, is_changed boolean"
+_KEYS = StructType(
+    [
+        StructField("path", StringType()),
+        StructField("count", LongType()),
+        StructField("partition", IntegerType()),
+        StructField("is_pending", BooleanType()),
+        StructField("is_changed", BooleanType()),
+    ]
+)
 
 
 def _pending(
@@ -392,10 +437,9 @@ def _pending(
     # are counted in the file, because AQE drops an observation together with an empty side.
     path = F.when(is_pending | (F.col("count") > 1), F.col("path")).otherwise("")
     columns = (is_pending.alias("is_pending"), (is_pending & is_known).alias("is_changed"))
-    folder = spark_path(table.work.sub(f"pending/{fence.run}").location)
-    keys = keys.select(path.alias("path"), "count", "partition", *columns)
-    keys.write.mode("overwrite").parquet(folder)
-    keys = spark.read.schema(_KEYS).parquet(escaped(folder))
+    folder = table.work.sub(f"pending/{fence.run}")
+    files = write_files(keys.select(path.alias("path"), "count", "partition", *columns), folder)
+    keys = read_files(spark, folder, files, _KEYS)
     found = keys.agg(*found_in_keys(), F.count_if("is_pending").alias("pending")).first()
     assert found is not None, "an aggregate has a row"
     check_keys(found.asDict())
@@ -428,7 +472,7 @@ def _written(
         run,
         table.published_folders(run),
         _file_metadata(rows, source, plan),
-        plan.spec.layer_sizes and tuple(plan.spec.layer_sizes),
+        None if plan.spec.layer_sizes is None else tuple(plan.spec.layer_sizes),
         tuple(source.kept.names),
         _codec(spark),
     )
@@ -440,7 +484,7 @@ def _written(
         cancellable(spark, run) as cancel,
         _watching(look, cancel, table.wave_seconds or _LOOK_EVERY_SECONDS),
     ):
-        reports = rows.mapInArrow(write, "images long").collect()
+        reports = _renamed(rows, source).mapInArrow(write, "images long").collect()
     missing = sum(row.images for row in reports) - publisher.published.images
     if missing > 0:
         raise ImageVecError(
@@ -448,6 +492,13 @@ def _written(
             "folder that the driver and all workers share"
         )
     return publisher.published
+
+
+def _renamed(rows: DataFrame, source: Source) -> DataFrame:
+    kept = set(source.kept.names)
+    others = [name for name in rows.columns if name not in kept]
+    names = enumerate(source.kept.names)
+    return rows.select(*others, *(F.col(quoted(n)).alias(kept_column(i)) for i, n in names))
 
 
 def write_in_worker(
@@ -469,7 +520,7 @@ def _file_metadata(rows: DataFrame, source: Source, plan: Plan) -> dict[str, str
     schema = result_schema(plan.spec, source.kept, source.boxes)
     return {
         "org.apache.spark.version": rows.sparkSession.version,
-        "org.apache.spark.sql.parquet.row.metadata": schema.json(),
+        SPARK_SCHEMA: schema.json(),
     }
 
 
