@@ -7,7 +7,7 @@
         runs/<run>/         parts that tasks have written: see ``imagevec.table.parts``
         done/<run>/         parts that are in the table, until the run ends
         replacement/        a table in a folder, which replaces this one at the end of a run
-        replacing           exists while it does
+        replacing           its files, while it does
 
 The driver publishes a wave of parts with one ``MERGE`` for each of the two tables: it inserts new
 keys, updates changed ones, and deletes those that are now in the other table. Merging the same wave
@@ -125,7 +125,8 @@ class CatalogTable:
 
     def known(self, retried: Sequence[str] = (), by_box: bool = False) -> DataFrame | None:
         tables = [self._table(kind) for kind in self._kinds()]
-        return known_keys([table for table in tables if table.head(1)], retried, by_box)
+        filled = [table for table in tables if table.select("path").head(1)]
+        return known_keys(filled, retried, by_box)
 
     def keys_among(self, parts: list[Part], run: str) -> set[str]:
         """Returns no keys: MERGE leaves those alone that the table has in the same version."""
@@ -156,9 +157,10 @@ class CatalogTable:
         fence.check()
         if is_replacing:
             self._end_replacement()
-        for name in dead:
-            self._take_over(name, run)
-        Publisher(self, fence, run).adopt()
+        if self._exists(FEATURES):  # else it was dropped, and its parts count no more
+            for name in dead:
+                self._take_over(name, run)
+            Publisher(self, fence, run).adopt()
         for name in dead:
             self._remove_run(name)
 
@@ -185,7 +187,8 @@ class CatalogTable:
     def replace_by_replacement(self, check: Callable[[], None]) -> None:
         """Replaces all rows by those of ``replacement``: each table in one commit."""
         check()
-        self.work.write(_REPLACING, b"{}")
+        self.work.write(_REPLACING, json.dumps(self.replacement().files()).encode())
+        check()
         self._end_replacement()
 
     def remove_work(self, run: str) -> None:
@@ -193,22 +196,24 @@ class CatalogTable:
         self.work.delete(_REPLACEMENT)
 
     def _end_replacement(self) -> None:
-        rows = self._replacing()
-        empty = self._empty(next(iter(rows.values())).schema)
-        for kind in self._names:
-            if kind in (FEATURES, *rows) or self._exists(kind):
-                writer = self._writer(kind, rows.get(kind, empty))
-                self._retried(writer.createOrReplace)
+        """Completes a replacement, unless its files are gone: then its run was fenced."""
+        listed = json.loads(self.work.read(_REPLACING) or b"[]")
+        files = self.replacement().files()
+        if listed and {*listed} <= {*files}:
+            self._replace_by(files)
         self.work.delete(_REPLACING)
         self.work.delete(_REPLACEMENT)
 
-    def _replacing(self) -> dict[str, DataFrame]:
-        files = self.replacement().files()
-        folders = {ERRORS: "_errors", FEATURES: ""}
-        kinds = {ERRORS if file.startswith("_errors/") else FEATURES for file in files}
+    def _replace_by(self, files: list[str]) -> None:
         root = escaped(spark_path(self.work.sub(_REPLACEMENT).location))
         reader = self._spark.read.option("pathGlobFilter", "*.parquet")
-        return {kind: reader.parquet(f"{root}/{folders[kind]}") for kind in kinds}
+        kinds = {ERRORS if file.startswith("_errors/") else FEATURES for file in files}
+        folders = {FEATURES: root, ERRORS: f"{root}/_errors"}
+        rows = {kind: reader.parquet(folders[kind]) for kind in kinds}
+        empty = self._empty(next(iter(rows.values())).schema)
+        for kind in self._names:
+            if kind in (FEATURES, *rows) or self._exists(kind):
+                self._retried(self._writer(kind, rows.get(kind, empty)).createOrReplace)
 
     def _merge(self, kind: str, staged: dict[str, list[Part]], run: str) -> None:
         """Gives a table the rows of the staged parts, and no others with the paths in them."""

@@ -209,6 +209,18 @@ def test_first_wave_is_merged_after_a_stop(
     assert names(spark, name) == (GOOD, {"bad.png"})
 
 
+def test_parts_of_a_dropped_table_are_not_used(
+    run: Extract, spark: SparkSession, photos: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, "_merge", 1, "before")
+        with pytest.raises(StoppedError):
+            run(photos)
+    spark.sql(f"DROP TABLE {name}")
+    assert run(photos, layer="logits").features == 4
+    assert {len(row.features) for row in rows(spark, name).values()} == {5}
+
+
 def test_acknowledgement_that_stops_halfway(
     run: Extract, spark: SparkSession, photos: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,7 +533,7 @@ def test_table_without_merge_is_refused(spark: SparkSession, photos: Path, stagi
 def test_new_table_without_merge_is_refused(
     spark: SparkSession, photos: Path, staging: Path, overwrite: bool
 ) -> None:
-    default = spark.conf.get("spark.sql.sources.default")
+    default = str(spark.conf.get("spark.sql.sources.default"))
     spark.conf.set("spark.sql.sources.default", "parquet")
     given: dict[str, Any] = {"model": tiny, "weights": "random", "overwrite": overwrite}
     try:
