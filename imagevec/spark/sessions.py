@@ -16,7 +16,7 @@ from pyspark.sql.types import ArrayType, BinaryType, NumericType, StringType, St
 from imagevec.errors import ImageVecError, OptionError, did_you_mean
 from imagevec.images.boxes import ACCEPTED_BOXES
 from imagevec.images.values import ACCEPTED, EXPLODE, FILE_FIELDS, IMAGE_FIELDS, Box
-from imagevec.storage.location import Location
+from imagevec.storage.location import Location, UnsupportedURIError
 
 _JAVA = ("java.", "javax.", "org.", "com.", "scala.", "py4j.")
 
@@ -89,8 +89,12 @@ def cancellable(session: SparkSession, tag: str) -> Iterator[Callable[[], None]]
     """Tags the jobs of this thread. Yields a function that cancels them, from any thread."""
     if is_connect(session):
         session.addTag(tag)
+
+        def interrupt() -> None:
+            session.interruptTag(tag)
+
         try:
-            yield lambda: session.interruptTag(tag) and None
+            yield interrupt
         finally:
             session.removeTag(tag)
     else:
@@ -165,9 +169,14 @@ def check_boxes_column(schema: StructType, name: str) -> str:
 
 @contextlib.contextmanager
 def failures_in_words() -> Iterator[None]:
-    """Converts Spark's exceptions, which fill pages, to an ``ImageVecError`` with one line."""
+    """Converts Spark's exceptions, which fill pages, to an ``ImageVecError`` with one line.
+
+    Those of a URI that is not supported become an ``OptionError``.
+    """
     try:
         yield
+    except UnsupportedURIError as error:
+        raise OptionError(str(error)) from error
     except (PySparkException, Py4JError) as error:
         raise ImageVecError(cause_of(error)) from error
 

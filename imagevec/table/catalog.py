@@ -184,7 +184,7 @@ class CatalogTable:
         """Returns the table that replaces this one at the end of a run."""
         return FolderTable(self._spark, self.work.sub(_REPLACEMENT))
 
-    def replace_by_replacement(self, check: Callable[[], None]) -> None:
+    def replace_by_replacement(self, run: str, check: Callable[[], None]) -> None:
         """Replaces all rows by those of ``replacement``: each table in one commit."""
         check()
         self.work.write(_REPLACING, json.dumps(self.replacement().files()).encode())

@@ -86,8 +86,8 @@ class Dest(Protocol):
     def replacement(self) -> FolderDest:
         """Returns the table that replaces this one at the end of a run."""
 
-    def replace_by_replacement(self, check: Callable[[], None]) -> None:
-        """Replaces all rows by those of ``replacement``."""
+    def replace_by_replacement(self, run: str, check: Callable[[], None]) -> None:
+        """Replaces all rows by those of ``replacement``, in the name of a run."""
 
     def remove_work(self, run: str) -> None:
         """Deletes the working files of a run, and a replacement, but not the epochs."""

@@ -233,7 +233,7 @@ def extract(
                 known = target.known(retried, source.boxes is not None)
                 done = _add_missing(source, known, target, fence, plan, progress)
                 if overwrite and target.known() is not None:
-                    table.replace_by_replacement(fence.check)
+                    table.replace_by_replacement(fence.run, fence.check)
             except BaseException:
                 with suppress(Exception):  # else the next run does it
                     fence.check()

@@ -115,6 +115,13 @@ class Fence:
         if not is_last or owner is None or owner.run != self.run:
             raise ImageVecError(f"another run took over {self._table}: this one stops")
 
+    def end_earlier(self) -> None:
+        """Deletes the epochs of earlier runs: what they may still begin does not count any more."""
+        self.check()
+        for epoch in self._epochs():
+            if epoch < self._epoch:
+                self._delete(epoch)
+
     def _take(self) -> None:
         last = max(self._epochs(), default=0)
         data = self._work.read(_file(last)) if last else None
@@ -163,13 +170,26 @@ class Fence:
         with contextlib.suppress(ImageVecError):
             self.check()
             for epoch in sorted(epoch for epoch in self._epochs() if epoch <= self._epoch):
-                self._work.delete(_beat_file(epoch))
-                self._work.delete(_file(epoch))
+                self._delete(epoch)
             self._work.delete_empty(EPOCHS)
             self._work.delete_empty("")
 
+    def _delete(self, epoch: int) -> None:
+        self._work.delete(_beat_file(epoch))
+        self._work.delete(_file(epoch))
+
     def _epochs(self) -> list[int]:
-        return [int(name) for name in self._work.names(EPOCHS) if _EPOCH.fullmatch(name)]
+        return _epochs(self._work)
+
+
+def runs_with_epochs(work: Folder) -> set[str]:
+    """Returns the IDs of the runs that have an epoch."""
+    owners = (Owner.of_bytes(work.read(_file(epoch))) for epoch in _epochs(work))
+    return {owner.run for owner in owners if owner is not None}
+
+
+def _epochs(work: Folder) -> list[int]:
+    return [int(name) for name in work.names(EPOCHS) if _EPOCH.fullmatch(name)]
 
 
 def create(folder: Folder, path: str, data: bytes) -> bool:

@@ -45,7 +45,7 @@ def read_files(
                 yield from _read(folder, name, columns)
 
     files = spark.createDataFrame([(name,) for name in names], f"{FILE} string")
-    tasks = min(len(names), _TASKS + len(names) // _TASKS)
+    tasks = max(1, min(len(names), _TASKS + len(names) // _TASKS))
     with_file = StructType([*schema, StructField(FILE, StringType())])
     return files.repartition(tasks).mapInArrow(read, with_file)
 

@@ -7,21 +7,21 @@
         runs/<run>/                parts that tasks have written: see ``imagevec.table.parts``
         changed/<run>/             published parts that replace rows, until the run ends
         staged/<run>/              files that are written again without the replaced rows
-        replace.json               the replaced and the new files, relative to DEST
+        replace-<run>.json         the replaced and the new files of a run, relative to DEST
         replacement/               a table of its own, which replaces this one at the end of a run
 
 New parts are published by moving them. A move can be repeated, because it keeps the file's name,
-which is unique. Replacing counts once ``replace.json`` is written: from then on, it is completed,
-by the next run if need be, unless its new files are gone: then a run wrote it that was fenced.
+which is unique. Replacing counts once ``replace-<run>.json`` is written: from then on, it is
+completed, by the next run if need be, which then deletes the epochs of earlier runs. A journal of a
+run without an epoch does not count: that run was fenced before it wrote it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import IntegerType, StringType, StructField, StructType
@@ -31,14 +31,14 @@ from imagevec.spark.sessions import existing_column
 from imagevec.spec import FeatureSpec
 from imagevec.storage.folder import Folder
 from imagevec.table.dest import check_fits, known_keys
-from imagevec.table.fence import RUN_ID, create
+from imagevec.table.fence import RUN_ID, runs_with_epochs
 from imagevec.table.files import read_files, rewrite_files, schema_of
 from imagevec.table.parts import ERRORS, FEATURES, Part
 from imagevec.table.provenance import Provenance
 from imagevec.table.publish import Fencing, Publisher
 
 WORK = "_imagevec"
-_JOURNAL = "replace.json"
+_JOURNAL = re.compile(r"replace-([0-9a-f]+)\.json")
 _REPLACEMENT = "replacement"
 _PLACES = {FEATURES: "", ERRORS: "_errors/"}
 # The files of the table: Spark does not read those that start with a dot or an underscore.
@@ -49,17 +49,38 @@ _BOX_COUNT = StructField("box_count", IntegerType())
 _PATHS = StructType(_KNOWN[:1])
 
 
+class _Journal(NamedTuple):
+    """A replacement of files that has begun.
+
+    Attributes:
+        source: The run whose staged and changed files are put in the table, or ``_REPLACEMENT``.
+        old: The files that are deleted, as their names in the table.
+        new: The files that are put in the table.
+    """
+
+    source: str
+    old: list[str]
+    new: list[str]
+
+
+def _journal_file(run: str) -> str:
+    return f"replace-{run}.json"
+
+
 class FolderTable:
     """The features and errors in one folder: local, mounted, or in a store of ``storage``."""
 
     wave_seconds = 0.0
     """The time between two publications."""
 
-    def __init__(self, spark: SparkSession, folder: Folder) -> None:
+    def __init__(
+        self, spark: SparkSession, folder: Folder, fenced_by: Folder | None = None
+    ) -> None:
         self._spark = spark
         self._folder = folder
         self.path = folder.path
         self.work = folder.sub(WORK)
+        self._fenced_by = fenced_by or self.work  # the folder with epochs
 
     def run_folder(self, run: str) -> Folder:
         return self.work.sub(f"runs/{run}")
@@ -72,7 +93,7 @@ class FolderTable:
     def check_is_table(self) -> None:
         """Raises ``OptionError`` if the folder contains other data."""
         is_data = any(not name.startswith(("_", ".")) for name in self._folder.names())
-        is_begun = _JOURNAL in self.work.names()  # the new files may not be in place
+        is_begun = any(self._journals())  # the new files may not be in place
         if is_data and not is_begun and self._schema() is None:
             raise OptionError(f"{self.path} exists and has no features: choose another DEST")
 
@@ -124,7 +145,8 @@ class FolderTable:
             changed = rows if changed is None else changed.union(rows)
         if changed is not None:
             old, staged = self._stage_without(changed.distinct(), run)
-            self._replace(old, [*staged, *self._changed_files(run)], run, check)
+            journal = _Journal(run, old, [*staged, *self._changed_files(run)])
+            self._replace(journal, run, check)
 
     def _changed(self, run: str) -> Folder:
         return self.work.sub(f"changed/{run}")
@@ -140,9 +162,9 @@ class FolderTable:
         return [f"{place}{name}" for kind, place in _PLACES.items() for name in folder.names(kind)]
 
     def recover(self, fence: Fencing, run: str) -> None:
-        self._end_replacement()
+        self._end_replacements(run)
         dead = [f"{folder}/{name}" for folder in _OF_RUNS for name in self._runs(folder)]
-        fence.check()
+        fence.end_earlier()
         for folder in dead:
             self._take_over(folder, run)
         Publisher(self, fence, run).adopt()
@@ -165,11 +187,12 @@ class FolderTable:
 
     def replacement(self) -> FolderTable:
         """Returns the table that replaces this one at the end of a run."""
-        return FolderTable(self._spark, self.work.sub(_REPLACEMENT))
+        return FolderTable(self._spark, self.work.sub(_REPLACEMENT), self._fenced_by)
 
-    def replace_by_replacement(self, check: Callable[[], None]) -> None:
+    def replace_by_replacement(self, run: str, check: Callable[[], None]) -> None:
         """Replaces all rows by those of ``replacement``."""
-        self._replace(self.files(), self.replacement().files(), _REPLACEMENT, check)
+        new = self.replacement().files()
+        self._replace(_Journal(_REPLACEMENT, self.files(), new), run, check)
 
     def clear(self) -> None:
         """Deletes the folder."""
@@ -204,36 +227,59 @@ class FolderTable:
                 new += [f"{place}{name}" for name in names.values() if name is not None]
         return old, new
 
-    def _replace(
-        self, old: Sequence[str], new: Sequence[str], run: str, check: Callable[[], None]
-    ) -> None:
-        """Replaces files of the table by staged and changed ones of a run, or a replacement."""
-        journal = {"run": run, "old": list(old), "new": list(new), "id": uuid.uuid4().hex}
-        while not create(self.work, _JOURNAL, json.dumps(journal).encode()):
-            check()
-            self.work.delete(_JOURNAL)  # of a run that was fenced
+    def _replace(self, journal: _Journal, run: str, check: Callable[[], None]) -> None:
+        """Replaces files of the table, in the name of a run."""
+        self._write(journal, run)
         check()
-        self._complete(run, old, new)
+        self._complete(journal)
+        self.work.delete(_journal_file(run))
 
-    def _end_replacement(self) -> None:
-        """Completes the replacement of a dead run."""
+    def _write(self, journal: _Journal, run: str) -> None:
+        self.work.write(_journal_file(run), json.dumps(journal._asdict()).encode())
+
+    def _end_replacements(self, run: str) -> None:
+        """Completes the replacements of dead runs, in the name of a run: its epoch remains."""
+        valid = runs_with_epochs(self._fenced_by)
+        for dead in self._journals():
+            journal = self._read_journal(dead) if dead in valid else None
+            if journal is not None:
+                self._write(journal, run)
+                self._complete(journal)
+                self.work.delete(_journal_file(run))
+            self.work.delete(_journal_file(dead))
+
+    def _journals(self) -> list[str]:
+        """Returns the IDs of the runs that have begun to replace files."""
+        matches = map(_JOURNAL.fullmatch, self.work.names())
+        return [match[1] for match in matches if match is not None]
+
+    def _read_journal(self, run: str) -> _Journal | None:
         try:
-            journal = json.loads(self.work.read(_JOURNAL) or b"")
+            fields = json.loads(self.work.read(_journal_file(run)) or b"")
         except ValueError:
-            # No replacement began, or it was interrupted before it deleted a file.
-            return self.work.delete(_JOURNAL)
-        self._complete(*self._checked(journal))
+            return None  # it was interrupted before it deleted a file
+        try:
+            journal = _Journal(**fields)
+            is_known = journal.source == _REPLACEMENT or RUN_ID.fullmatch(journal.source)
+            files = (*journal.old, *journal.new)
+            is_own = is_known and all(_FILE.fullmatch(file) for file in files)
+        except TypeError:
+            is_own = None
+        if not is_own:
+            raise ImageVecError(
+                f"{self.work.path}/{_journal_file(run)} names what is not a file of this table: "
+                "nothing was deleted. If no run of extract wrote it, delete it"
+            )
+        return journal
 
-    def _complete(self, run: str, old: Sequence[str], new: Sequence[str]) -> None:
-        sources = self._sources(run)
-        if {*new} <= {*sources, *self.files()}:
-            for file in old:
-                self._folder.delete(file)
-            for file in new:
-                if file in sources:
-                    self._folder.move(sources[file], file)
-            self._folder.delete_empty(_PLACES[ERRORS])
-        self.work.delete(_JOURNAL)
+    def _complete(self, journal: _Journal) -> None:
+        sources = self._sources(journal.source)
+        for file in journal.old:
+            self._folder.delete(file)
+        for file in journal.new:
+            if file in sources:  # else it was moved before
+                self._folder.move(sources[file], file)
+        self._folder.delete_empty(_PLACES[ERRORS])
 
     def _sources(self, run: str) -> dict[str, str]:
         """Returns where the files are that a run puts in the table, by their names there."""
@@ -249,21 +295,6 @@ class FolderTable:
             for place, folder in places
             for name in self._parquet_files(f"{WORK}/{folder}")
         }
-
-    def _checked(self, journal: Any) -> tuple[str, list[str], list[str]]:
-        """Returns the run and the files of a journal, which may name only files of this table."""
-        try:
-            run, old, new = journal["run"], list(journal["old"]), list(journal["new"])
-            is_known_run = run == _REPLACEMENT or RUN_ID.fullmatch(run)
-            is_own = is_known_run and all(_FILE.fullmatch(file) for file in (*old, *new))
-        except (KeyError, TypeError):
-            is_own = None
-        if not is_own:
-            raise ImageVecError(
-                f"{self.work.path}/{_JOURNAL} names what is not a file of this table: nothing was "
-                "deleted. If no run of extract wrote it, delete it"
-            )
-        return run, old, new
 
     def _schema(self) -> StructType | None:
         """Returns the columns of the table; ``None`` if it is empty."""

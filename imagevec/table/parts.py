@@ -15,7 +15,8 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -132,11 +133,17 @@ def write_parts(
     done = _keys_of_others(task, partition, attempt)
     writer = _Writer(task, partition, attempt)
     images = 0
-    for rows in _results(_without(batches, done), task, extract):
-        images += rows.images
-        writer.add(rows.table)
+
+    def pending() -> Iterator[pa.RecordBatch]:
+        nonlocal images
+        for batch in batches:
+            images += batch.num_rows
+            yield _without(batch, done)
+
+    for rows in _results(pending(), task, extract):
+        writer.add(rows)
     writer.flush()
-    return images + len(done)
+    return images
 
 
 def _keys_of_others(task: Task, partition: int, attempt: int) -> set[str]:
@@ -145,13 +152,31 @@ def _keys_of_others(task: Task, partition: int, attempt: int) -> set[str]:
     task.folder.write(f"{attempts}/{attempt}", b"")
     if len(task.folder.names(attempts)) < 2:
         return set()
+    # The driver moves parts in this direction.
+    places = [(folder, folder.names(only_files=True)) for folder in (task.folder, *task.published)]
+    stems = published_stems(name for _, names in places[1:] for name in names)
+    whole = {part.stem for part in complete(places[0][1], stems)} | stems
     keys: set[str] = set()
-    for folder in (task.folder, *task.published):  # the driver moves parts in this direction
-        for name in folder.names(only_files=True):
+    for folder, names in places:
+        for name in names:
             part = Part.of_published_name(name)
-            if part and (part.run, part.partition) == (task.run, partition):
+            if part and (part.run, part.partition) == (task.run, partition) and part.stem in whole:
                 keys.update(_keys_in(folder, name))
     return keys
+
+
+def published_stems(names: Iterable[str]) -> set[str]:
+    """Returns the stems of published files."""
+    return {part.stem for part in map(Part.of_published_name, names) if part is not None}
+
+
+def complete(names: Iterable[str], published: Collection[str] = ()) -> list[Part]:
+    """Returns the parts of which all files are there, or one was published."""
+    parts = [part for part in map(Part.of_name, names) if part is not None]
+    files = Counter(part.stem for part in parts)
+    return [
+        part for part in parts if files[part.stem] == 1 + part.has_both or part.stem in published
+    ]
 
 
 def _keys_in(folder: Folder, name: str) -> list[str]:
@@ -163,20 +188,14 @@ def _keys_in(folder: Folder, name: str) -> list[str]:
     return keys
 
 
-def _without(batches: Iterable[pa.RecordBatch], done: set[str]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        if done:
-            is_done = pc.is_in(batch.column("path"), pa.array(list(done), pa.string()))
-            batch = batch.filter(pc.invert(is_done))
-        yield batch
+def _without(batch: pa.RecordBatch, done: set[str]) -> pa.RecordBatch:
+    if not done:
+        return batch
+    is_done = pc.is_in(batch.column("path"), pa.array(list(done), pa.string()))
+    return batch.filter(pc.invert(is_done))
 
 
-class _Rows(NamedTuple):
-    images: int
-    table: pa.Table
-
-
-def _results(batches: Iterable[pa.RecordBatch], task: Task, extract: Extract) -> Iterator[_Rows]:
+def _results(batches: Iterable[pa.RecordBatch], task: Task, extract: Extract) -> Iterator[pa.Table]:
     """Yields the rows of the result, in pieces of some images, as the forward passes end."""
     waiting: list[pa.RecordBatch] = []  # rows whose vectors are being computed, without images
 
@@ -190,7 +209,7 @@ def _results(batches: Iterable[pa.RecordBatch], task: Task, extract: Extract) ->
     for result in extract(inputs()):
         others = _taken(waiting, len(result))
         to_rows = _rows_of_boxes if BOXES in others.schema.names else _rows_of_images
-        yield _Rows(len(result), to_rows(others, result, task))
+        yield to_rows(others, result, task)
 
 
 def _taken(waiting: list[pa.RecordBatch], number: int) -> pa.Table:

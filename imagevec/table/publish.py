@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from pyarrow import parquet
 
 from imagevec.errors import ImageVecError
 from imagevec.storage.folder import Folder
-from imagevec.table.parts import FEATURES, Part
+from imagevec.table.parts import FEATURES, Part, complete, published_stems
 
 NULL = "null"  # the code of a null
 
@@ -71,6 +71,9 @@ class Fencing(Protocol):
     def check(self) -> None:
         """Raises ``ImageVecError`` if a later run has fenced this one."""
 
+    def end_earlier(self) -> None:
+        """Deletes the epochs of earlier runs."""
+
 
 class Publisher:
     """Publishes the parts of one run.
@@ -89,7 +92,7 @@ class Publisher:
 
     def look(self) -> bool:
         """Publishes the parts that tasks have completed. Returns whether there were any."""
-        return self._publish(_complete(self._names()))
+        return self._publish(complete(self._names()))
 
     def adopt(self) -> None:
         """Publishes the parts of dead runs, which are in the folder of this run before its job.
@@ -97,9 +100,9 @@ class Publisher:
         Damaged parts are deleted. What tasks of dead runs still write is never published.
         """
         names = self._names()
-        parts = _complete(names, self._published_stems()) if names else []
+        parts = complete(names, self._published_stems()) if names else []
         damaged = {part.stem for part in parts if not self._is_whole(part)}
-        for name in {*names} - {part.name for part in parts if part.stem not in damaged}:
+        for name in sorted({*names} - {part.name for part in parts if part.stem not in damaged}):
             self._folder.delete(name)
         parts = [part for part in parts if part.stem not in damaged]
         for is_changed in (False, True):
@@ -111,9 +114,7 @@ class Publisher:
 
     def _published_stems(self) -> set[str]:
         folders = self._table.published_folders(self._run)
-        names = [name for folder in folders for name in folder.names(only_files=True)]
-        parts = (Part.of_published_name(name) for name in names)
-        return {part.stem for part in parts if part is not None}
+        return published_stems(name for f in folders for name in f.names(only_files=True))
 
     def _names(self) -> list[str]:
         return self._folder.names(only_files=True)
@@ -178,17 +179,6 @@ class Publisher:
         else:
             codes = pc.fill_null(rows.column("error"), NULL).to_pylist()
             self.published.errors.update(code.partition(":")[0] for code in codes)
-
-
-def _complete(names: Iterable[str], published_stems: Collection[str] = ()) -> list[Part]:
-    """Returns the parts of which all files are there, or were published."""
-    parts = [part for part in map(Part.of_name, names) if part is not None]
-    files = Counter(part.stem for part in parts)
-    return [
-        part
-        for part in parts
-        if files[part.stem] == 1 + part.has_both or part.stem in published_stems
-    ]
 
 
 def _by_stem(parts: list[Part]) -> Iterator[list[Part]]:

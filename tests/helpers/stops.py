@@ -11,14 +11,14 @@ CUT_OFF = "the list of what is replaced is cut off"
 
 # A method of Folder, whether to stop before or after it, and a predicate that selects the call.
 POINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
-    "before the list": ("create", "before", lambda path, *_: "replace.json" in path),
-    CUT_OFF: ("create", "after", lambda path, *_: "replace.json" in path),
-    "after the list": ("create", "after", lambda path, *_: "replace.json" in path),
+    "before the list": ("write", "before", lambda path, *_: "replace-" in path),
+    CUT_OFF: ("write", "after", lambda path, *_: "replace-" in path),
+    "after the list": ("write", "after", lambda path, *_: "replace-" in path),
     "first deletion": ("delete", "after", lambda path: path.endswith(".parquet")),
     "all deletions": ("move", "before", lambda source, _: "/runs/" not in source),
     "first move": ("move", "after", lambda source, _: "/runs/" not in source),
-    "all moves": ("delete", "before", lambda path: "replace.json" in path),
-    "replaced": ("delete", "after", lambda path: "replace.json" in path),
+    "all moves": ("delete", "before", lambda path: "replace-" in path),
+    "replaced": ("delete", "after", lambda path: "replace-" in path),
     "first publication": ("move", "after", lambda source, _: "/runs/" in source),
 }
 

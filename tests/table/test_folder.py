@@ -71,6 +71,15 @@ class Unfenced:
     def check(self) -> None:
         pass
 
+    def end_earlier(self) -> None:
+        pass
+
+
+def begin(table: FolderTable, run: str) -> None:
+    """Gives a run an epoch, without which its journal would not count."""
+    owner = {"run": run, "host": "", "place": "", "process": 1, "start": "", "user": ""}
+    table.work.write("epochs/0000000000000001", json.dumps(owner).encode())
+
 
 FENCE = Unfenced()
 
@@ -127,6 +136,7 @@ def known(table: FolderTable) -> dict[str, str]:
 
 
 def remove_rows(table: FolderTable, *paths: str) -> None:
+    begin(table, RUN)
     table.finish(RUN, paths, FENCE.check)
 
 
@@ -134,6 +144,7 @@ def files(table: FolderTable) -> set[str]:
     """Those that others would read, and what is beside them."""
     place = Path(table.path)
     found = (str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+    found = (name for name in found if "epochs" not in name)
     return {name for name in found if not Path(name).name.startswith(".")}
 
 
@@ -218,6 +229,9 @@ def test_damaged_part_of_this_run_fails_it(table: FolderTable) -> None:
 def test_fenced_run_publishes_nothing(table: FolderTable) -> None:
     class Fenced:
         def check(self) -> None:
+            raise ImageVecError("another run took over")
+
+        def end_earlier(self) -> None:
             raise ImageVecError("another run took over")
 
     put(table, FIRST, {"a": "1"}, {})
@@ -312,17 +326,19 @@ def test_failure_at_any_step_of_a_replacement_loses_no_row(
     put(table, FIRST, {"a": "1", "b": "1"}, {"x": "1", "y": "1"})
     publish(table, FIRST)
     if is_all:  # as with overwrite=True
+        begin(table, RUN)
         put(table.replacement(), RUN, {"n": "2"}, {})
         Publisher(table.replacement(), FENCE, RUN).look()
         after = {"n": "2"}
     else:
+        begin(table, RUN)
         put(table, RUN, {"a": "2"}, {"x": "2"}, is_changed=True)
         Publisher(table, FENCE, RUN).look()
         after = {"a": "2", "b": "1", "x": "2", "y": "1"}
 
     def replace(copy: FolderTable) -> None:
         if is_all:
-            copy.replace_by_replacement(FENCE.check)
+            copy.replace_by_replacement(RUN, FENCE.check)
         else:
             copy.finish(RUN, (), FENCE.check)
 
@@ -343,7 +359,7 @@ def test_failure_at_any_step_of_a_replacement_loses_no_row(
             copy.recover(FENCE, NEXT)
             found.append(versions(Path(copy.path)))
             copy.remove_work(RUN)
-            assert list(Path(copy.work.path).iterdir()) == []
+            assert [path.name for path in Path(copy.work.path).iterdir()] == ["epochs"]
             number += 1
         is_replaced = [rows == after for rows in found]
         assert all(rows in (before, after) for rows in found)
@@ -375,19 +391,23 @@ def test_a_moved_or_copied_table_completes_its_own_replacement(
 @pytest.mark.parametrize(
     "journal",
     [
-        {"run": RUN, "new": [], "old": ["{victim}"]},
-        {"run": RUN, "new": [], "old": ["file:{victim}"]},
-        {"run": RUN, "new": [], "old": ["../victim/part-0.parquet"]},
-        {"run": RUN, "new": [], "old": ["part-0.parquet", "_errors/../../victim/part-0.parquet"]},
-        {"run": RUN, "new": [], "old": ["_errors"]},
-        {"run": RUN, "new": [], "old": [".."]},
-        {"run": RUN, "new": [], "old": ["sub/part-0.parquet"]},
-        {"run": RUN, "new": [], "old": ["mine.txt"]},
-        {"run": RUN, "new": [], "old": [1]},
-        {"run": RUN, "new": [], "old": None},
-        {"run": "../../../victim", "old": [], "new": []},
-        {"run": 7, "old": [], "new": []},
-        {"run": RUN, "old": [], "new": ["../../victim/part-0.parquet"]},
+        {"source": RUN, "new": [], "old": ["{victim}"]},
+        {"source": RUN, "new": [], "old": ["file:{victim}"]},
+        {"source": RUN, "new": [], "old": ["../victim/part-0.parquet"]},
+        {
+            "source": RUN,
+            "new": [],
+            "old": ["part-0.parquet", "_errors/../../victim/part-0.parquet"],
+        },
+        {"source": RUN, "new": [], "old": ["_errors"]},
+        {"source": RUN, "new": [], "old": [".."]},
+        {"source": RUN, "new": [], "old": ["sub/part-0.parquet"]},
+        {"source": RUN, "new": [], "old": ["mine.txt"]},
+        {"source": RUN, "new": [], "old": [1]},
+        {"source": RUN, "new": [], "old": None},
+        {"source": "../../../victim", "old": [], "new": []},
+        {"source": 7, "old": [], "new": []},
+        {"source": RUN, "old": [], "new": ["../../victim/part-0.parquet"]},
         {"old": []},
         ["part-0.parquet"],
         7,
@@ -400,9 +420,12 @@ def test_a_journal_that_names_other_files_is_refused(
     table = at(spark, write_table(tmp_path / "dest", {"a": [1.0]}))
     (tmp_path / "dest" / "mine.txt").touch()
     text = json.dumps(journal).replace("{victim}", str(next(victim.iterdir())))
-    table.work.write("replace.json", text.encode())
+    begin(table, RUN)
+    table.work.write(f"replace-{RUN}.json", text.encode())
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ImageVecError, match=r"replace.json names what is not a file of this table"):
+    with pytest.raises(
+        ImageVecError, match=rf"replace-{RUN}.json names what is not a file of this table"
+    ):
         table.recover(FENCE, NEXT)
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -430,21 +453,22 @@ def test_what_lies_beside_a_table_is_spared(spark: SparkSession, tmp_path: Path)
         (tmp_path / "dest" / name).touch()
     (tmp_path / "dest" / "_errors").mkdir()
     table.check_is_features()
-    table.replace_by_replacement(FENCE.check)
+    table.replace_by_replacement(RUN, FENCE.check)
     table.remove_work(RUN)
     assert files(table) == {*mine, "_SUCCESS"}
     assert not (tmp_path / "dest" / "_errors").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"run": "0a", "old": ["part-0.parq'])
+@pytest.mark.parametrize("text", ["", "{", '{"source": "0a", "old": ["part-0.parq'])
 def test_a_list_of_replaced_files_that_was_cut_off(table: FolderTable, text: str) -> None:
     """Nothing was deleted by then, so that the files of before are kept."""
     put(table, FIRST, {"a": "1"}, {})
     publish(table, FIRST)
-    table.work.write("replace.json", text.encode())
+    begin(table, RUN)
+    table.work.write(f"replace-{RUN}.json", text.encode())
     table.recover(FENCE, NEXT)
     assert known(table) == {"a": "1"}
-    assert not (Path(table.work.path) / "replace.json").exists()
+    assert not (Path(table.work.path) / f"replace-{RUN}.json").exists()
 
 
 def test_something_else_in_its_place(spark: SparkSession, tmp_path: Path) -> None:
