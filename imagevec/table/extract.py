@@ -165,8 +165,8 @@ def extract(
             until all images are computed. A run that was killed is continued.
         retry_errors: Whether to compute bad images again whose error may have had a passing cause:
             those with the codes ``timed_out``, ``crashed`` and ``unreadable_path``.
-        progress: A function called with ``(done, errors, total)`` as images are added to the
-            table, from its own thread.
+        progress: A function called with ``(done, errors, total)`` at the start, and as images are
+            added to the table, mostly from a thread of its own.
         **options: See ``imagevec.options.Options``; ``on_error`` and ``output`` are not accepted.
             ``boxes`` names a column of a table.
 
@@ -467,6 +467,8 @@ def _written(
             errors = sum(count for code, count in done.errors.items() if code != NULL)
             progress(done.images, errors, total)
 
+    if progress is not None:
+        progress(0, 0, total)
     task = Task(
         table.run_folder(run),
         run,

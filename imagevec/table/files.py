@@ -20,6 +20,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StringType, StructField, StructType
 
 from imagevec.storage.folder import Folder
+from imagevec.table.parts import codec_of
 from imagevec.table.schema import SPARK_SCHEMA
 
 FILE = "imagevec_file"
@@ -128,7 +129,7 @@ def _rewrite(source: Folder, name: str, without: set[str], target: Folder, new: 
         file = Path(temporary) / new
         # Spark cannot read nanoseconds.
         old = parquet.ParquetFile(opened, coerce_int96_timestamp_unit="us")
-        with parquet.ParquetWriter(file, old.schema_arrow) as writer:
+        with parquet.ParquetWriter(file, old.schema_arrow, compression=codec_of(old)) as writer:
             for batch in old.iter_batches(_ROWS):
                 is_old = pc.is_in(batch.column("path"), values)
                 rest = batch.filter(pc.invert(is_old))

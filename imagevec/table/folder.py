@@ -119,7 +119,7 @@ class FolderTable:
         return known_keys(tables, retried, by_box)
 
     def keys_among(self, parts: list[Part], run: str) -> set[str]:
-        published = self._changed_paths(run) if parts[0].is_changed else self.known()
+        published = self.known()
         if published is None:
             return set()
         names = [part.name for part in parts]
@@ -162,7 +162,7 @@ class FolderTable:
         return [f"{place}{name}" for kind, place in _PLACES.items() for name in folder.names(kind)]
 
     def recover(self, fence: Fencing, run: str) -> None:
-        self._end_replacements(run)
+        self._end_replacements(fence, run)
         dead = [f"{folder}/{name}" for folder in _OF_RUNS for name in self._runs(folder)]
         fence.end_earlier()
         for folder in dead:
@@ -175,12 +175,16 @@ class FolderTable:
             self.work.delete_empty(folder)
 
     def _take_over(self, folder: str, run: str) -> None:
-        """Moves the parts of a dead run to the folders of another run."""
+        """Moves the parts of a dead run to the folder of another run, as if not yet published."""
         kind, _, dead = folder.partition("/")
-        places = {"runs": [""], "changed": [f"/{kind}" for kind in _PLACES]}.get(kind, [])
-        for place in places if dead != run else ():
-            for name in self.work.names(f"{folder}{place}", only_files=True):
-                self.work.move(f"{folder}{place}/{name}", f"{kind}/{run}{place}/{name}")
+        if kind == "runs" and dead != run:
+            for name in self.work.names(folder, only_files=True):
+                self.work.move(f"{folder}/{name}", f"runs/{run}/{name}")
+        if kind == "changed":
+            for kind in _PLACES:
+                for name in self.work.names(f"{folder}/{kind}", only_files=True):
+                    target = f"runs/{run}/changed-{kind}.{name}"
+                    self.work.move(f"{folder}/{kind}/{name}", target)
 
     def _runs(self, folder: str) -> list[str]:
         return [name for name in self.work.names(folder) if RUN_ID.fullmatch(name)]
@@ -231,22 +235,37 @@ class FolderTable:
         """Replaces files of the table, in the name of a run."""
         self._write(journal, run)
         check()
-        self._complete(journal)
+        if not self._complete(journal):
+            raise self._taken_over()
         self.work.delete(_journal_file(run))
 
     def _write(self, journal: _Journal, run: str) -> None:
         self.work.write(_journal_file(run), json.dumps(journal._asdict()).encode())
 
-    def _end_replacements(self, run: str) -> None:
+    def _end_replacements(self, fence: Fencing, run: str) -> None:
         """Completes the replacements of dead runs, in the name of a run: its epoch remains."""
-        valid = runs_with_epochs(self._fenced_by)
-        for dead in self._journals():
-            journal = self._read_journal(dead) if dead in valid else None
+        begun: list[_Journal] = []
+        journals = self._journals()
+        for dead in journals:
+            # Looked up after the journal was seen: a later run may have begun to replace files.
+            is_valid = dead in runs_with_epochs(self._fenced_by)
+            journal = self._read_journal(dead) if is_valid else None
             if journal is not None:
-                self._write(journal, run)
-                self._complete(journal)
-                self.work.delete(_journal_file(run))
+                own = run if journal.source != _REPLACEMENT else _REPLACEMENT
+                begun.append(journal._replace(source=own))
+                self._write(begun[-1], run)
+                fence.check()
+                self._take(journal, own)
+        for journal in begun:
+            self._complete(journal)
+        for dead in {*journals, run}:
             self.work.delete(_journal_file(dead))
+
+    def _take(self, journal: _Journal, run: str) -> None:
+        """Moves the new files of a dead run to another run's folders: others cannot find them."""
+        for file, source in self._sources(journal.source).items():
+            if file in journal.new and journal.source != run:
+                self._folder.move(source, source.replace(f"/{journal.source}/", f"/{run}/"))
 
     def _journals(self) -> list[str]:
         """Returns the IDs of the runs that have begun to replace files."""
@@ -272,14 +291,22 @@ class FolderTable:
             )
         return journal
 
-    def _complete(self, journal: _Journal) -> None:
+    def _complete(self, journal: _Journal) -> bool:
+        """Replaces files. Returns ``False`` if new files are gone: another run has taken them."""
         sources = self._sources(journal.source)
+        if not {*journal.new} <= {*sources, *self.files()}:
+            return False
         for file in journal.old:
             self._folder.delete(file)
         for file in journal.new:
-            if file in sources:  # else it was moved before
-                self._folder.move(sources[file], file)
+            # If it has no source, it was moved before.
+            if file in sources and not self._folder.move(sources[file], file):
+                raise self._taken_over()
         self._folder.delete_empty(_PLACES[ERRORS])
+        return True
+
+    def _taken_over(self) -> ImageVecError:
+        return ImageVecError(f"another run took over {self.path}: this one stops")
 
     def _sources(self, run: str) -> dict[str, str]:
         """Returns where the files are that a run puts in the table, by their names there."""

@@ -383,3 +383,11 @@ def to_parquet(rows: pa.Table, task: Task) -> bytes:
     )
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def codec_of(file: parquet.ParquetFile) -> str:
+    """Returns the codec of a Parquet file, as PyArrow names it."""
+    if not file.metadata.num_row_groups:
+        return "snappy"
+    codec: str = file.metadata.row_group(0).column(0).compression.lower()
+    return "none" if codec == "uncompressed" else codec

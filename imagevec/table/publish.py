@@ -24,7 +24,7 @@ from pyarrow import parquet
 
 from imagevec.errors import ImageVecError
 from imagevec.storage.folder import Folder
-from imagevec.table.parts import FEATURES, Part, complete, published_stems
+from imagevec.table.parts import FEATURES, Part, codec_of, complete, published_stems
 
 NULL = "null"  # the code of a null
 
@@ -56,12 +56,7 @@ class Table(Protocol):
         """Returns the folders where published parts of a run may be."""
 
     def keys_among(self, parts: list[Part], run: str) -> set[str]:
-        """Returns the keys in parts of dead runs that were published already.
-
-        Args:
-            parts: Parts in the folder of ``run``, of which all are ``is_changed``, or none.
-            run: The ID of the run that adopts them.
-        """
+        """Returns the keys in parts of dead runs, in the folder of a run, that the table has."""
 
     def publish(self, parts: list[Part], run: str) -> None:
         """Makes parts of a run visible, and removes them from its folder."""
@@ -105,11 +100,9 @@ class Publisher:
         for name in sorted({*names} - {part.name for part in parts if part.stem not in damaged}):
             self._folder.delete(name)
         parts = [part for part in parts if part.stem not in damaged]
-        for is_changed in (False, True):
-            group = [part for part in parts if part.is_changed == is_changed]
-            if group:
-                keys = self._table.keys_among(group, self._run)
-                self._keys.add("changed" if is_changed else "", keys)
+        new = [part for part in parts if not part.is_changed]
+        if new:
+            self._keys.add("", self._table.keys_among(new, self._run))
         self._publish(parts)
 
     def _published_stems(self) -> set[str]:
@@ -162,12 +155,13 @@ class Publisher:
 
     def _rewritten(self, part: Part, old: set[str]) -> pa.Table:
         with self._folder.open(part.name) as file:
-            table = parquet.read_table(file)
+            parts = parquet.ParquetFile(file)
+            table, codec = parts.read(), codec_of(parts)
         is_old = pc.is_in(table.column("path"), pa.array(list(old), pa.string()))
         table = table.filter(pc.invert(is_old))
         if len(table):
             sink = pa.BufferOutputStream()
-            parquet.write_table(table, sink)
+            parquet.write_table(table, sink, compression=codec)
             self._folder.write(part.name, sink.getvalue().to_pybytes())
         else:
             self._folder.delete(part.name)
