@@ -242,7 +242,7 @@ class CallbackError(Exception):
 def interrupted(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The operations that the server has interrupted: PySpark itself asks for it after Ctrl-C."""
     operations: list[str] = []
-    client: Any = spark.client  # type: ignore[attr-defined]
+    client: Any = spark.client
 
     def recorded(interrupt: Callable[[str], list[str]]) -> Callable[[str], list[str]]:
         def call(name: str) -> list[str]:
