@@ -127,7 +127,11 @@ class FolderTable:
         return {row.path for row in paths.join(published, "path", "left_semi").collect()}
 
     def publish(self, parts: list[Part], run: str) -> None:
+        there = {*self.files()} if any(part.is_changed for part in parts) else set()
         for part in parts:
+            if part.is_changed and f"{_PLACES[part.kind]}{part.published_name}" in there:
+                self.work.delete(f"runs/{run}/{part.name}")  # a copy of what was completed
+                continue
             place = f"{WORK}/changed/{run}/{part.kind}/" if part.is_changed else _PLACES[part.kind]
             self._folder.move(f"{WORK}/runs/{run}/{part.name}", f"{place}{part.published_name}")
 
@@ -258,7 +262,7 @@ class FolderTable:
                 self._take(journal, own)
         for journal in begun:
             self._complete(journal)
-        for dead in {*journals, run}:
+        for dead in sorted({*journals, run}):
             self.work.delete(_journal_file(dead))
 
     def _take(self, journal: _Journal, run: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import random
@@ -29,7 +30,7 @@ from tests.cluster.kills import (
     wait_for,
     write_images,
 )
-from tests.cluster.slow import PAUSE, SLOW
+from tests.cluster.slow import PART_SECONDS, PAUSE, SLOW
 from tests.helpers.clusters import kill_tree
 from tests.helpers.object_store import TEST_KEYS, s3_server
 
@@ -155,7 +156,7 @@ class Drivers:
 
     def winner(self, last_run: str | None) -> tuple[subprocess.Popen[bytes], str]:
         """Starts two, and returns the one that comes after another run, with its run."""
-        pair = [self.one(**{PAUSE: "0.25", SLOW: "4"}) for _ in range(2)]
+        pair = [self.one(**{PAUSE: "0.25", SLOW: "4", PART_SECONDS: "2"}) for _ in range(2)]
         owner: dict[str, Any] = {}
 
         def is_decided() -> bool:
@@ -178,14 +179,18 @@ class Drivers:
         return first, owner["run"]
 
 
+def has_written(table: Table, run: str) -> bool:
+    """Returns whether a task of the run has written a part, published or not."""
+    return any(f"part-{run}-" in name for name in table.objects("table/"))
+
+
 def ten_kills(drivers: Drivers, table: Table) -> None:
     chance = random.Random(SEED)
     process, run = None, None
     for victim in chance.sample(VICTIMS, len(VICTIMS)):
         if process is None:
             process, run = drivers.winner(run)
-            tasks = f"table/_imagevec/runs/{run}/tasks/"
-            wait_for(process, lambda tasks=tasks: bool(table.objects(tasks)))  # type: ignore[misc]
+            wait_for(process, functools.partial(has_written, table, run))
         time.sleep(chance.uniform(0, LONGEST_DELAY_SECONDS))
         strike(process, victim, chance)
         if victim != "worker":

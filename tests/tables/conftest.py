@@ -54,9 +54,9 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     builder = SparkSession.builder
     if IS_CONNECT:
         os.environ["SPARK_TESTING"] = "1"  # its server then has a free port
-        builder = builder.remote("local[2]")
+        builder = builder.remote("local[4]")
     else:
-        builder = builder.master("local[2]")
+        builder = builder.master("local[4]")
     warehouse = tmp_path_factory.mktemp("warehouse")
     folders = {
         "spark.sql.warehouse.dir": str(warehouse / "delta"),
