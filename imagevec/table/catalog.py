@@ -182,7 +182,7 @@ class CatalogTable:
 
     def replacement(self) -> FolderTable:
         """Returns the table that replaces this one at the end of a run."""
-        return FolderTable(self._spark, self.work.sub(_REPLACEMENT))
+        return FolderTable(self._spark, self.work.sub(_REPLACEMENT), self.work)
 
     def replace_by_replacement(self, run: str, check: Callable[[], None]) -> None:
         """Replaces all rows by those of ``replacement``: each table in one commit."""
