@@ -23,6 +23,6 @@ fi
 failed=0
 for session in classic connect; do
     echo "== $session: $pyspark"
-    IMAGEVEC_SESSION="$session" "$python" -m pytest -q -W ignore tests/tables "$@" || failed=1
+    IMAGEVEC_SESSION="$session" "$python" -m pytest -q -n 2 -W ignore tests/tables "$@" || failed=1
 done
 exit "$failed"
