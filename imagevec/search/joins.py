@@ -42,7 +42,8 @@ from imagevec.search.vectors import (
 )
 from imagevec.search.workspace import workspace
 from imagevec.spark.sessions import existing_column, is_connect
-from imagevec.table.provenance import Provenance, check_same, own_metadata
+from imagevec.spec import own_metadata
+from imagevec.table.provenance import Provenance, check_same
 
 _ROWS = 8192  # per block of streamed vectors
 _QUERY_ROWS = 4096  # queries that are compared with all vectors at once

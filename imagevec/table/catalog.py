@@ -39,13 +39,13 @@ from pyspark.sql.types import (
 
 from imagevec.errors import ImageVecError, OptionError
 from imagevec.spark.sessions import quoted, spark_path
-from imagevec.spec import FeatureSpec
+from imagevec.spec import FeatureSpec, metadata_of_json, own_metadata
 from imagevec.storage.folder import Folder
 from imagevec.storage.listing import escaped
 from imagevec.table.dest import check_fits, known_keys, result_schema
 from imagevec.table.folder import FolderTable
 from imagevec.table.parts import ERRORS, FEATURES, Part
-from imagevec.table.provenance import Provenance, commented, from_json, own_metadata
+from imagevec.table.provenance import Provenance
 from imagevec.table.publish import Fencing, Publisher
 from imagevec.table.schema import OWN_PREFIX, has_boxes
 
@@ -294,7 +294,8 @@ class CatalogTable:
         metadata = {}
         if FEATURES in rows.columns:
             metadata = own_metadata(rows.schema[FEATURES].metadata)
-            rows = rows.withMetadata(FEATURES, commented(metadata))
+            comment = {"comment": json.dumps(metadata)}  # Iceberg drops the other metadata
+            rows = rows.withMetadata(FEATURES, metadata | comment)
         writer = rows.writeTo(self._names[kind]).tableProperty(PROPERTY, json.dumps(metadata))
         return writer.using(self._provider()) if self._exists(FEATURES) else writer
 
@@ -326,7 +327,7 @@ class CatalogTable:
         return {row.key: row.value for row in rows}
 
     def _provenance(self) -> Provenance:
-        metadata = from_json(self._properties().get(PROPERTY))
+        metadata = metadata_of_json(self._properties().get(PROPERTY))
         return Provenance.of_metadata(metadata, f"the table {self.path}")
 
 

@@ -1,6 +1,7 @@
 """The provenance of a column of features, which is stored in the column's metadata.
 
-Spark keeps a column's metadata through ``withColumn``, ``select`` and Parquet.
+Spark keeps a column's metadata through ``withColumn``, ``select`` and Parquet. Iceberg keeps only
+the comment, so that in a table of a catalog, the comment contains the metadata as JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from imagevec._version import __version__
 from imagevec.errors import FingerprintError
 from imagevec.spark.sessions import existing_column
-from imagevec.spec import METADATA_KEY, FeatureSpec, Preprocessing, Tokenization
+from imagevec.spec import METADATA_KEY, FeatureSpec, Preprocessing, Tokenization, own_metadata
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -77,27 +78,6 @@ class Provenance:
             ) from error
         made_of = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
         return cls(**own, **made_of)
-
-
-def own_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the part of a column's metadata that contains its provenance; empty if none does."""
-    if METADATA_KEY in metadata:
-        return {METADATA_KEY: metadata[METADATA_KEY]}
-    return from_json(metadata.get("comment"))
-
-
-def commented(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the provenance as a comment, which a table keeps that drops other metadata: Iceberg."""
-    return {**metadata, "comment": json.dumps(metadata)}
-
-
-def from_json(text: str | None) -> dict[str, Any]:
-    """Reads metadata from a comment or a table property; empty if it is of another kind."""
-    try:
-        read = json.loads(text or "")
-    except ValueError:
-        return {}
-    return read if isinstance(read, dict) and METADATA_KEY in read else {}
 
 
 def provenance(df: DataFrame, column: str = "features") -> Provenance:
