@@ -315,8 +315,8 @@ class CatalogTable:
         source = "(SELECT 1 AS number)"
         name = self._names[FEATURES]
         merge = f"MERGE INTO {name} AS t USING {source} AS s ON false WHEN MATCHED THEN DELETE"
-        (row,) = self._spark.sql(f"EXPLAIN {merge}").collect()
-        return not row[0].startswith("Error")
+        rows = self._spark.sql(f"EXPLAIN {merge}").collect()  # an error has a row for each line
+        return not rows[0][0].startswith("Error")
 
     def _provider(self) -> str:
         rows = self._spark.sql(f"DESCRIBE TABLE EXTENDED {self._names[FEATURES]}").collect()
