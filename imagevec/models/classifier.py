@@ -186,6 +186,6 @@ def _storage(tensor: torch.Tensor) -> int:
     """Returns a number that tensors share if one sees what is written into the other."""
     try:
         number: int = tensor.untyped_storage()._cdata
-    except NotImplementedError:  # sparse tensors have none
+    except NotImplementedError:  # PyTorch's answer for tensors without storage, such as sparse ones
         return id(tensor)
     return number

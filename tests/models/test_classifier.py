@@ -216,6 +216,13 @@ def test_shapes_are_enough_to_find_the_classifier(case):
     assert find_classifier(net, torch.zeros(1, 3, 8, 8, device="meta")) == expected
 
 
+def test_values_pass_sparse_tensors_which_have_no_storage():
+    def head(net: Any, x: torch.Tensor) -> torch.Tensor:
+        return net.fc(torch.sparse.mm(torch.eye(6).to_sparse(), x.T).T)
+
+    assert find_classifier(Net(head).eval(), torch.randn(1, 3, 8, 8)) == "fc"
+
+
 def test_a_sequence_ends_in_its_classifier():
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5), nn.LogSoftmax(1))
     assert find_classifier(model.eval(), torch.randn(1, 3, 8, 8)) == "2"
