@@ -11,8 +11,8 @@ IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder
 WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
 
 .DEFAULT_GOAL := help
-.PHONY: help java setup demo test test-unit test-models test-cluster test-matrix bench bench-peers \
-	docs check format release-check clean
+.PHONY: help java setup demo test test-unit test-models test-cluster test-matrix test-tables bench \
+	bench-peers docs check format release-check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the co
 
 test-matrix: java setup ## Test the lowest versions of all dependencies, and other PySparks
 	@$(WITH_JAVA) bash scripts/test-matrix.sh
+
+test-tables: java setup ## Test tables of Delta and Iceberg, with a PySpark that both support
+	@$(WITH_JAVA) bash scripts/test-tables.sh
 
 bench: java setup ## Compare features_udf with the usual approaches (30 minutes)
 	@$(WITH_JAVA) $(PYTHON) -m benchmarks.run

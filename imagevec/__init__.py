@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from imagevec.errors import ReadError as ReadError
     from imagevec.errors import SerializationError as SerializationError
     from imagevec.errors import WeightsError as WeightsError
+    from imagevec.errors import WriteError as WriteError
     from imagevec.models.registry import list_models as list_models
     from imagevec.models.registry import register_model as register_model
     from imagevec.pickling import CapturedObject as CapturedObject
@@ -58,6 +59,7 @@ _MODULE_OF = {
             "ReadError",
             "SerializationError",
             "WeightsError",
+            "WriteError",
         ),
         "models.registry": ("list_models", "register_model"),
         "pickling": ("CapturedObject", "PickleReport", "explain_pickle"),

@@ -7,6 +7,7 @@ ImageVecError
 ├── FingerprintError                      features are not comparable
 ├── SerializationError                    a function captures an object that must not be pickled
 ├── ReadError                             a file could not be read; a retry may succeed
+├── WriteError                            a file could not be written; a retry may succeed
 └── ImageError                            one image cannot become a feature vector
 """
 
@@ -68,6 +69,11 @@ class SerializationError(ImageVecError):
 class ReadError(ImageVecError):
     """A file cannot be read for a reason outside the file, such as a store that is down or rejects
     the credentials. The task fails, so that the file is never treated as a bad image."""
+
+
+class WriteError(ImageVecError):
+    """A file of a table cannot be written or listed, for a reason such as a store that is down or
+    rejects the credentials, or a disk that is full."""
 
 
 class ImageError(ImageVecError):

@@ -32,6 +32,22 @@ from imagevec.options import (
 METADATA_KEY = "imagevec"
 
 
+def own_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what imagevec wrote into a column's metadata, or into its comment; else empty."""
+    if METADATA_KEY in metadata:
+        return {METADATA_KEY: metadata[METADATA_KEY]}
+    return metadata_of_json(metadata.get("comment"))
+
+
+def metadata_of_json(text: str | None) -> dict[str, Any]:
+    """Reads metadata from a comment or a table property; empty if imagevec did not write it."""
+    try:
+        read = json.loads(text or "")
+    except ValueError:
+        return {}
+    return read if isinstance(read, dict) and METADATA_KEY in read else {}
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """The steps from a file to float32 ``(3, H, W)``, where H and W are those of ``crop_size``.

@@ -45,35 +45,50 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     from imagevec.cli.session import spark_session
     from imagevec.search.joins import near_duplicates
-    from imagevec.spark.hadoop import Folder
+    from imagevec.spark.sessions import spark_path
     from imagevec.storage.listing import escaped
+    from imagevec.storage.location import Location
+    from imagevec.table.read import check_has_no_log
     from imagevec.table.schema import check_rows_are_images
 
-    with spark_session(options.master) as spark:
-        if Folder(spark, options.out).names():
-            raise OptionError(f"{options.out} exists and is not empty: choose another --out")
-        with _bar(spark, quiet=options.quiet or options.json):
-            reader = spark.read.option("pathGlobFilter", "*.parquet")  # a note may be beside them
-            features = reader.parquet(escaped(options.features))
-            check_rows_are_images(options.features, features.columns)
-            groups = near_duplicates(features, options.min_cosine, method=options.method)
-            if "length" in features.columns:
-                groups = groups.join(features.select("path", "length"), "path")
-            else:
-                groups = groups.withColumn("length", F.lit(None).cast("long"))
-            made_by = {"min_cosine": options.min_cosine}
-            groups = groups.withColumn("group", F.col("group").alias("group", metadata=made_by))
-            groups.orderBy("group", "path").write.mode("append").parquet(options.out)
-            extra = F.col("path") != F.col("group")
-            counts = spark.read.parquet(escaped(options.out)).agg(
-                F.count("*").alias("images"),
-                F.count_distinct("group").alias("groups"),
-                F.count_if(extra).alias("extra"),
-                F.sum(F.when(extra, F.col("length"))).alias("extra_bytes"),
-            )
-            found = counts.first()
+    check_has_no_log(options.features)
+    _check_is_empty(options.out)
+    out = spark_path(Location.of(options.out))
+    quiet = options.quiet or options.json
+    with spark_session(options.master) as spark, _bar(spark, quiet=quiet):
+        reader = spark.read.option("pathGlobFilter", "*.parquet")  # a note may be beside them
+        features = reader.parquet(escaped(spark_path(Location.of(options.features))))
+        check_rows_are_images(options.features, features.columns)
+        groups = near_duplicates(features, options.min_cosine, method=options.method)
+        if "length" in features.columns:
+            groups = groups.join(features.select("path", "length"), "path")
+        else:
+            groups = groups.withColumn("length", F.lit(None).cast("long"))
+        made_by = {"min_cosine": options.min_cosine}
+        groups = groups.withColumn("group", F.col("group").alias("group", metadata=made_by))
+        groups.orderBy("group", "path").write.mode("append").parquet(out)
+        extra = F.col("path") != F.col("group")
+        counts = spark.read.parquet(escaped(out)).agg(
+            F.count("*").alias("images"),
+            F.count_distinct("group").alias("groups"),
+            F.count_if(extra).alias("extra"),
+            F.sum(F.when(extra, F.col("length"))).alias("extra_bytes"),
+        )
+        found = counts.first()
     assert found is not None, "an aggregate has a row"
     return {**found.asDict(), "out": options.out, "min_cosine": options.min_cosine}
+
+
+def _check_is_empty(folder: str) -> None:
+    from imagevec.storage.folder import Folder
+    from imagevec.storage.location import UnsupportedURIError
+
+    try:
+        names = Folder(folder).names()
+    except UnsupportedURIError as error:
+        raise OptionError(f"--out={folder} is not valid: {error}") from error
+    if names:
+        raise OptionError(f"{folder} exists and is not empty: choose another --out")
 
 
 def show(result: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ _FIXED = ("on_error", "output")
 
 _OF_SOURCES = (
     *("recursive", "pattern", "format", "column", "key", "version", "where", "keep"),
-    *("overwrite", "retry_errors"),
+    *("overwrite", "retry_errors", "to", "staging"),
 )
 
 
@@ -52,6 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif option.kind in ("count", "auto_or_count"):
             settings["type"] = _count
         parser.add_argument(f"--{option.name.replace('_', '-')}", **settings)
+    parser.add_argument(
+        "--to",
+        default="folder",
+        help="folder (the default), or table: DEST is then the name of a table of the catalog that "
+        "has MERGE, such as Delta or Iceberg; bad images are listed in the table DEST_errors",
+    )
+    parser.add_argument(
+        "--staging", metavar="FOLDER", help="with --to table, a folder that the workers can write"
+    )
     parser.add_argument("--pattern", help="only files whose names match, such as '*.jpg'")
     parser.add_argument("--recursive", action="store_true", help="include subfolders")
     parser.add_argument("--column", help="column of images or paths; SRC is then read as a table")
@@ -121,7 +130,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     except ImageVecError as error:
         raise type(error)(_in_flags(str(error))) from error
     seconds = round(time.perf_counter() - start, 1)  # including the startup of Spark
-    return {**dataclasses.asdict(report), "seconds": seconds, "src": options.src}
+    bad_images = f"{report.dest}_errors" if options.to == "table" else f"{report.dest}/_errors"
+    own = {"seconds": seconds, "src": options.src, "bad_images": bad_images}
+    return dataclasses.asdict(report) | own
 
 
 def show(result: dict[str, Any]) -> str:
@@ -137,10 +148,10 @@ def show(result: dict[str, Any]) -> str:
     ]
     if bad:
         what = "bad images and boxes" if "bad_box" in errors else _noun(bad, "bad image")
-        lines.append(f"{bad:,} {what} listed in {result['dest']}/_errors:")
+        lines.append(f"{bad:,} {what} listed in {result['bad_images']}:")
         lines += [f"  {code:<20} {count:,}" for code, count in errors.items()]
     if result["nulls"]:
-        lines.append(f"{_counted(result['nulls'], 'null')} in {result['dest']}/_errors")
+        lines.append(f"{_counted(result['nulls'], 'null')} in {result['bad_images']}")
     if result["skipped"]:
         reasons = [f"{reason} {count:,}" for reason, count in result["skipped"].items()]
         lines.append(f"skipped in {result['src']}: {', '.join(reasons)}")

@@ -24,7 +24,7 @@ from imagevec.images.decode import decode
 from imagevec.images.reading import read
 from imagevec.options import DEFAULTS, FORMATS, OTHER_FORMATS, RANDOM, check_positive, checked
 from imagevec.search.neighbours import Vectors, map_2d, near_duplicates, nearest
-from imagevec.spec import METADATA_KEY
+from imagevec.spec import METADATA_KEY, own_metadata
 from imagevec.storage.location import Location
 from imagevec.table.read import column_metadata, read_groups, read_vectors
 
@@ -200,7 +200,7 @@ def _hash(path: str) -> bytes:
 
 def _made_by(metadata: Mapping[str, Any]) -> str:
     """Describes the model and its settings; empty if the column has no provenance."""
-    made_of = metadata.get(METADATA_KEY)
+    made_of = own_metadata(metadata).get(METADATA_KEY)
     if made_of is None:
         return ""
     weights = ["random weights"] if made_of["weights"] == RANDOM else []

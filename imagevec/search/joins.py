@@ -42,7 +42,7 @@ from imagevec.search.vectors import (
 )
 from imagevec.search.workspace import workspace
 from imagevec.spark.sessions import existing_column, is_connect
-from imagevec.spec import METADATA_KEY
+from imagevec.spec import own_metadata
 from imagevec.table.provenance import Provenance, check_same
 
 _ROWS = 8192  # per block of streamed vectors
@@ -218,8 +218,8 @@ def _check_comparable(queries: DataFrame, features: DataFrame, column: str) -> N
 
 
 def _provenance_of(df: DataFrame, column: str) -> Provenance | None:
-    metadata = df.schema[existing_column(df.columns, column)].metadata
-    return Provenance.of_metadata(metadata, column) if METADATA_KEY in metadata else None
+    metadata = own_metadata(df.schema[existing_column(df.columns, column)].metadata)
+    return Provenance.of_metadata(metadata, column) if metadata else None
 
 
 def _result(kind: DataType) -> StructType:

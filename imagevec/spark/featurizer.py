@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
@@ -37,7 +38,6 @@ from imagevec.options import (
     check_choice,
     names_file,
 )
-from imagevec.spark import hadoop
 from imagevec.spark.sessions import (
     check_boxes_column,
     check_input_column,
@@ -47,6 +47,9 @@ from imagevec.spark.sessions import (
 )
 from imagevec.spark.vectorizer import ImageVectorizer
 from imagevec.spec import FeatureSpec
+from imagevec.storage.folder import Folder
+from imagevec.storage.listing import escaped
+from imagevec.storage.location import Location, UnsupportedURIError
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from imagevec.models.factory import ModelFactory
 
 _OUTPUT_TYPES = ("array", "vector")
+_METADATA = "metadata"  # the subfolder for what pyspark.ml saves
 _FILES = "files"  # the subfolder for files saved with the metadata
 _SAVED_NAME = re.compile(PREFIX + r"[0-9a-f]{64}(\.\w+)?")
 
@@ -208,13 +212,13 @@ class ImageFeaturizer(
     ``transformSchema``, before a job starts. A null or bad image gives a null, which most
     estimators do not accept: drop these rows in an intermediate stage, or set ``onError="raise"``.
 
-    ``save`` accepts local paths and URIs of Hadoop file systems. It copies files that only this
-    machine has: a weights file, the weights that a registered model's factory built, the folder of
-    a saved model. The copies are named by their SHA-256, and ``load`` verifies them. Models and
-    weights of torchvision and timm are saved by name, and resolved by the versions that are
-    installed where they are loaded. No code is saved: a registered model must be registered again
-    before the loaded featurizer is used, and a featurizer with a bare factory cannot be saved.
-    Spark Connect saves only names.
+    ``save`` accepts the paths and URIs that Spark accepts. It copies files that only this machine
+    has: a weights file, the weights that a registered model's factory built, the folder of a saved
+    model. This process and Spark must share the folder then. The copies are named by their SHA-256,
+    and ``load`` verifies them. Models and weights of torchvision and timm are saved by name, and
+    resolved by the versions that are installed where they are loaded. No code is saved: a
+    registered model must be registered again before the loaded featurizer is used, and a featurizer
+    with a bare factory cannot be saved.
 
     Args:
         **params: See ``FeaturizerParams``.
@@ -357,18 +361,30 @@ class _Writer(MLWriter):
         self._saved = featurizer.copy()
         self._saved._set(**options)
 
+    def save(self, path: str) -> None:
+        """Saves the featurizer.
+
+        Raises:
+            OptionError: This process cannot write files to the folder, or Spark has another folder
+                of this path.
+            WriteError: The store does not answer, or denies access.
+        """
+        if self._files and not Location.of(path).is_local:
+            _metadata_files(Folder(path))  # before anything is overwritten
+        super().save(path)
+
     def saveImpl(self, path: str) -> None:
         session = self.sparkSession
+        metadata = DefaultParamsWriter._get_metadata_to_save(self._saved, session)
+        rows = session.createDataFrame([(metadata,)], "value string").coalesce(1)
+        mode = "overwrite" if self.shouldOverwrite else "error"
+        rows.write.mode(mode).text(f"{path}/{_METADATA}")
         if self._files:
-            hadoop.check_has_jvm(session)
-        if is_connect(session) and self.shouldOverwrite:
-            metadata = DefaultParamsWriter._get_metadata_to_save(self._saved, session)
-            rows = session.createDataFrame([(metadata,)], "value string").coalesce(1)
-            rows.write.mode("overwrite").text(f"{path}/metadata")
-        else:
-            DefaultParamsWriter(self._saved).session(session).saveImpl(path)
-        for name, file in self._files.items():
-            hadoop.upload(session, file, f"{path}/{_FILES}/{name}")
+            folder = _folder(session, path)
+            if self.shouldOverwrite:
+                folder.delete(_FILES)
+            for name, file in self._files.items():
+                folder.upload(file, f"{_FILES}/{name}")
 
     def _handleOverwrite(self, path: str) -> None:
         if not is_connect(self.sparkSession):  # on Connect, PySpark cannot delete a folder
@@ -382,13 +398,14 @@ class _Reader(MLReader[ImageFeaturizer]):
         """Loads a saved featurizer.
 
         Raises:
-            OptionError: The folder contains something else, or names its model by a path.
+            OptionError: The folder contains something else, names its model by a path, or contains
+                files and cannot be read by this process.
             WeightsError: A file is missing or was altered. The message contains both digests.
         """
         session = self.sparkSession
         # Spark 3.5 needs the context, Spark 4 accepts either, Spark Connect has no context.
         reads = session if is_connect(session) else session.sparkContext
-        metadata = DefaultParamsReader.loadMetadata(path, reads)
+        metadata = DefaultParamsReader.loadMetadata(escaped(path), reads)
         expected = f"{ImageFeaturizer.__module__}.{ImageFeaturizer.__qualname__}"
         if metadata["class"] != expected:
             raise OptionError(f"{path} contains a {metadata['class']}, not an {expected}")
@@ -396,9 +413,9 @@ class _Reader(MLReader[ImageFeaturizer]):
         DefaultParamsReader.getAndSetParams(featurizer, metadata)
         model, weights = featurizer.getModel(), featurizer.getWeights()
         if _SAVED_NAME.fullmatch(str(model)):
-            origin = f"{path}/{_FILES}/{model}"
-            download = functools.partial(_download, session, origin)
-            featurizer.setModel(str(saved.copy_to_cache(str(model), origin, download)))
+            origin = _folder(session, path).sub(f"{_FILES}/{model}")
+            download = functools.partial(_download, origin)
+            featurizer.setModel(str(saved.copy_to_cache(str(model), origin.path, download)))
         else:
             check_is_name(str(model), path)
         if names_file(weights) or _SAVED_NAME.fullmatch(weights):
@@ -406,14 +423,45 @@ class _Reader(MLReader[ImageFeaturizer]):
         return featurizer
 
 
-def _download(session: SparkSession, folder: str, name: str, to: Path) -> None:
-    hadoop.download(session, f"{folder}/{name}", to)
+def _folder(session: SparkSession, path: str) -> Folder:
+    """Returns the folder of a featurizer whose metadata is saved.
+
+    Spark knows the place of a path: relative ones start from the JVM's working directory, and those
+    without a scheme can be in any file system.
+
+    Raises:
+        OptionError: This process does not find the metadata there, or cannot read the store.
+    """
+    metadata = session.read.text(escaped(f"{path}/{_METADATA}"))
+    for file in metadata.inputFiles():
+        root, _, name = file.rpartition(f"/{_METADATA}/")
+        folder = Folder(urllib.parse.unquote(root) if Location.parse(root).is_local else root)
+        if name in _metadata_files(folder):
+            return folder
+    raise OptionError(
+        f"Spark and this process do not share {path}: use a URI, or a path on a shared disk"
+    )
 
 
-def _load_weights(session: SparkSession, folder: str, name: str) -> Path:
+def _metadata_files(folder: Folder) -> list[str]:
+    try:
+        return folder.names(_METADATA)
+    except UnsupportedURIError as error:
+        raise OptionError(f"{folder.path} cannot contain weights or models: {error}") from error
+
+
+def _download(folder: Folder, name: str, to: Path) -> None:
+    to.parent.mkdir(exist_ok=True)
+    try:
+        folder.download(name, to)
+    except FileNotFoundError as error:
+        raise WeightsError(f"{folder.path}/{name} does not exist") from error
+
+
+def _load_weights(session: SparkSession, path: str, name: str) -> Path:
     """Copies the weights file of a saved featurizer to the user's cache."""
     if not _SAVED_NAME.fullmatch(name):
-        raise WeightsError(f"weights={name!r} in {folder} is not the name of a saved file")
+        raise WeightsError(f"weights={name!r} in {path} is not the name of a saved file")
     with cache.temporary_folder() as temporary:
-        hadoop.download(session, f"{folder}/{_FILES}/{name}", temporary / name)
+        _download(_folder(session, path).sub(_FILES), name, temporary / name)
         return cache.store(verified(temporary / name), move=True)

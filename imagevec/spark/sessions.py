@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkContext
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, BinaryType, NumericType, StringType, StructType
 
 from imagevec.errors import ImageVecError, OptionError, did_you_mean
 from imagevec.images.boxes import ACCEPTED_BOXES
 from imagevec.images.values import ACCEPTED, EXPLODE, FILE_FIELDS, IMAGE_FIELDS, Box
+from imagevec.storage.location import Location, UnsupportedURIError
 
 _JAVA = ("java.", "javax.", "org.", "com.", "scala.", "py4j.")
 
@@ -64,6 +66,44 @@ def gpus_of_tasks(session: SparkSession) -> bool | None:
     if session.conf.get("spark.task.resource.gpu.amount", None):
         return True
     return None if is_local(session) else False
+
+
+def default_parallelism(session: SparkSession) -> int:
+    """Returns the number of tasks that Spark runs at a time, as far as it knows."""
+    one_task_each = session.range(10_000).select(F.spark_partition_id().alias("number"))
+    (row,) = one_task_each.agg(F.max("number").alias("last")).collect()
+    return int(row["last"]) + 1
+
+
+def spark_path(location: Location) -> str:
+    """Returns a location as Spark must get it, whatever its default file system is."""
+    if not location.is_local or location.path.startswith("/Volumes/"):
+        return str(location)
+    if location.path.startswith("/dbfs/"):
+        return f"dbfs:{location.path.removeprefix('/dbfs')}"
+    return location.uri
+
+
+@contextlib.contextmanager
+def cancellable(session: SparkSession, tag: str) -> Iterator[Callable[[], None]]:
+    """Tags the jobs of this thread. Yields a function that cancels them, from any thread."""
+    if is_connect(session):
+        session.addTag(tag)
+
+        def interrupt() -> None:
+            session.interruptTag(tag)
+
+        try:
+            yield interrupt
+        finally:
+            session.removeTag(tag)
+    else:
+        context = session.sparkContext
+        context.addJobTag(tag)
+        try:
+            yield lambda: context.cancelJobsWithTag(tag)
+        finally:
+            context.removeJobTag(tag)
 
 
 def find_column(names: Iterable[str], name: str) -> str | None:
@@ -129,9 +169,14 @@ def check_boxes_column(schema: StructType, name: str) -> str:
 
 @contextlib.contextmanager
 def failures_in_words() -> Iterator[None]:
-    """Converts Spark's exceptions, which fill pages, to an ``ImageVecError`` with one line."""
+    """Converts Spark's exceptions, which fill pages, to an ``ImageVecError`` with one line.
+
+    Those of a URI that is not supported become an ``OptionError``.
+    """
     try:
         yield
+    except UnsupportedURIError as error:
+        raise OptionError(str(error)) from error
     except (PySparkException, Py4JError) as error:
         raise ImageVecError(cause_of(error)) from error
 

@@ -167,11 +167,7 @@ def feature_column(
 
 def udf_of(session: SparkSession, plan: Plan, metrics: Metrics | None = None) -> Any:
     """Returns the pandas UDF of a plan, and ships the plan's files."""
-    if is_local(session):
-        # The workers run on this machine: check, and warn, here.
-        precision_here(plan, device_here(plan.execution.device))
-    ship(session, plan)
-
+    send(session, plan)
     return_type = _return_type(plan.spec, plan.execution)
 
     # If the return type is a struct, Spark accepts data frames in place of Series.
@@ -183,6 +179,13 @@ def udf_of(session: SparkSession, plan: Plan, metrics: Metrics | None = None) ->
 
     function: Any = image_features if plan.execution.boxes is None else box_features
     return pandas_udf(function, return_type)  # type: ignore[call-overload]
+
+
+def send(session: SparkSession, plan: Plan) -> None:
+    """Ships a plan's files to the workers. Warns if they run here without the instructions."""
+    if is_local(session):
+        precision_here(plan, device_here(plan.execution.device))
+    ship(session, plan)
 
 
 def _return_type(spec: FeatureSpec, execution: ExecutionOptions) -> DataType:

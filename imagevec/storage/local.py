@@ -6,16 +6,27 @@ import contextlib
 import errno
 import functools
 import os
+import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from imagevec.storage.location import Location, check_allowed
-from imagevec.storage.stores import Entry, Stream
+from imagevec.storage.stores import (
+    Entry,
+    Stream,
+    flush,
+    replacing,
+    save,
+    temporary_beside,
+)
 
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a pipe waits for its other end
+# What mounted stores, which have no hard links, answer.
+_NO_HARD_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_COPY_BYTES = 1 << 20
 _WALKS = os.open in os.supports_dir_fd and bool(_NO_LINKS)
 
 
@@ -55,13 +66,81 @@ class LocalStore:
                 yield _entry(item.path)
 
     def create(self, location: Location, data: bytes) -> None:
-        folder = os.path.dirname(os.path.abspath(location.path))
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="_") as file:
+        _make_folder_of(location.path)
+        with temporary_beside(location.path) as (file, temporary):
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.link(file.name, location.path)  # fails if it exists, and shows the whole content
+            flush(file)
+            _link(temporary, location.path, data)
+
+    def write(self, location: Location, data: bytes) -> None:
+        _make_folder_of(location.path)
+        with replacing(location.path) as file:
+            file.write(data)
+
+    def upload(self, location: Location, file: Path) -> None:
+        _make_folder_of(location.path)
+        with open(file, "rb") as source, replacing(location.path) as target:
+            shutil.copyfileobj(source, target, _COPY_BYTES)
+
+    def download(self, location: Location, file: Path) -> None:
+        with self.stream(location) as stream:
+            save(stream, file)
+
+    def move(self, source: Location, target: Location) -> None:
+        os.lstat(source.path)  # before a folder is made
+        _make_folder_of(target.path)
+        os.replace(source.path, target.path)
+
+    def delete(self, location: Location) -> None:
+        path = location.path
+        while os.path.lexists(path):
+            with contextlib.suppress(FileNotFoundError):  # another process also deletes
+                if os.path.isdir(path) and not os.path.islink(path):
+                    shutil.rmtree(path)
+                else:
+                    os.unlink(path)
+
+    def delete_empty(self, location: Location) -> None:
+        try:
+            os.rmdir(location.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def _make_folder_of(path: str) -> None:
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", folder) from error
+
+
+def _link(temporary: str, path: str, data: bytes) -> None:
+    """Gives a complete file another name, which must not exist.
+
+    On a mount without hard links, it writes a new file of that name, whose content readers may see
+    before it is complete.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        if os.stat(temporary).st_nlink == 1:  # else NFS sent the request again
+            raise
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        _write_new(path, data)
+
+
+def _write_new(path: str, data: bytes) -> None:
+    with open(path, "xb") as file:
+        try:
+            file.write(data)
+            flush(file)
+        except BaseException:
+            os.unlink(path)
+            raise
 
 
 def _check_regular(status: os.stat_result, location: Location) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import urllib.parse
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
@@ -25,9 +26,13 @@ from imagevec.storage.stores import (
     SettingsError,
     Stream,
     buffered,
+    save,
 )
 
 _CHUNK_BYTES = 1 << 20
+_PART_BYTES = 16 << 20  # of an upload, which has at most 10,000 on S3
+_PARTS_AT_ONCE = 4
+_DELETED_AT_ONCE = 1000
 _CLIENT = {
     "connect_timeout": f"{CONNECT_SECONDS}s",
     "read_timeout": f"{REQUEST_SECONDS}s",
@@ -37,7 +42,7 @@ _NO_RETRIES = {"max_retries": 0}  # retry.py does it, for all stores
 
 # What a store says about a key that does not exist. Any other 404, of a bucket that does not exist
 # or a server that is not an object store, says nothing about the key.
-_NO_SUCH_KEY = re.compile(r"NoSuchKey|BlobNotFound|PathNotFound")
+_NO_SUCH_KEY = re.compile(r"NoSuchKey|BlobNotFound|PathNotFound|CannotVerifyCopySource")
 _NO_SUCH_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist")
 _DENIED_ERRORS = ("PermissionDeniedError", "UnauthenticatedError")
 _DENIED = re.compile(r"status code: 40[13]\b")
@@ -258,6 +263,60 @@ class ObjectStore:
                 obstore.put(self._client, location.key, data, mode="create")
         except obstore.exceptions.AlreadyExistsError as error:
             raise FileExistsError(f"{location} exists") from error
+
+    def write(self, location: Location, data: bytes) -> None:
+        import obstore
+
+        with _errors_of(location):
+            obstore.put(self._client, location.key, data, use_multipart=False)
+
+    def upload(self, location: Location, file: Path) -> None:
+        import obstore
+
+        with open(file, "rb") as source, _errors_of(location):
+            obstore.put(
+                self._client,
+                location.key,
+                source,
+                chunk_size=_PART_BYTES,
+                max_concurrency=_PARTS_AT_ONCE,
+            )
+
+    def download(self, location: Location, file: Path) -> None:
+        with self.stream(location) as stream:
+            save(stream, file)
+
+    def move(self, source: Location, target: Location) -> None:
+        import obstore
+
+        with _errors_of(source):
+            obstore.copy(self._client, source.key, target.key, overwrite=True)
+        self._delete(source, [source.key])
+
+    def delete(self, location: Location) -> None:
+        import obstore
+
+        path = location.key.rstrip("/")
+        if path:
+            self._delete(location, [path])
+        with _errors_of(location):
+            pages = obstore.list(self._client, path or None, chunk_size=_DELETED_AT_ONCE)
+            for page in pages:
+                self._delete(location, [item["path"] for item in page])
+
+    def delete_empty(self, location: Location) -> None:
+        """Does nothing: folders are the common parts of keys."""
+
+    def _delete(self, location: Location, paths: list[str]) -> None:
+        """Deletes objects. Google's and Azure's client raises an error if one does not exist."""
+        import obstore
+
+        try:
+            with _errors_of(location, has_body=False):
+                obstore.delete(self._client, paths)
+        except FileNotFoundError:
+            for path in paths if len(paths) > 1 else ():  # those that are left
+                self._delete(location, [path])
 
 
 def _reader(chunks: Iterator[bytes]) -> Callable[[int], bytes]:

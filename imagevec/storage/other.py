@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from imagevec.storage.location import Location, UnsupportedURIError
-from imagevec.storage.stores import Entry, SettingsError, Stream
+from imagevec.storage.stores import Entry, SettingsError, Stream, save, temporary_name
 
 # They lead to other stores or to local files, past the checks of these.
 _REFUSED = {
@@ -69,6 +70,46 @@ class FsspecStore:
 
     def create(self, location: Location, data: bytes) -> None:
         raise UnsupportedURIError(f"{location.scheme}:// has no conditional writes")
+
+    def write(self, location: Location, data: bytes) -> None:
+        with self._replacing(location) as temporary:
+            self._client.pipe_file(temporary, data)
+
+    def upload(self, location: Location, file: Path) -> None:
+        with self._replacing(location) as temporary:
+            self._client.put_file(str(file), temporary)
+
+    def download(self, location: Location, file: Path) -> None:
+        with self.stream(location) as stream:
+            save(stream, file)
+
+    def move(self, source: Location, target: Location) -> None:
+        self.entry(source)
+        self._client.makedirs(_folder(target), exist_ok=True)
+        self._client.mv(str(source), str(target))
+
+    def delete(self, location: Location) -> None:
+        self._client.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            self._client.rm(str(location), recursive=True)
+
+    def delete_empty(self, location: Location) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if not any(True for _ in self.entries(location)):
+                self.delete(location)
+
+    @contextlib.contextmanager
+    def _replacing(self, location: Location) -> Iterator[str]:
+        """Yields a temporary path; what is written there replaces a file at the end."""
+        folder = _folder(location)
+        temporary = f"{folder}/{temporary_name()}"
+        self._client.makedirs(folder, exist_ok=True)
+        yield temporary
+        self._client.mv(temporary, str(location))
+
+
+def _folder(location: Location) -> str:
+    return str(location).rstrip("/").rpartition("/")[0]
 
 
 def _entry(info: dict[str, Any], path: str) -> Entry:

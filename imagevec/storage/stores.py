@@ -6,14 +6,18 @@ Local files are read directly. ``s3``, ``gs`` and Azure use obstore, ``http`` an
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
+import os
 import threading
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, Protocol, cast
 
 from imagevec.storage.location import Location
 
@@ -135,11 +139,60 @@ class _StreamedFile(io.RawIOBase):
         self._opened.close()
 
 
+TEMPORARY = "_writing-"
+"""How the name of a file begins that is not complete. Nobody else uses such names."""
+
+
+def temporary_name() -> str:
+    return f"{TEMPORARY}{uuid.uuid4().hex}"
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[IO[bytes]]:
+    """Yields a temporary file, which replaces a local file at the end of the block."""
+    with temporary_beside(path) as (file, temporary):
+        yield file
+        flush(file)
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def temporary_beside(path: str) -> Iterator[tuple[IO[bytes], str]]:
+    """Yields a new file in the folder of a local path, and its path, and deletes it at the end."""
+    temporary = os.path.join(os.path.dirname(os.path.abspath(path)), temporary_name())
+    try:
+        with open(temporary, "xb") as file:  # with the permissions of the user's umask
+            yield file, temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def flush(file: IO[bytes]) -> None:
+    """Waits until the content of a local file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def save(stream: Stream, file: Path) -> None:
+    """Writes a stream to a local file, or replaces the file, atomically.
+
+    Raises:
+        ConnectionError: The stream ends early.
+    """
+    with replacing(str(file)) as target:
+        while part := stream.read(_BUFFER_BYTES):
+            target.write(part)
+        if stream.length is not None and target.tell() != stream.length:
+            raise ConnectionError(f"{target.tell()} bytes of {stream.length} were received")
+
+
 class Store(Protocol):
     """A file store.
 
     Its methods raise ``FileNotFoundError`` if a path does not exist, ``PermissionError`` if it may
-    not be read, ``SettingsError``, and the exceptions of its library, after which a retry may
+    not be read or written, ``UnsupportedURIError`` if the store cannot do this, ``SettingsError``,
+    and the exceptions of its library, after which a retry may
     succeed.
     """
 
@@ -166,8 +219,25 @@ class Store(Protocol):
 
         Raises:
             FileExistsError: It exists.
-            UnsupportedURIError: The store cannot do this.
         """
+
+    def write(self, location: Location, data: bytes) -> None:
+        """Writes a file, or replaces it, atomically, and makes the folders above it."""
+
+    def upload(self, location: Location, file: Path) -> None:
+        """Writes a file, as ``write`` does, from a local file of any size."""
+
+    def download(self, location: Location, file: Path) -> None:
+        """Writes a local file, or replaces it, atomically, from a file of any size."""
+
+    def move(self, source: Location, target: Location) -> None:
+        """Renames a file of this store, and replaces the target if it exists."""
+
+    def delete(self, location: Location) -> None:
+        """Deletes a file, or a folder with its contents, if it exists."""
+
+    def delete_empty(self, location: Location) -> None:
+        """Deletes a folder if it exists and is empty."""
 
 
 def store_of(location: Location) -> Store:

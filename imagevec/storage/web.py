@@ -8,6 +8,7 @@ import html.parser
 import re
 import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import urllib3
@@ -94,7 +95,25 @@ class WebStore:
                     yield Entry(target, name.rstrip("/"), kind)
 
     def create(self, location: Location, data: bytes) -> None:
-        raise UnsupportedURIError(f"{location.scheme}:// is only read")
+        raise _read_only(location)
+
+    def write(self, location: Location, data: bytes) -> None:
+        raise _read_only(location)
+
+    def upload(self, location: Location, file: Path) -> None:
+        raise _read_only(location)
+
+    def download(self, location: Location, file: Path) -> None:
+        raise _read_only(location)
+
+    def move(self, source: Location, target: Location) -> None:
+        raise _read_only(source)
+
+    def delete(self, location: Location) -> None:
+        raise _read_only(location)
+
+    def delete_empty(self, location: Location) -> None:
+        raise _read_only(location)
 
     def _answer(
         self,
@@ -125,6 +144,10 @@ class WebStore:
             check_allowed(target, roots)
             _check_host(url)
         raise UnsupportedURIError(f"{location} is redirected more than {_MAX_REDIRECTS} times")
+
+
+def _read_only(location: Location) -> UnsupportedURIError:
+    return UnsupportedURIError(f"{location.scheme}:// is only read")
 
 
 def _end(response: Any) -> None:

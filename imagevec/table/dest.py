@@ -1,106 +1,51 @@
-"""The table that ``extract`` writes: features, and separately bad images and nulls.
-
-    DEST/part-*.parquet            features
-    DEST/_errors/part-*.parquet    bad images and nulls, with the same columns
-    DEST/_imagevec/                exists during a run, or after a run was killed
-        committed/<run>/           new files, which are moved to their place during the run
-        staged/<run>/              new files that replace others
-        replace.json               the replaced files, relative to DEST
-
-When a task ends, Spark commits its files, in one folder per kind. If the run is killed, the next
-run moves the files in ``committed`` when it starts. A move can be repeated, because it keeps the
-file's name, which is unique. Staged files count once ``replace.json`` is written: from then on, the
-replacement is completed, by the next run if need be.
-"""
+"""DEST: the table that ``extract`` writes, in a folder or in a catalog."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Sequence
-from typing import Any
-from urllib.parse import unquote
+import functools
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
-from pyspark.sql.types import StructType
+from pyspark.sql import types as T
+from pyspark.sql.types import StructField, StructType
 
-from imagevec.errors import FingerprintError, ImageVecError, OptionError
-from imagevec.spark.hadoop import Folder
+from imagevec.errors import FingerprintError, OptionError
 from imagevec.spec import FeatureSpec
-from imagevec.storage.listing import escaped, glob_parts, matcher
+from imagevec.storage.folder import Folder
+from imagevec.storage.listing import glob_parts, matcher
 from imagevec.storage.location import Location
-from imagevec.table.lock import RUN_ID, Lock
-from imagevec.table.provenance import Provenance, check_same, provenance
+from imagevec.table.parts import Part
+from imagevec.table.provenance import Provenance, check_same
+from imagevec.table.publish import Fencing
 from imagevec.table.schema import has_boxes
 
-ERRORS = "_errors"
-WORK = "_imagevec"
-KIND = "imagevec_kind"
-_LOCK = "lock.json"
-_PLACES = {"features": "", "errors": f"{ERRORS}/"}
-# The files of the table: Spark does not read those that start with a dot or an underscore.
-_FILE = re.compile(rf"({ERRORS}/)?[^/._][^/]*\.parquet", re.DOTALL)
-_ROW_GROUP_BYTES = 64 << 20
-_KNOWN = "path string, version string, error string"
 
+class Dest(Protocol):
+    """A table of features, and separately of errors.
 
-class Dest:
-    """The features and errors in one folder, on any file system that Spark supports."""
+    Attributes:
+        path: The name of the table, for messages.
+        work: The folder for working files, which the workers write.
+        wave_seconds: The time between two publications while the job runs.
+    """
 
-    def __init__(self, spark: SparkSession, path: str) -> None:
-        self._spark = spark
-        self._folder = Folder(spark, path)
-        self.path = self._folder.path
-        self.work = f"{self.path}/{WORK}"
-        self._journal = f"{self.work}/replace.json"
-
-    def lock(self, run: str) -> Lock:
-        return Lock(self._folder, f"{self.work}/{_LOCK}", run)
+    path: str
+    work: Folder
+    wave_seconds: float
 
     def check_is_table(self) -> None:
-        """Raises ``OptionError`` if the folder contains other data."""
-        is_data = any(not name.startswith(("_", ".")) for name in self._folder.names())
-        is_begun = "replace.json" in self._folder.names(WORK)  # the new files may not be in place
-        if is_data and not is_begun and self._any_part() is None:
-            raise OptionError(f"{self.path} exists and has no features: choose another DEST")
+        """Raises ``OptionError`` if there is other data in its place."""
 
     def check_is_features(self) -> None:
         """Raises an error if the table contains no features that this version can read."""
-        there = self._any_part()
-        if there is not None:
-            provenance(there)
 
     def check(self, spec: FeatureSpec, columns: Sequence[str], kept: StructType) -> None:
         """Raises an error if the table has another fingerprint, or other columns.
 
         ``kept`` has the types of those columns that imagevec does not define.
         """
-        there = self._any_part()
-        if there is None:
-            return
-        try:
-            check_same(provenance(there), Provenance.of(spec))
-        except FingerprintError as error:
-            raise FingerprintError(f"{self.path}: {error}. overwrite=True replaces them") from error
-        if has_boxes(there.columns) != has_boxes(columns):
-            is_by_box = has_boxes(there.columns)
-            rows, option = ("box", "set boxes") if is_by_box else ("image", "leave out boxes")
-            raise OptionError(
-                f"{self.path} has a row for each {rows}: {option}, or use overwrite=True"
-            )
-        if set(there.columns) != set(columns):
-            raise OptionError(
-                f"{self.path} has the columns {', '.join(there.columns)}, not "
-                f"{', '.join(columns)}: keep the same columns, or use overwrite=True"
-            )
-        for field in kept:
-            type, other = field.dataType.simpleString(), there.schema[field.name].dataType
-            if type != other.simpleString():
-                raise OptionError(
-                    f"{self.path} has the column {field.name!r} of type {other.simpleString()}, "
-                    f"not {type}: keep a column of the same type, or use overwrite=True"
-                )
 
     def known(self, retried: Sequence[str] = (), by_box: bool = False) -> DataFrame | None:
         """Returns each key of the table, or ``None`` if the table is empty.
@@ -110,147 +55,64 @@ class Dest:
 
         Args:
             retried: Codes of errors.
-            by_box: Whether a key has a row for each box. A key that lacks some, because a task was
-                killed after it had committed one of its two files, is retried, too.
+            by_box: Whether a key has a row for each box. A key that lacks some, because a driver
+                was killed after it had published one of two files, is retried, too.
         """
-        known = None
-        code = F.substring_index("error", ":", 1)
-        count = ["box_count"] if by_box else []
-        schema = f"{_KNOWN}, box_count int" if by_box else _KNOWN
-        for place in _PLACES.values():
-            if self._parquet_files(place):
-                rows = self._read(schema, place)
-                is_retried = F.coalesce(code.isin(*retried), F.lit(False))
-                keys = rows.select("path", "version", is_retried.alias("is_retried"), *count)
-                known = keys if known is None else known.union(keys)
-        return known if known is None or not by_box else _keys_of_boxes(known)
 
-    def write(self, rows: DataFrame, run: str, is_staged: bool = False) -> None:
-        """Runs the job. Each task commits its files when it ends.
+    def recover(self, fence: Fencing, run: str) -> None:
+        """Completes the work of dead runs, which ``fence`` has fenced, in the name of a run."""
 
-        ``rows`` must have a column ``KIND``: ``features`` or ``errors``. Staged files replace
-        others: see ``replace``.
+    def run_folder(self, run: str) -> Folder:
+        """Returns the folder where the tasks of a run write parts."""
+
+    def published_folders(self, run: str) -> tuple[Folder, ...]:
+        """Returns the folders where published parts of a run may be."""
+
+    def keys_among(self, parts: list[Part], run: str) -> set[str]:
+        """Returns the keys in parts of dead runs that were published: see ``publish.Table``."""
+
+    def publish(self, parts: list[Part], run: str) -> None:
+        """Makes parts of a run visible, and removes them from its folder."""
+
+    def finish(self, run: str, outdated: Sequence[str], check: Callable[[], None]) -> None:
+        """Replaces the rows of changed images by the parts that a run has computed.
+
+        Args:
+            run: The ID of the run.
+            outdated: Further paths, whose rows are removed.
+            check: Called before anything is replaced.
         """
-        (
-            rows.write.mode("append")
-            .partitionBy(KIND)
-            # Moves a task's files when the task ends, not when the job ends.
-            .option("mapreduce.fileoutputcommitter.algorithm.version", "2")
-            .option("parquet.block.size", _ROW_GROUP_BYTES)
-            .parquet(f"{self.work}/{'staged' if is_staged else 'committed'}/{run}")
-        )
 
-    def publish(self, run: str) -> list[str]:
-        """Moves the committed files of a run to their place. Returns the paths of error files."""
-        return self._move_in(f"committed/{run}")
+    def replacement(self) -> FolderDest:
+        """Returns the table that replaces this one at the end of a run."""
 
-    def _move_in(self, folder: str) -> list[str]:
-        errors = []
-        for kind, place in _PLACES.items():
-            source = f"{WORK}/{folder}/{KIND}={kind}"
-            for name in self._parquet_files(source):
-                target = f"{self.path}/{place}{name}"
-                self._folder.move(f"{self.path}/{source}/{name}", target)
-                if kind == "errors":
-                    errors.append(target)
-        return errors
+    def replace_by_replacement(self, run: str, check: Callable[[], None]) -> None:
+        """Replaces all rows by those of ``replacement``, in the name of a run."""
 
-    def read(self, files: list[str]) -> DataFrame:
-        """Reads some files of the table."""
-        return self._spark.read.parquet(*map(escaped, files))
+    def remove_work(self, run: str) -> None:
+        """Deletes the working files of a run, and a replacement, but not the epochs."""
 
-    def recover(self, previous_run: str | None) -> None:
-        """Completes the work of a killed run.
 
-        Files that an older run committed are deleted: they come from an executor that outlived its
-        driver, and their images were computed again, or will be.
-        """
-        self._end_replacement()
-        if previous_run is not None:
-            self.publish(previous_run)
-        self.remove_work()
+class FolderDest(Dest, Protocol):
+    def clear(self) -> None:
+        """Deletes the table."""
 
-    def remove_work(self) -> None:
-        """Deletes the working files of a run, except its lock."""
-        for name in self._folder.names(WORK):
-            if name != _LOCK:
-                self._folder.delete(f"{self.work}/{name}")
 
-    def files(self) -> list[str]:
-        """Returns the files of the table, relative to it."""
-        places = _PLACES.values()
-        return [f"{place}{name}" for place in places for name in self._parquet_files(place)]
+_KNOWN = ("path", "version", "error")
 
-    def stage_without(self, paths: DataFrame, run: str) -> list[str]:
-        """Rewrites the files with rows of some paths, without these rows, as staged files of a run.
 
-        Returns:
-            The files that the staged ones must replace, relative to the table.
-        """
-        old: list[str] = []
-        for kind, place in _PLACES.items():
-            part = self._part(kind)
-            if part is None:
-                continue
-            in_files = part.select("path", F.col("_metadata.file_path").alias("file"))
-            holding = in_files.join(paths, "path", "left_semi").select("file").distinct()
-            files = [unquote(row.file) for row in holding.collect()]  # Spark quotes it as a URI
-            if files:
-                rest = self.read(files).join(paths, "path", "left_anti")
-                writer = rest.write.option("parquet.block.size", _ROW_GROUP_BYTES)
-                writer.mode("overwrite").parquet(f"{self.work}/staged/{run}/{KIND}={kind}")
-                old += [f"{place}{file.rpartition('/')[2]}" for file in files]
-        return old
-
-    def replace(self, old: Sequence[str], run: str) -> list[str]:
-        """Replaces files of the table by the staged files of a run. Returns the error files."""
-        self._folder.write_text(self._journal, json.dumps({"run": run, "old": list(old)}))
-        return self._end_replacement()
-
-    def _end_replacement(self) -> list[str]:
-        try:
-            journal = json.loads(self._folder.read_text(self._journal) or "")
-        except ValueError:
-            return []  # no replacement began, or it was interrupted before it deleted a file
-        run, old = self._checked(journal)
-        for file in old:
-            self._folder.delete(f"{self.path}/{file}")
-        self._folder.delete_if_empty(f"{self.path}/{ERRORS}")
-        errors = self._move_in(f"staged/{run}")
-        self._folder.delete(self._journal)
-        return errors
-
-    def _checked(self, journal: Any) -> tuple[str, list[str]]:
-        """Returns the run and the files of a journal, which may name only files of this table."""
-        try:
-            run, old = journal["run"], list(journal["old"])
-            is_own = RUN_ID.fullmatch(run) and all(_FILE.fullmatch(file) for file in old)
-        except (KeyError, TypeError):
-            is_own = None
-        if not is_own:
-            raise ImageVecError(
-                f"{self._journal} names what is not a file of this table: nothing was deleted. "
-                "If no run of extract wrote it, delete it"
-            )
-        return run, old
-
-    def _any_part(self) -> DataFrame | None:
-        there = (self._part(kind) for kind in _PLACES)
-        return next((part for part in there if part is not None), None)
-
-    def _part(self, kind: str) -> DataFrame | None:
-        place = _PLACES[kind]
-        return self._read(None, place) if self._parquet_files(place) else None
-
-    def _read(self, schema: str | None, place: str) -> DataFrame:
-        reader = self._spark.read if schema is None else self._spark.read.schema(schema)
-        # Only the data of the table: a user may have put other files next to it.
-        reader = reader.option("pathGlobFilter", "*.parquet")
-        return reader.parquet(f"{escaped(self.path)}/{place}")
-
-    def _parquet_files(self, folder: str) -> list[str]:
-        names = self._folder.names(folder, only_files=True)
-        return [name for name in names if _FILE.fullmatch(name)]
+def known_keys(
+    tables: Sequence[DataFrame], retried: Sequence[str], by_box: bool
+) -> DataFrame | None:
+    """Returns the keys of some tables, or ``None`` without any: see ``Dest.known``."""
+    if not tables:
+        return None
+    columns = [*_KNOWN, "box_count"] if by_box else _KNOWN
+    rows = functools.reduce(DataFrame.union, [table.select(*columns) for table in tables])
+    code = F.substring_index("error", ":", 1)
+    is_retried = F.coalesce(code.isin(*retried), F.lit(False))
+    keys = rows.withColumn("is_retried", is_retried).drop("error")
+    return _keys_of_boxes(keys) if by_box else keys
 
 
 def _keys_of_boxes(boxes: DataFrame) -> DataFrame:
@@ -260,6 +122,37 @@ def _keys_of_boxes(boxes: DataFrame) -> DataFrame:
     return boxes.groupBy("path").agg(
         F.max("version").alias("version"), is_retried.alias("is_retried")
     )
+
+
+def check_fits(
+    table: str,
+    there: StructType,
+    made_of: Provenance,
+    spec: FeatureSpec,
+    columns: Sequence[str],
+    kept: StructType,
+) -> None:
+    """Raises an error if a table has another fingerprint, or other columns: see ``Dest.check``."""
+    try:
+        check_same(made_of, Provenance.of(spec))
+    except FingerprintError as error:
+        raise FingerprintError(f"{table}: {error}. overwrite=True replaces them") from error
+    if has_boxes(there.names) != has_boxes(columns):
+        is_by_box = has_boxes(there.names)
+        rows, option = ("box", "set boxes") if is_by_box else ("image", "leave out boxes")
+        raise OptionError(f"{table} has a row for each {rows}: {option}, or use overwrite=True")
+    if set(there.names) != set(columns):
+        raise OptionError(
+            f"{table} has the columns {', '.join(there.names)}, not "
+            f"{', '.join(columns)}: keep the same columns, or use overwrite=True"
+        )
+    for field in kept:
+        type, other = field.dataType.simpleString(), there[field.name].dataType
+        if type != other.simpleString():
+            raise OptionError(
+                f"{table} has the column {field.name!r} of type {other.simpleString()}, "
+                f"not {type}: keep a column of the same type, or use overwrite=True"
+            )
 
 
 def check_outside(dest: str, src: str) -> None:
@@ -275,3 +168,28 @@ def check_outside(dest: str, src: str) -> None:
 def _comparable(path: str) -> str:
     location = Location.of(path).resolved()
     return f"{location.store_scheme}://{location.host}{location.path.rstrip('/')}"
+
+
+def result_schema(spec: FeatureSpec, kept: StructType, boxes: T.ArrayType | None) -> StructType:
+    """Returns the columns of a result, with the provenance of ``features`` in its metadata."""
+    vector: T.DataType = T.ArrayType(T.FloatType())
+    if spec.layer_sizes is not None:
+        vector = StructType([StructField(layer, vector) for layer in spec.layer_sizes])
+    columns = [
+        StructField("path", T.StringType()),
+        StructField("length", T.LongType()),
+        StructField("modificationTime", T.TimestampType()),
+        StructField("version", T.StringType()),
+        StructField("features", vector, metadata=dict(spec.metadata)),
+        StructField("width", T.IntegerType()),
+        StructField("height", T.IntegerType()),
+        StructField("truncated", T.BooleanType()),
+        StructField("error", T.StringType()),
+    ]
+    if boxes is not None:
+        columns += [
+            StructField("box", boxes.elementType),
+            StructField("box_number", T.IntegerType()),
+            StructField("box_count", T.IntegerType()),
+        ]
+    return StructType([*columns, *kept])

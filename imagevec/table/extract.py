@@ -1,8 +1,9 @@
 """Extracts features of images into a Parquet table, in one resumable pass.
 
 A run lists the source, subtracts the images that the table has, and computes the rest in one Spark
-job. Each task commits its own files when it ends. The driver holds no list of images. The table
-itself records which images are done: ``imagevec.table.dest`` explains how each row is written once.
+job. Tasks write parts, at least one a minute, which the driver publishes while the job runs. The
+driver holds no list of images. The table itself records which images are done.
+``imagevec.table.publish`` and ``imagevec.table.fence`` explain how each row is written once.
 """
 
 from __future__ import annotations
@@ -10,33 +11,52 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import pandas as pd
+import pyarrow as pa
+from pyspark import TaskContext
 from pyspark.errors import AnalysisException
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import StructField, StructType
+from pyspark.sql.types import (
+    BooleanType,
+    IntegerType,
+    LongType,
+    StringType,
+    StructField,
+    StructType,
+)
 
 from imagevec import cache
-from imagevec.errors import OptionError
+from imagevec.errors import ImageVecError, OptionError
 from imagevec.files import expanded
 from imagevec.options import DEFAULTS, checked
-from imagevec.spark.hadoop import check_has_jvm, hadoop_path
-from imagevec.spark.metrics import Metrics
-from imagevec.spark.sessions import active_session, failures_in_words, quoted
-from imagevec.spark.vectorizer import ImageVectorizer
-from imagevec.storage.listing import escaped
-from imagevec.table.dest import KIND, Dest, check_outside
-from imagevec.table.lock import Lock
-from imagevec.table.schema import BOX_COLUMNS, OWN_COLUMNS
+from imagevec.plan import Plan, make_plan
+from imagevec.spark.sessions import (
+    active_session,
+    cancellable,
+    failures_in_words,
+    gpus_of_tasks,
+    quoted,
+)
+from imagevec.spark.udf import extract_in_worker, send
+from imagevec.spec import FeatureSpec
+from imagevec.storage.folder import Folder
+from imagevec.storage.location import Location
+from imagevec.table.catalog import CatalogTable
+from imagevec.table.dest import Dest, check_outside, result_schema
+from imagevec.table.fence import Fence
+from imagevec.table.files import read_files, write_files
+from imagevec.table.folder import FolderTable
+from imagevec.table.parts import Task, write_parts
+from imagevec.table.publish import NULL, Published, Publisher
+from imagevec.table.schema import BOX_COLUMNS, BOXES, OWN_COLUMNS, SPARK_SCHEMA, kept_column
 from imagevec.table.sources import (
-    BOXES,
-    IMAGE,
-    SOURCE_ERROR,
     FileSource,
     ShardSource,
     Source,
@@ -51,7 +71,7 @@ if TYPE_CHECKING:
 
     from imagevec.options import Options
 
-_LOOK_EVERY_SECONDS = 0.25
+_LOOK_EVERY_SECONDS = 1.0
 
 _RETRIED_ERRORS = ("timed_out", "crashed", "unreadable_path")
 """Codes whose cause may lie outside the image: the load of the machine, or what a path named."""
@@ -92,6 +112,8 @@ def extract(
     src: str | Path | DataFrame,
     dest: str | Path,
     *,
+    to: str = "folder",
+    staging: str | Path | None = None,
     spark: SparkSession | None = None,
     recursive: bool = False,
     pattern: str | None = None,
@@ -112,16 +134,22 @@ def extract(
         extract(df, "features/", column="image", key="id")
         extract(df, "features/", column="image", key="id", boxes="boxes")
 
-    Each task commits its own files when it ends. To continue after a crash, run it again: each
-    image is in the table exactly once. New and changed images are computed. Images that were
-    deleted from the source keep their rows. With ``boxes``, each box has a row, and the rows of an
-    image are written and replaced together.
+    At least once a minute, each task adds its images to the table. To continue after a crash, run
+    it again: each image is in the table exactly once. New and changed images are computed. Images
+    that were deleted from the source keep their rows. With ``boxes``, each box has a row, and the
+    rows of an image are written and replaced together.
 
     Args:
         src: A folder, glob or URI of image files, which the workers read. With ``column`` or
             ``format``, a table that Spark reads. Or a data frame.
-        dest: A folder or URI that Spark writes. Bad images are listed in ``<dest>/_errors``.
-        spark: The session; by default the active one. Spark Connect is not supported.
+        dest: A folder or URI that the workers can write. Bad images are listed in
+            ``<dest>/_errors``. With ``to="table"``, the name of a table; bad images are listed in
+            ``<dest>_errors``.
+        to: ``"folder"``, or ``"table"`` for a table of the catalog that has MERGE, such as Delta or
+            Iceberg. It is created if it does not exist.
+        staging: With ``to="table"``, a folder or URI that the workers can write. Tables can share
+            it.
+        spark: The session; by default the active one.
         recursive: Whether to include subfolders.
         pattern: A glob: only files whose names match are included.
         format: The format of the table: ``parquet`` (the default), ``orc``, ``delta``,
@@ -134,11 +162,11 @@ def extract(
         where: A SQL condition that selects rows of the table.
         keep: Further columns to copy; for ``webdataset``, extensions such as ``json``.
         overwrite: Whether to replace existing features, even with another fingerprint. They stay
-            until all images are computed.
+            until all images are computed. A run that was killed is continued.
         retry_errors: Whether to compute bad images again whose error may have had a passing cause:
             those with the codes ``timed_out``, ``crashed`` and ``unreadable_path``.
-        progress: A function called with ``(done, errors, total)`` as tasks end, from its own
-            thread.
+        progress: A function called with ``(done, errors, total)`` at the start, and as images are
+            added to the table, mostly from a thread of its own.
         **options: See ``imagevec.options.Options``; ``on_error`` and ``output`` are not accepted.
             ``boxes`` names a column of a table.
 
@@ -156,12 +184,12 @@ def extract(
             raise OptionError(f"{name} is not an option of extract, which sets it itself")
     if spark is None:
         spark = src.sparkSession if isinstance(src, DataFrame) else active_session()
-    check_has_jvm(spark)
     limits = checked({**DEFAULTS, **options})
     kept = (keep,) if isinstance(keep, str) else tuple(keep)
+    _check_staging(to, staging)
     with failures_in_words():
         if not isinstance(src, DataFrame):
-            check_outside(str(dest), str(src))
+            check_outside(str(staging or dest), str(src))
         source = _source(
             spark,
             src,
@@ -182,39 +210,77 @@ def extract(
             options["boxes"] = BOXES
             own += BOX_COLUMNS
             typed = StructType([*typed, StructField("box", source.boxes.elementType)])
-        table = Dest(spark, str(dest))
+        table = _dest(spark, dest, staging, limits["read_timeout_seconds"])
         table.check_is_table()
         options["output"] = "struct"
-        vectorizer = ImageVectorizer(**options)
+        plan = make_plan(gpus=gpus_of_tasks(spark), **options)
+        send(spark, plan)
         weights = options.get("weights")
         file = None if weights is None else expanded(weights)
         if file is not None and file.is_file():
             cache.store(file)  # `imagevec similar` finds it by its digest
-        lock = table.lock(uuid.uuid4().hex)
-        with lock.held():
-            table.recover(lock.previous_run)
+        fence = Fence(table.work, table.path, uuid.uuid4().hex)
+        with fence.held():
+            table.recover(fence, fence.run)
+            target = table
             if overwrite:
                 table.check_is_features()
+                target = _replacement(table, fence, plan.spec, (*own, *kept), typed)
             else:
-                table.check(vectorizer.spec, (*own, *kept), typed)
+                table.check(plan.spec, (*own, *kept), typed)
             retried = _RETRIED_ERRORS if retry_errors else ()
             try:
-                by_box = source.boxes is not None
-                known = None if overwrite else table.known(retried, by_box)
-                done = _add_missing(source, known, table, lock, vectorizer, progress)
+                known = target.known(retried, source.boxes is not None)
+                done = _add_missing(source, known, target, fence, plan, progress)
+                if overwrite and target.known() is not None:
+                    table.replace_by_replacement(fence.run, fence.check)
             except BaseException:
                 with suppress(Exception):  # else the next run does it
-                    lock.check()
-                    table.recover(lock.run)
+                    fence.check()
+                    table.recover(fence, fence.run)
+                    target.recover(fence, fence.run)
                 raise
-            lock.check()
-            table.remove_work()
+            fence.check()
+            table.remove_work(fence.run)
     return ExtractReport(
         **done,
         seconds=round(time.perf_counter() - start, 1),
-        fingerprint=vectorizer.spec.fingerprint,
+        fingerprint=plan.spec.fingerprint,
         dest=str(dest),
     )
+
+
+def _check_staging(to: str, staging: str | Path | None) -> None:
+    if to not in ("folder", "table"):
+        raise OptionError(f"to={to!r} is not known: choose 'folder' or 'table'")
+    if to == "table" and staging is None:
+        raise OptionError(
+            "to='table' requires staging=...: a folder that the workers can write, because only "
+            "the driver writes the table"
+        )
+    if to == "folder" and staging is not None:
+        raise OptionError("staging is only for to='table': a folder needs no other one")
+
+
+def _dest(
+    spark: SparkSession, dest: str | Path, staging: str | Path | None, timeout_seconds: float
+) -> Dest:
+    if staging is None:
+        return FolderTable(spark, Folder(dest, timeout_seconds))
+    return CatalogTable(spark, str(dest), Folder(staging, timeout_seconds))
+
+
+def _replacement(
+    table: Dest, fence: Fence, spec: FeatureSpec, columns: Sequence[str], kept: StructType
+) -> Dest:
+    """Returns the table that replaces another one, with what a killed run has computed of it."""
+    replacement = table.replacement()
+    replacement.recover(fence, fence.run)
+    try:
+        replacement.check(spec, columns, kept)
+    except ImageVecError:
+        replacement.clear()
+    return replacement
 
 
 def _source(
@@ -276,7 +342,7 @@ _FILE_FORMATS = ("parquet", "orc", "avro", "json", "csv", "text", "binaryfile", 
 
 
 def _loaded(spark: SparkSession, format: str, src: str) -> DataFrame:
-    path = hadoop_path(spark, src) if format.lower() in _FILE_FORMATS else src
+    path = str(Location.of(src)) if format.lower() in _FILE_FORMATS else src
     try:
         return spark.read.format(format).load(path)
     except AnalysisException as error:
@@ -295,30 +361,33 @@ def _add_missing(
     source: Source,
     known: DataFrame | None,
     table: Dest,
-    lock: Lock,
-    vectorizer: ImageVectorizer,
+    fence: Fence,
+    plan: Plan,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Adds the images that are not ``known``; without ``known``, replaces the table by all images.
+    """Adds the images that are not ``known``.
 
     Returns:
         The counts of ``ExtractReport``.
     """
-    source.prepare(f"{table.work}/listing/{lock.run}")
-    survey, pending = _everything(source) if known is None else _pending(source, known, table, lock)
+    source.prepare(table.work.sub(f"listing/{fence.run}"))
+    survey, pending = (
+        _everything(source) if known is None else _pending(source, known, table, fence)
+    )
     if not survey.found:
         raise OptionError(f"no images found{_passed_over(source.skipped)}")
-    metrics = Metrics()
-    errors: dict[str, int] = {}
+    outdated = [] if known is None else source.mended(known)
+    published = Published()
     if survey.pending:
-        rows = _computed(source, source.rows(survey, pending), vectorizer, metrics)
-        old = table.files() if known is None else []
-        errors = _written(rows, old, table, lock, metrics, survey.pending, progress)
+        rows = source.rows(survey, pending)
+        published = _written(rows, source, table, fence, plan, survey.pending, progress)
+    table.finish(fence.run, outdated, fence.check)
+    errors = dict(published.errors.most_common())
     return {
         "found": survey.found,
         "done_before": survey.found - survey.pending,
-        "features": int(metrics.value.get("images" if source.boxes is None else "boxes", 0)),
-        "nulls": errors.pop(_NULL, 0),
+        "features": published.features,
+        "nulls": errors.pop(NULL, 0),
         "errors": errors,
         "skipped": dict(source.skipped),
     }
@@ -339,14 +408,24 @@ def _everything(source: Source) -> tuple[Survey, None]:
     return Survey(found["found"], found["partitions"], pending=found["found"]), None
 
 
-_KEYS = "path string, count long, partition int, is_pending boolean, is_changed boolean"
+_KEYS = StructType(
+    [
+        StructField("path", StringType()),
+        StructField("count", LongType()),
+        StructField("partition", IntegerType()),
+        StructField("is_pending", BooleanType()),
+        StructField("is_changed", BooleanType()),
+    ]
+)
 
 
-def _pending(source: Source, known: DataFrame, table: Dest, lock: Lock) -> tuple[Survey, DataFrame]:
-    """Finds the pending keys. Removes the table's rows of changed images.
+def _pending(
+    source: Source, known: DataFrame, table: Dest, fence: Fence
+) -> tuple[Survey, DataFrame]:
+    """Finds the pending keys.
 
     Returns:
-        The survey, and a data frame with the ``path`` of each pending image.
+        The survey, and a data frame with ``path`` and ``is_changed`` of each pending image.
     """
     spark = known.sparkSession
     there = known.withColumnRenamed("version", "known_version").withColumn("is_known", F.lit(True))
@@ -358,159 +437,128 @@ def _pending(source: Source, known: DataFrame, table: Dest, lock: Lock) -> tuple
     # are counted in the file, because AQE drops an observation together with an empty side.
     path = F.when(is_pending | (F.col("count") > 1), F.col("path")).otherwise("")
     columns = (is_pending.alias("is_pending"), (is_pending & is_known).alias("is_changed"))
-    folder = f"{table.work}/pending/{lock.run}"
-    keys = keys.select(path.alias("path"), "count", "partition", *columns)
-    keys.write.mode("overwrite").parquet(folder)
-    keys = spark.read.schema(_KEYS).parquet(escaped(folder))
-    pending, changed = F.count_if("is_pending"), F.count_if("is_changed")
-    found = keys.agg(*found_in_keys(), pending.alias("pending"), changed.alias("changed")).first()
+    folder = table.work.sub(f"pending/{fence.run}")
+    files = write_files(keys.select(path.alias("path"), "count", "partition", *columns), folder)
+    keys = read_files(spark, folder, files, _KEYS)
+    found = keys.agg(*found_in_keys(), F.count_if("is_pending").alias("pending")).first()
     assert found is not None, "an aggregate has a row"
     check_keys(found.asDict())
-    survey = Survey(found["found"], found["partitions"], found["pending"], found["changed"])
-    mended = [(path,) for path in source.mended(known)]
-    if survey.changed or mended:
-        outdated = spark.createDataFrame(mended, "path string")
-        outdated = outdated.union(keys.where("is_changed").select("path"))
-        old = table.stage_without(outdated, lock.run)
-        lock.check()
-        table.replace(old, lock.run)
-    return survey, keys.where("is_pending").select("path")
-
-
-_NULL = "null"
-_RESULT = "imagevec_result"
-_IMAGE_ERROR = "imagevec_image_error"
-_ITEMS, _ITEM = "imagevec_items", "imagevec_item"  # of boxes
-
-
-def _computed(
-    source: Source, rows: DataFrame, vectorizer: ImageVectorizer, metrics: Metrics
-) -> DataFrame:
-    """Returns the rows of the table, with their ``KIND``."""
-    result = vectorizer.process_images(rows, IMAGE, _RESULT, metrics)
-    if source.boxes is not None:
-        result = _by_box(result, vectorizer.spec.layer_sizes)
-    error = F.coalesce(SOURCE_ERROR, f"{_RESULT}.error")
-    # With several layers, features is a struct, which is never null.
-    is_vector = F.col(f"{_RESULT}.width").isNotNull() & error.isNull()
-    return result.select(
-        "path",
-        "length",
-        "modificationTime",
-        "version",
-        F.col(f"{_RESULT}.features").alias("features", metadata=vectorizer.spec.metadata),
-        f"{_RESULT}.width",
-        f"{_RESULT}.height",
-        f"{_RESULT}.truncated",
-        error.alias("error"),
-        *(BOX_COLUMNS if source.boxes is not None else ()),
-        *map(quoted, source.kept.names),
-        F.when(is_vector, "features").otherwise("errors").alias(KIND),
-    )
-
-
-def _by_box(result: DataFrame, layers: Iterable[str] | None) -> DataFrame:
-    """Returns a row for each box. An image without boxes, or without vectors, keeps one row.
-
-    ``_RESULT`` is then the same struct as for images: the vector and the error are of the box.
-    """
-    image = F.col(_RESULT)
-
-    def item(box: Column, number: Column) -> Column:
-        features = image["features"]
-        if layers is None:
-            vector = features[number]
-        else:
-            vector = F.struct(*(features[layer][number].alias(layer) for layer in layers))
-        error = image["box_errors"][number]
-        return F.struct(box.alias("box"), vector.alias("features"), error.alias("error"))
-
-    of_image = ("width", "height", "truncated")
-    # Each row of the explosion copies the other columns, so that none may contain all vectors.
-    rows = result.select(
-        *(quoted(name) for name in result.columns if name not in (IMAGE, BOXES, _RESULT)),
-        image["error"].alias(_IMAGE_ERROR),
-        *(image[name].alias(f"imagevec_{name}") for name in of_image),
-        F.when(image["box_errors"].isNotNull(), F.transform(BOXES, item)).alias(_ITEMS),
-    )
-    rows = rows.withColumn("box_count", F.when(F.size(_ITEMS) > 0, F.size(_ITEMS)))
-    rows = rows.select("*", F.posexplode_outer(_ITEMS).alias("box_number", _ITEM))
-    is_box = F.col("box_number").isNotNull()
-    own = F.struct(
-        F.col(f"{_ITEM}.features"),
-        F.coalesce(_IMAGE_ERROR, f"{_ITEM}.error").alias("error"),
-        *(F.when(is_box, F.col(f"imagevec_{name}")).alias(name) for name in of_image),
-    )
-    return rows.withColumns({"box": F.col(f"{_ITEM}.box"), _RESULT: own})
+    survey = Survey(found["found"], found["partitions"], found["pending"])
+    return survey, keys.where("is_pending").select("path", "is_changed")
 
 
 def _written(
     rows: DataFrame,
-    old: list[str],
+    source: Source,
     table: Dest,
-    lock: Lock,
-    metrics: Metrics,
+    fence: Fence,
+    plan: Plan,
     total: int,
     progress: Progress | None,
-) -> dict[str, int]:
-    """Runs the job. If there are old files, replaces them at its end, and publishes nothing before.
-
-    Returns:
-        The number of errors by code.
-    """
+) -> Published:
+    """Runs the job, and publishes the parts of its tasks while it runs."""
     spark = rows.sparkSession
-    files: list[str] = []
+    run = fence.run
+    publisher = Publisher(table, fence, run)
 
     def look() -> None:
-        lock.check()
-        files.extend(table.publish(lock.run))  # nothing if it is staged
-        if progress is not None:
-            errors = sum(count for name, count in metrics.value.items() if "errors." in name)
-            progress(int(metrics.value.get("rows", 0)), int(errors), total)
+        if publisher.look() and progress is not None:
+            done = publisher.published
+            errors = sum(count for code, count in done.errors.items() if code != NULL)
+            progress(done.images, errors, total)
 
-    spark.sparkContext.addJobTag(lock.run)
-    try:
-        with _watching(metrics, look, lambda: spark.sparkContext.cancelJobsWithTag(lock.run)):
-            table.write(rows, lock.run, is_staged=bool(old))
-    finally:
-        spark.sparkContext.removeJobTag(lock.run)
-    if old:
-        lock.check()
-        files = table.replace(old, lock.run)
-    if not files:
-        return {}
-    code = F.coalesce(F.substring_index("error", ":", 1), F.lit(_NULL)).alias("code")
-    by_code = table.read(files).select(code).groupBy("code").count()
-    return {row.code: row["count"] for row in by_code.orderBy(F.desc("count"), "code").collect()}
+    if progress is not None:
+        progress(0, 0, total)
+    task = Task(
+        table.run_folder(run),
+        run,
+        table.published_folders(run),
+        _file_metadata(rows, source, plan),
+        None if plan.spec.layer_sizes is None else tuple(plan.spec.layer_sizes),
+        tuple(source.kept.names),
+        _codec(spark),
+    )
+
+    def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        yield from write_in_worker(batches, task, plan)
+
+    with (
+        cancellable(spark, run) as cancel,
+        _watching(look, cancel, table.wave_seconds or _LOOK_EVERY_SECONDS),
+    ):
+        reports = _renamed(rows, source).mapInArrow(write, "images long").collect()
+    missing = sum(row.images for row in reports) - publisher.published.images
+    if missing > 0:
+        raise ImageVecError(
+            f"{missing} images are not in {table.path}, where the tasks have written them: use a "
+            "folder that the driver and all workers share"
+        )
+    return publisher.published
+
+
+def _renamed(rows: DataFrame, source: Source) -> DataFrame:
+    kept = set(source.kept.names)
+    others = [name for name in rows.columns if name not in kept]
+    names = enumerate(source.kept.names)
+    return rows.select(*others, *(F.col(quoted(n)).alias(kept_column(i)) for i, n in names))
+
+
+def write_in_worker(
+    batches: Iterator[pa.RecordBatch], task: Task, plan: Plan
+) -> Iterator[pa.RecordBatch]:
+    """Writes the parts of a task, and yields the number of its images."""
+    context = TaskContext.get()
+    assert context is not None, "Spark sets it in workers"
+
+    def extract(columns: Iterator[Any]) -> Iterator[pd.DataFrame]:
+        return cast("Iterator[pd.DataFrame]", extract_in_worker(columns, plan))
+
+    images = write_parts(batches, task, context.partitionId(), context.taskAttemptId(), extract)
+    yield pa.RecordBatch.from_pydict({"images": [images]})
+
+
+def _file_metadata(rows: DataFrame, source: Source, plan: Plan) -> dict[str, str]:
+    """Returns the metadata of Parquet files that Spark needs to restore the columns of a table."""
+    schema = result_schema(plan.spec, source.kept, source.boxes)
+    return {
+        "org.apache.spark.version": rows.sparkSession.version,
+        SPARK_SCHEMA: schema.json(),
+    }
+
+
+_CODECS = {"uncompressed": "none", "lz4raw": "lz4", "lz4_raw": "lz4"}
+
+
+def _codec(spark: SparkSession) -> str:
+    """Returns the codec of Parquet that the session has set, as PyArrow names it."""
+    name = str(spark.conf.get("spark.sql.parquet.compression.codec", "snappy")).lower()
+    codec = _CODECS.get(name, name)
+    return codec if codec == "none" or pa.Codec.is_available(codec) else "snappy"
 
 
 @contextmanager
 def _watching(
-    metrics: Metrics, look: Callable[[], None], cancel: Callable[[], None]
+    look: Callable[[], None], cancel: Callable[[], None], seconds: float
 ) -> Iterator[None]:
-    """Calls ``look`` when tasks have ended. If it fails, cancels the job and raises the error."""
+    """Calls ``look`` every few seconds. If it fails, cancels the job and raises the error."""
     stop = threading.Event()
     failures: list[Exception] = []
 
     def watch() -> None:
-        seen = -1.0
-        while not stop.wait(_LOOK_EVERY_SECONDS):
-            tasks = metrics.value.get("tasks", 0.0)
+        while not stop.wait(seconds):
             try:
-                if tasks != seen:
-                    look()
+                look()
             except Exception as error:  # includes errors of the callback
                 failures.append(error)
                 cancel()
                 return
-            seen = tasks
 
     def end() -> None:
         stop.set()
         thread.join()
         if failures:
             raise failures[0]
-        look()  # publishes committed files, whatever happened
+        look()  # publishes what tasks have written, whatever happened
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -1,6 +1,7 @@
 """The provenance of a column of features, which is stored in the column's metadata.
 
-Spark keeps a column's metadata through ``withColumn``, ``select`` and Parquet.
+Spark keeps a column's metadata through ``withColumn``, ``select`` and Parquet. Iceberg keeps only
+the comment, so that in a table of a catalog, the comment contains the metadata as JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from imagevec._version import __version__
 from imagevec.errors import FingerprintError
 from imagevec.spark.sessions import existing_column
-from imagevec.spec import METADATA_KEY, FeatureSpec, Preprocessing, Tokenization
+from imagevec.spec import METADATA_KEY, FeatureSpec, Preprocessing, Tokenization, own_metadata
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -64,7 +65,7 @@ class Provenance:
                 with fields or values that this one does not know.
         """
         try:
-            fields = dict(metadata[METADATA_KEY])
+            fields = dict(own_metadata(metadata)[METADATA_KEY])
             own = {name: fields.pop(name) for name in ("fingerprint", "imagevec")}
         except (KeyError, TypeError, ValueError) as error:
             raise FingerprintError(f"{column} has no provenance in its metadata") from error

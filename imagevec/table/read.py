@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from imagevec.errors import OptionError
+from imagevec.storage.folder import Folder
 from imagevec.storage.listing import described, list_files
 from imagevec.storage.location import Location
 from imagevec.storage.stores import store_of
@@ -27,6 +28,8 @@ _FEATURES = ["path", "features"]
 _GROUPS = ["path", "group"]
 _EXTRACT = "give the folder that `imagevec extract` wrote"
 _DUPLICATES = "give the folder that `imagevec duplicates` wrote"
+_LOGS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
+_ICEBERG = ".metadata.json"
 _SPARK_SCHEMA = b"org.apache.spark.sql.parquet.row.metadata"
 
 
@@ -158,11 +161,26 @@ def _files(folder: str, hint: str) -> list[str]:
     entry = described(folder)
     if entry.kind != "folder":
         return [entry.path]
+    check_has_no_log(folder)
     listed = list_files(folder, recursive=True, pattern="*.parquet")
     paths = sorted(str(Location.parse(file.path)) for file in listed if file.skipped is None)
     if not paths:
         raise OptionError(f"{folder} has no Parquet files: {hint}")
     return paths
+
+
+def check_has_no_log(path: str) -> None:
+    """Raises ``OptionError`` for a table whose files alone do not say which rows it has."""
+    folder = Folder(path)
+    names = folder.names()
+    kind = next((kind for name, kind in _LOGS.items() if name in names), None)
+    if "metadata" in names and any(_ICEBERG in name for name in folder.names("metadata")):
+        kind = "Iceberg"
+    if kind is not None:
+        raise OptionError(
+            f"{path} is a table of {kind}, whose files also contain deleted rows. Write its rows "
+            "to a folder with spark.read.table(...).write.parquet(...), and give that folder"
+        )
 
 
 def _opened(path: str) -> Any:

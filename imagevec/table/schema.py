@@ -16,6 +16,24 @@ BOX_COLUMNS = ("box", "box_number", "box_count")
 """Its further columns if each row is a box."""
 
 
+SPARK_SCHEMA = "org.apache.spark.sql.parquet.row.metadata"
+"""The key of Spark's schema, with the metadata of columns, in a Parquet file."""
+
+OWN_PREFIX = "imagevec_"
+"""Of columns that exist during a run; kept columns must not have it."""
+
+IMAGE = f"{OWN_PREFIX}image"
+BOXES = f"{OWN_PREFIX}boxes"
+SOURCE_ERROR = f"{OWN_PREFIX}error"
+CHANGED = f"{OWN_PREFIX}changed"
+"""Whether the table has the image in another version."""
+
+
+def kept_column(number: int) -> str:
+    """Returns the name of a kept column during a run: its own may need quotes in SQL."""
+    return f"{OWN_PREFIX}kept_{number}"
+
+
 def has_boxes(columns: Iterable[str]) -> bool:
     """Returns whether a table with these columns has a row for each box."""
     return set(BOX_COLUMNS) <= set(columns)

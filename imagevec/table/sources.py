@@ -9,31 +9,39 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import pyarrow as pa
 from pyarrow import parquet
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import ArrayType, BinaryType, StringType, StructField, StructType
+from pyspark.sql.types import ArrayType, BinaryType, LongType, StringType, StructField, StructType
 
 from imagevec.errors import OptionError
-from imagevec.spark.hadoop import upload
 from imagevec.spark.sessions import (
     binary_fields,
     check_boxes_column,
     check_input_column,
+    default_parallelism,
     existing_column,
     find_column,
     quoted,
 )
-from imagevec.storage.listing import check_exists, escaped, list_files
-from imagevec.table.schema import BOX_COLUMNS, OWN_COLUMNS
+from imagevec.storage.folder import Folder
+from imagevec.storage.listing import Listed, check_exists, list_files
+from imagevec.table.files import read_files, write_files
+from imagevec.table.schema import (
+    BOX_COLUMNS,
+    BOXES,
+    CHANGED,
+    IMAGE,
+    OWN_COLUMNS,
+    OWN_PREFIX,
+    SOURCE_ERROR,
+)
 from imagevec.table.webdataset import IMAGE_EXTENSIONS, read_shards, shards
 
 # The work that a task commits: seconds with a small model, minutes with a large one.
@@ -46,13 +54,10 @@ _TASKS_PER_CORE = 3
 _MAX_BROADCAST_KEYS = 200_000
 
 _LISTING = pa.schema([("path", pa.string()), ("length", pa.int64()), ("modified", pa.int64())])
-_LISTING_ROWS = 10_000  # held in memory at a time
+_LISTING_ROWS = 200_000  # of a file of the listing
+_CHUNK_ROWS = 10_000
 
-_OWN_PREFIX = "imagevec_"  # of columns that exist during a run; kept columns must not have it
-IMAGE = f"{_OWN_PREFIX}image"
-BOXES = f"{_OWN_PREFIX}boxes"
 _JSON = {"ignoreNullFields": "true", "timeZone": "UTC"}  # whatever the session's settings
-SOURCE_ERROR = f"{_OWN_PREFIX}error"
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,11 @@ class Survey:
         found: The number of images.
         partitions: The number of partitions with these images.
         pending: The number of images to compute.
-        changed: The number of pending images that the table has in another version.
     """
 
     found: int
     partitions: int
     pending: int
-    changed: int = 0
 
 
 def found_in_keys() -> tuple[Column, ...]:
@@ -86,7 +89,7 @@ def found_in_keys() -> tuple[Column, ...]:
 class Source(Protocol):
     """A source of images with keys."""
 
-    def prepare(self, folder: str) -> None:
+    def prepare(self, folder: Folder) -> None:
         """Writes the listing to a folder, so that all later reads see the same images."""
 
     def keys(self) -> DataFrame:
@@ -101,8 +104,8 @@ class Source(Protocol):
         """Returns the images of the keys in ``pending``, or all, in partitions of a suitable size.
 
         The columns are ``path``, ``length``, ``modificationTime``, ``version``, ``IMAGE`` (of a
-        type that ``features_udf`` accepts), ``SOURCE_ERROR``, the kept columns and, if the source
-        has boxes, ``BOXES``.
+        type that ``features_udf`` accepts), ``SOURCE_ERROR``, ``CHANGED``, the kept columns and, if
+        the source has boxes, ``BOXES``.
         """
 
     def mended(self, known: DataFrame) -> list[str]:
@@ -147,21 +150,31 @@ class FileSource:
         self.kept = StructType()
         self.skipped: Counter[str] = Counter()
 
-    def prepare(self, folder: str) -> None:
+    def prepare(self, folder: Folder) -> None:
         self._size = 0
-        with tempfile.TemporaryDirectory() as temporary:
-            file = Path(temporary) / "files.parquet"
-            with parquet.ParquetWriter(file, _LISTING) as writer:
-                files = self._list()
-                while chunk := list(itertools.islice(files, _LISTING_ROWS)):
-                    self.skipped.update(file.skipped for file in chunk if file.skipped)
-                    images = [file for file in chunk if not file.skipped]
-                    rows = [dict(zip(_LISTING.names, file, strict=False)) for file in images]
-                    writer.write_batch(pa.RecordBatch.from_pylist(rows, _LISTING))
-                    self._size += sum(max(file.length, _LEAST_BYTES) for file in images)
-            upload(self._spark, file, f"{folder}/{file.name}")
-        schema = "path string, length bigint, modified bigint"
-        self._listing = self._spark.read.schema(schema).parquet(escaped(folder))
+        files = self._list()
+        names = []
+        for number, rows in enumerate(_grouped(map(self._listed, _chunks(files)))):
+            sink = pa.BufferOutputStream()
+            parquet.write_table(pa.Table.from_batches(rows, _LISTING), sink)
+            names.append(f"files-{number:05}.parquet")
+            folder.write(names[-1], sink.getvalue().to_pybytes())
+        schema = StructType(
+            [
+                StructField("path", StringType()),
+                StructField("length", LongType()),
+                StructField("modified", LongType()),
+            ]
+        )
+        self._listing = read_files(self._spark, folder, names, schema)
+
+    def _listed(self, files: list[Listed]) -> pa.RecordBatch:
+        """Returns the images among some files as rows."""
+        self.skipped.update(file.skipped for file in files if file.skipped)
+        images = [file for file in files if not file.skipped]
+        self._size += sum(max(file.length, _LEAST_BYTES) for file in images)
+        rows = [dict(zip(_LISTING.names, file, strict=False)) for file in images]
+        return pa.RecordBatch.from_pylist(rows, _LISTING)
 
     def keys(self) -> DataFrame:
         one, first = F.lit(1).alias("count"), F.lit(0).alias("partition")
@@ -171,8 +184,7 @@ class FileSource:
         rows = _of_keys(self._files(), survey, pending).withColumn(IMAGE, F.col("path"))
         size = self._size * survey.pending / survey.found
         # By path: a partition that is computed again after a crash has the same files.
-        cores = self._spark.sparkContext.defaultParallelism
-        return rows.repartition(_number_of_tasks(size, cores), "path")
+        return rows.repartition(_number_of_tasks(size, default_parallelism(self._spark)), "path")
 
     def mended(self, known: DataFrame) -> list[str]:
         return []
@@ -236,7 +248,7 @@ class TableSource:
             self._version = F.lit(None).cast("string")
         self._length = _length_of(self._image, kind)
 
-    def prepare(self, folder: str) -> None:
+    def prepare(self, folder: Folder) -> None:
         pass  # the data frame is assumed not to change
 
     def keys(self) -> DataFrame:
@@ -309,9 +321,11 @@ class ShardSource:
             max_bytes=max_bytes,
         )
 
-    def prepare(self, folder: str) -> None:
-        self._read(images=False).write.mode("overwrite").parquet(folder)
-        self._keys = self._spark.read.parquet(escaped(folder)).select(_path_of_sample(), "__url__")
+    def prepare(self, folder: Folder) -> None:
+        samples = self._read(images=False).select(_path_of_sample(), "__url__")
+        schema = samples.schema
+        names = write_files(samples, folder)
+        self._keys = read_files(self._spark, folder, names, schema)
 
     def keys(self) -> DataFrame:
         keys = self._with_version(self._keys).withColumn("partition", F.lit(0))
@@ -345,6 +359,22 @@ class ShardSource:
         return samples.join(F.broadcast(of_shards), "__url__")
 
 
+def _chunks(files: Iterator[Listed]) -> Iterator[list[Listed]]:
+    while chunk := list(itertools.islice(files, _CHUNK_ROWS)):
+        yield chunk
+
+
+def _grouped(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """Groups batches to the files of a listing, at least one."""
+    group: list[pa.RecordBatch] = []
+    for batch in batches:
+        group.append(batch)
+        if sum(batch.num_rows for batch in group) >= _LISTING_ROWS:
+            yield group
+            group = []
+    yield group
+
+
 def _counted(keys: DataFrame) -> DataFrame:
     return keys.groupBy("path").agg(
         F.max("version").alias("version"),
@@ -356,10 +386,10 @@ def _counted(keys: DataFrame) -> DataFrame:
 def _of_keys(rows: DataFrame, survey: Survey, pending: DataFrame | None) -> DataFrame:
     """Selects the pending rows. Few keys are broadcast; with many, Spark shuffles both sides."""
     if pending is None:
-        return rows
-    keys = pending.select("path")
+        return rows.withColumn(CHANGED, F.lit(False))
+    keys = pending.select("path", F.col("is_changed").alias(CHANGED))
     few = survey.pending <= _MAX_BROADCAST_KEYS
-    return rows.join(F.broadcast(keys) if few else keys, "path", "left_semi")
+    return rows.join(F.broadcast(keys) if few else keys, "path")
 
 
 def _path_of_sample() -> Column:
@@ -384,8 +414,8 @@ def _check_names(keep: Sequence[str], own: Sequence[str] = OWN_COLUMNS) -> None:
     for name in keep:
         if find_column(own, name):
             raise OptionError(f"keep={name!r} is not valid: the result already has this column")
-        if name.casefold().startswith(_OWN_PREFIX):
-            raise OptionError(f"keep={name!r} is not valid: imagevec itself uses {_OWN_PREFIX}...")
+        if name.casefold().startswith(OWN_PREFIX):
+            raise OptionError(f"keep={name!r} is not valid: imagevec itself uses {OWN_PREFIX}...")
         if [other.casefold() for other in keep].count(name.casefold()) > 1:
             raise OptionError(f"keep={name!r} is not valid: give it once")
 

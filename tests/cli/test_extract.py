@@ -25,6 +25,7 @@ RESULT: dict[str, Any] = {
     "fingerprint": "0123456789abcdef",
     "dest": "features",
     "src": "photos",
+    "bad_images": "features/_errors",
 }
 
 
@@ -173,3 +174,13 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     monkeypatch.setattr("imagevec.table.extract.extract", extract)
     assert main(["extract", "photos", "features", "--model", "timm/resnet18", "--quiet"]) == 1
     assert "timm is not installed: pip install 'imagevec[timm]'" in capsys.readouterr().err
+
+
+def test_a_table_of_the_catalog() -> None:
+    given = parser().parse_args(["extract", "src", "a.b.c", "--to", "table", "--staging", "s"])
+    assert (given.to, given.staging) == ("table", "s")
+    given = parser().parse_args(["extract", "src", "dest"])
+    assert (given.to, given.staging) == ("folder", None)
+    assert verb._in_flags("to='table' requires staging=...") == "--to table requires --staging ..."
+    counts = {"errors": {"empty": 1}, "dest": "a.b.c", "bad_images": "a.b.c_errors"}
+    assert "1 bad image listed in a.b.c_errors:" in verb.show({**RESULT, **counts})

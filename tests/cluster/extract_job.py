@@ -3,7 +3,8 @@
     python -m tests.cluster.extract_job SOURCE DEST [POINT]
 
 SOURCE is a folder of images, or a table ``*.parquet`` of images and boxes. Its tasks have a few
-files each. At a point of ``tests.helpers.stops`` it kills itself.
+files each. At a point of ``tests.helpers.stops`` it kills itself. An environment variable names
+another master than ``local[2,4]``, whose settings are those of spark-submit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from imagevec.table import sources
 from tests.cluster.slow import slow
 from tests.helpers.stops import stop_at
 
+MASTER = "IMAGEVEC_TEST_MASTER"
 FILES_PER_TASK = 5
 OPTIONS: dict[str, Any] = {"model": slow, "weights": "random", "engine": "torch", "batch_size": 1}
 BOXES: dict[str, Any] = {"column": "content", "key": "id", "boxes": "boxes"}
@@ -37,7 +39,8 @@ def main(source: str, dest: str, point: str | None = None) -> None:
     if point is not None:
         stop_at(point, die)
     is_table = source.endswith(".parquet")
-    with spark_session("local[2,4]") as spark:
+    master = os.environ.get(MASTER)
+    with spark_session(master or "local[2,4]", recommended=master is None) as spark:
         if is_table:  # a few files a task
             spark.conf.set("spark.sql.files.openCostInBytes", 1)
             spark.conf.set("spark.sql.files.maxPartitionBytes", 20_000)

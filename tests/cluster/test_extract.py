@@ -106,7 +106,7 @@ def test_a_folder_becomes_a_table_and_is_kept_up(capsys, photos, tmp_path):
     assert set(later) == {*vectors, uri(photos / "new.png"), uri(photos / "bad.png")}
     changed = {path for path in vectors if later[path] != vectors[path]}
     assert changed == {uri(photos / "0.png")}
-    assert ds.dataset(table / "_errors").to_table().num_rows == 0
+    assert not (table / "_errors").exists()
     assert extract(capsys, photos, table)["features"] == 0
 
 
@@ -187,29 +187,26 @@ SESSION = """
 import sys
 from pyspark.sql import SparkSession
 from imagevec import extract
-from imagevec.errors import OptionError
 
 spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
-try:
-    extract(sys.argv[1], "donn\\u00e9es", spark=spark, model="squeezenet1_1", weights="random")
-except OptionError as error:
-    print(error)
+extract(sys.argv[1], "donn\\u00e9es", spark=spark, model="squeezenet1_1", weights="random")
 """
 
 
-def test_dest_that_is_not_ascii_in_the_posix_locale(photos, tmp_path):
-    """The command starts its JVM in another locale; a session that has started is refused."""
+@pytest.mark.parametrize("is_command", [True, False], ids=["command", "session"])
+def test_dest_that_is_not_ascii_in_the_posix_locale(photos, tmp_path, is_command):
+    """Also in a session whose JVM has started in that locale: it does not access DEST."""
     environment = {**os.environ, "LC_ALL": "POSIX"}
     options: Any = {"env": environment, "capture_output": True, "text": True}
     command = [sys.executable, "-c", SESSION, str(photos)]
-    done = subprocess.run(command, cwd=tmp_path, **options)
-    assert "set the environment variable LC_ALL=C.UTF-8 before Spark starts" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
-    command = [sys.executable, "-m", "imagevec", "extract", str(photos), "données", *MODEL]
-    done = subprocess.run([*command, "--master", "local[1]"], cwd=tmp_path, **options)
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"photos", "données"}
-    assert len(rows(tmp_path / "données")) == 8
+    if is_command:
+        command = [sys.executable, "-m", "imagevec", "extract", str(photos), "données", *MODEL]
+        command += ["--master", "local[1]"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, **options)
+        assert done.returncode == 0, done.stderr
+        assert {path.name for path in tmp_path.iterdir()} == {"photos", "données"}
+        assert len(rows(tmp_path / "données")) == 8
 
 
 def test_a_table_of_images(capsys, tmp_path):

@@ -8,10 +8,8 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -22,19 +20,29 @@ from pyarrow import parquet
 
 from imagevec import ImageVectorizer, extract
 from imagevec.table import sources
+from imagevec.table.parts import Part
 from tests.cluster.extract_job import FILES_PER_TASK, OPTIONS, small_tasks
-from tests.cluster.slow import PAUSE
+from tests.cluster.kills import (
+    WAIT_SECONDS,
+    Files,
+    Reader,
+    start,
+    strike,
+    wait_for,
+    write_images,
+)
+from tests.cluster.slow import PART_SECONDS, PASSES, PAUSE
 from tests.helpers.clusters import kill_tree, session_of
 from tests.helpers.images import encode, photo
 from tests.helpers.stops import CUT_OFF
 
-WAIT_SECONDS = 180
-IMAGES = 400
+IMAGES = 500
 SEED = 11
 VICTIMS = ["worker"] * 13 + ["tree"] * 2 + ["driver"] * 3 + ["jvm"] * 2
 # So slow that all the kills come before the end, however fast the machine is.
-PAUSE_SECONDS = 0.25
+PAUSE_SECONDS = 0.35
 LONGEST_DELAY_SECONDS = 2.5
+REFUSED_BEFORE = (3, 10)  # kills before which a second driver is refused
 
 
 @pytest.fixture(autouse=True)
@@ -42,19 +50,8 @@ def on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
 
 
-def write_images(folder: Path, count: int = IMAGES, seed: int = 0) -> None:
-    """Every ninth is none."""
-    folder.mkdir(exist_ok=True)
-    for number in range(count):
-        image = encode(photo(40, 30, seed=seed + number)) if number % 9 else b"no image"
-        (folder / f"{number}.png").write_bytes(image)
-
-
 def job(source: Path, dest: Path, *point: str, pause: float = 0.0) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.cluster.extract_job", str(source), str(dest), *point]
-    environment = {**os.environ, PAUSE: str(pause)}
-    with dest.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    return start(source, dest, dest.with_suffix(".log"), *point, **{PAUSE: str(pause)})
 
 
 def finish(source: Path, dest: Path) -> None:
@@ -89,97 +86,90 @@ def assert_right(dest: Path, count: int) -> None:
         assert row["features"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def wait_for(process: subprocess.Popen[bytes], what: Callable[[], bool]) -> None:
-    """Until a function is true, while the process lives."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not what() and time.monotonic() < deadline:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
-
-
-def processes(process: subprocess.Popen[bytes], victim: str) -> list[psutil.Process]:
-    """Those that are to be killed, if there are any."""
-    driver = psutil.Process(process.pid)
-    if victim == "driver":
-        return [driver]
-    jvms = [child for child in driver.children() if child.name() == "java"]
-    if victim == "jvm":
-        return jvms
-    below = [child for jvm in jvms for child in jvm.children(recursive=True)]
-    daemons = [child for child in below if child.parent() in jvms]
-    return [child for child in below if child.name().startswith("python") and child not in daemons]
-
-
-def strike(process: subprocess.Popen[bytes], victim: str, chance: random.Random) -> None:
-    if victim == "tree":
-        kill_tree(process)
-        return
-    which = chance.random()
-
-    def killed() -> bool:
-        try:
-            found = sorted(processes(process, victim), key=lambda one: one.pid)
-            if found:
-                found[int(which * len(found))].kill()
-        except psutil.NoSuchProcess:  # it ended meanwhile
-            return False
-        return bool(found)
-
-    wait_for(process, killed)
-    if victim != "worker":
-        process.wait(WAIT_SECONDS)
-
-
-def lock_of(dest: Path) -> str | None:
-    """The id of the run that holds the lock."""
+def run_of(dest: Path) -> str | None:
+    """Returns the ID of the run that has the last epoch."""
     try:
-        return str(json.loads((dest / "_imagevec" / "lock.json").read_text())["run"])
+        last = max((dest / "_imagevec" / "epochs").glob("[0-9]" * 16))
+        return str(json.loads(last.read_text())["run"])
     except (OSError, ValueError, KeyError):
         return None
 
 
 def begun(dest: Path, phase: str, before: str | None, parts: int) -> bool:
     """Whether a run, which comes after another one, has come so far."""
-    run = lock_of(dest)
+    run = run_of(dest)
     if run in (None, before):
         return False
     if phase == "job":
-        return (dest / "_imagevec" / "committed" / str(run)).exists()
-    return phase == "lock" or len(list(dest.glob("*.parquet"))) > parts
+        return (dest / "_imagevec" / "runs" / str(run) / "tasks").exists()
+    return phase == "epoch" or len(list(dest.glob("*.parquet"))) > parts
+
+
+def files_in(dest: Path) -> Files:
+    paths = [*dest.glob("*.parquet"), *dest.glob("_errors/*.parquet")]
+    return {str(path): str(path.stat().st_mtime_ns) for path in paths}
+
+
+def keys_in(file: str) -> list[str]:
+    keys: list[str] = parquet.read_table(file, columns=["path"])["path"].to_pylist()
+    return keys
+
+
+def assert_refused(source: Path, dest: Path) -> None:
+    """A second driver is refused while the first one is alive."""
+    log = dest.with_suffix(".second.log")
+    process = start(source, dest, log)
+    try:
+        assert process.wait(WAIT_SECONDS) == 1
+    finally:
+        kill_tree(process)
+    assert "is in use by process" in log.read_text()
 
 
 def test_twenty_kills_at_random(tmp_path: Path) -> None:
+    """Second drivers start, too: they are refused, or take over as soon as the first is killed."""
     source, dest = tmp_path / "source", tmp_path / "dest"
-    write_images(source)
-    chance = random.Random(SEED)
-    victims = chance.sample(VICTIMS, len(VICTIMS))
-    delays = [chance.uniform(0, LONGEST_DELAY_SECONDS) for _ in victims]
-    assert len(victims) == 20
-    process, run = None, None
-    for victim, delay in zip(victims, delays, strict=True):
-        if process is None:
-            parts = len(list(dest.glob("*.parquet")))
-            phase = chance.choice(["lock", "job", "part"])
-            process = job(source, dest, pause=PAUSE_SECONDS)
-            wait_for(process, functools.partial(begun, dest, phase, run, parts))
-            run = lock_of(dest)
-        time.sleep(delay)
-        strike(process, victim, chance)
-        if victim != "worker":
-            process = None
-    if process is not None:
-        kill_tree(process)
-    done = sum((keys(dest) + keys(dest / "_errors")).values())
-    assert 0 < done < IMAGES
-    finish(source, dest)
+    write_images(source, IMAGES)
+    reader = Reader(functools.partial(files_in, dest), keys_in)
+    with reader.looking():
+        twenty_kills(source, dest, random.Random(SEED))
+        done = sum((keys(dest) + keys(dest / "_errors")).values())
+        assert 0 < done < IMAGES
+        finish(source, dest)
+    assert reader.looks > 0 and not reader.wrong
     assert_each_is_there_once(source, dest)
     assert_right(dest, 20)
+
+
+def twenty_kills(source: Path, dest: Path, chance: random.Random) -> None:
+    victims = chance.sample(VICTIMS, len(VICTIMS))
+    assert len(victims) == 20
+    process, run, is_new = None, None, True
+    for number, victim in enumerate(victims):
+        if process is None:
+            process = job(source, dest, pause=PAUSE_SECONDS)
+        if is_new:
+            phase = chance.choice(["epoch", "job", "part"])
+            files = len(list(dest.glob("*.parquet")))
+            wait_for(process, functools.partial(begun, dest, phase, run, files))
+            run = run_of(dest)
+        time.sleep(chance.uniform(0, LONGEST_DELAY_SECONDS))
+        if number in REFUSED_BEFORE:
+            assert_refused(source, dest)
+        is_new = victim != "worker"
+        takes_over = victim in ("driver", "tree")
+        later = job(source, dest, pause=PAUSE_SECONDS) if takes_over else None
+        strike(process, victim, chance)
+        if is_new:
+            process = later
+    if process is not None:
+        kill_tree(process)
 
 
 def test_kills_while_changed_files_are_replaced(tmp_path: Path) -> None:
     """All files change each time, so that all files of the table are replaced.
 
-    For all points, without kills, see tests/table/test_dest.py.
+    For all points, without kills, see tests/table/test_folder.py.
     """
     source, dest = tmp_path / "source", tmp_path / "dest"
     points = ["first publication", CUT_OFF, "all deletions", "first publication"]
@@ -254,10 +244,10 @@ def test_kills_while_boxes_are_computed_and_replaced(tmp_path: Path) -> None:
             )
         finally:
             kill_tree(process)
-    committed = dest / "_imagevec" / "committed" / str(lock_of(dest))
-    assert committed.is_dir()
+    run = dest / "_imagevec" / "runs" / str(run_of(dest))
+    assert run.is_dir()
     for path in dest.glob("*.parquet"):
-        (committed / "imagevec_kind=errors" / path.name).unlink(missing_ok=True)
+        (run / f"errors.{path.name}").unlink(missing_ok=True)
     assert 0 < sum(boxes_in(dest).values()) < sum(len(boxes_of(n)) for n in range(count))
     finish(source, dest)
     good: set[tuple[str, int | None]] = set()
@@ -309,3 +299,46 @@ def test_an_executor_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (report.found, report.features) == (60, 53)
     assert report.errors == {"unsupported_format": 7}
     assert_each_is_there_once(source, dest)
+
+
+def workers() -> list[psutil.Process]:
+    """Returns the Python workers of the JVM of this process."""
+    below = psutil.Process().children(recursive=True)
+    pythons = [child for child in below if child.name().startswith("python")]
+    return [child for child in pythons if child.parent() in pythons]
+
+
+def test_a_killed_task_keeps_its_parts(tmp_path: Path) -> None:
+    """The next attempt computes exactly the images that are in no part of the first one."""
+    source, dest, passes = tmp_path / "source", tmp_path / "dest", tmp_path / "passes"
+    for folder in (source, passes):
+        folder.mkdir()
+    for number in range(16):  # one task
+        (source / f"{number}.png").write_bytes(encode(photo(40, 30, seed=number)))
+    killed: list[psutil.Process] = []
+
+    def progress(done: int, errors: int, total: int) -> None:
+        if done >= 5 and not killed:
+            killed.extend(workers())
+            for worker in killed:
+                worker.kill()
+
+    environment = {PAUSE: "0.5", PART_SECONDS: "0.5", PASSES: str(passes)}
+    conf = {f"spark__executorEnv__{name}": value for name, value in environment.items()}
+    with session_of("local[1,4]", **conf) as spark:
+        report = extract(source, dest, spark=spark, progress=progress, **OPTIONS)
+    assert killed
+    assert report.features == 16
+    assert_each_is_there_once(source, dest)
+    written: Counter[int] = Counter()
+    for path in dest.glob("*.parquet"):
+        part = Part.of_published_name(path.name)
+        assert part is not None
+        written[part.attempt] += parquet.read_metadata(path).num_rows
+    computed = Counter(int(path.name.partition("-")[0]) for path in passes.iterdir())
+    first, second = sorted(written)
+    assert 5 <= written[first] < 16
+    assert written[second] == 16 - written[first]
+    # Each worker checks its model with one pass. The first one was killed with an image or two.
+    assert computed[second] == 1 + written[second]
+    assert computed[first] <= 1 + written[first] + 2

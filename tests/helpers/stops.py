@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from imagevec.spark.hadoop import Folder
+from imagevec.storage.folder import Folder
 
 CUT_OFF = "the list of what is replaced is cut off"
 
 # A method of Folder, whether to stop before or after it, and a predicate that selects the call.
 POINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
-    "before the list": ("write_text", "before", lambda path, *_: "replace.json" in path),
-    CUT_OFF: ("write_text", "after", lambda path, *_: "replace.json" in path),
-    "after the list": ("write_text", "after", lambda path, *_: "replace.json" in path),
+    "before the list": ("write", "before", lambda path, *_: "replace-" in path),
+    CUT_OFF: ("write", "after", lambda path, *_: "replace-" in path),
+    "after the list": ("write", "after", lambda path, *_: "replace-" in path),
     "first deletion": ("delete", "after", lambda path: path.endswith(".parquet")),
-    "all deletions": ("move", "before", lambda source, _: "/staged/" in source),
-    "first move": ("move", "after", lambda source, _: "/staged/" in source),
-    "all moves": ("delete", "before", lambda path: "replace.json" in path),
-    "replaced": ("delete", "after", lambda path: "replace.json" in path),
-    "first publication": ("move", "after", lambda source, _: "/committed/" in source),
+    "all deletions": ("move", "before", lambda source, _: "/runs/" not in source),
+    "first move": ("move", "after", lambda source, _: "/runs/" not in source),
+    "all moves": ("delete", "before", lambda path: "replace-" in path),
+    "replaced": ("delete", "after", lambda path: "replace-" in path),
+    "first publication": ("move", "after", lambda source, _: "/runs/" in source),
 }
 
 
@@ -46,7 +46,7 @@ def fail_at(
     """Patches ``Folder`` so that its ``number``-th call raises an error.
 
     Args:
-        number: The call that fails, from 0. Calls for the lock are not counted.
+        number: The call that fails, from 0. Calls of the fence are not counted.
         is_lasting: Whether all later calls fail, too.
 
     Returns:
@@ -57,7 +57,7 @@ def fail_at(
     def watched(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Folder, *arguments: Any, **named: Any) -> Any:
             nonlocal calls
-            if not "".join(arguments[:1]).endswith("lock.json"):
+            if "epochs" not in "".join(arguments[:1]):
                 calls += 1
                 if calls - 1 == number or (is_lasting and calls > number):
                     raise error("of the test")
@@ -65,6 +65,6 @@ def fail_at(
 
         return call
 
-    for name in ("names", "read_text", "write_text", "delete", "delete_if_empty", "move"):
+    for name in ("names", "read", "write", "create", "delete", "move"):
         patch(Folder, name, watched(getattr(Folder, name)))
     return lambda: calls

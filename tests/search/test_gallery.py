@@ -90,10 +90,11 @@ def test_the_page_names_the_model(table, tmp_path):
     metadata = FeatureSpec(
         "resnet18", "random", "pooled", 4, Preprocessing(), "float32", False
     ).metadata
-    write_table(tmp_path / "t", {"a.jpg": [1.0, 2.0, 3.0, 4.0]}, metadata=metadata)
-    write_gallery(tmp_path / "t", tmp_path / "g.html")
     made_by = "resnet18, random weights, layer pooled, 4 features, float32"
-    assert data_of(tmp_path / "g.html")["madeBy"] == made_by
+    for stored in (metadata, {"comment": json.dumps(metadata)}):
+        write_table(tmp_path / "t", {"a.jpg": [1.0, 2.0, 3.0, 4.0]}, metadata=stored)
+        write_gallery(tmp_path / "t", tmp_path / "g.html")
+        assert data_of(tmp_path / "g.html")["madeBy"] == made_by
 
 
 def test_neighbours_are_the_nearest_and_not_the_image_itself(tmp_path):

@@ -5,7 +5,7 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -544,8 +544,8 @@ def test_weights_go_along(frame: Frame, weights: Path, tmp_path: Path, as_uri: b
     featurizer = ImageFeaturizer(model=NAME, weights=str(weights), engine="torch")
     expected = without_spark(MIXED, model=NAME, weights=str(weights))
     digest = digest_of(weights)
-    folder = tmp_path / "a saved featurizer"
-    place = folder.as_uri().replace("%20", " ") if as_uri else str(folder)
+    folder = tmp_path / "é 100%25 [saved]"
+    place = f"file://{folder}" if as_uri else str(folder)
     featurizer.save(place)
     assert [path.name for path in files_in(folder)] == [f"imagevec-{digest}.pth"]
     shutil.rmtree(weights.parent)
@@ -555,22 +555,45 @@ def test_weights_go_along(frame: Frame, weights: Path, tmp_path: Path, as_uri: b
     assert_vectors(features(featurizer.transform(frame(MIXED[:0]))), [])
 
 
-def test_any_file_system_of_hadoops_will_do(
-    spark: SparkSession, frame: Frame, weights: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def mount(spark: SparkSession, tmp_path: Path) -> Iterator[str]:
+    """The URI of a file system that only Spark can read, with a folder ``data``."""
     (tmp_path / "mounted").mkdir()
-    link = "fs.viewfs.mounttable.imagevec.link./data"
-    hadoop = spark.sparkContext._jsc.hadoopConfiguration()
-    hadoop.set(link, (tmp_path / "mounted").as_uri())
-    try:
-        featurizer = ImageFeaturizer(model=NAME, weights=str(weights), engine="torch")
-        featurizer.save("viewfs://imagevec/data/saved")
-        assert len(files_in(tmp_path / "mounted" / "saved")) >= 1
-        loaded = ImageFeaturizer.load("viewfs://imagevec/data/saved")
-    finally:
-        hadoop.unset(link)
-    expected = without_spark(MIXED, model=NAME, weights=str(weights))
-    assert_vectors(features(loaded.transform(frame(MIXED))), expected)
+    name = tmp_path.name.replace("_", "")  # Hadoop keeps a client for each name
+    settings = spark.sparkContext._jsc.hadoopConfiguration()
+    default = settings.get("fs.defaultFS")
+    link = f"fs.viewfs.mounttable.{name}.link./data"
+    settings.set(link, (tmp_path / "mounted").as_uri())
+    yield f"viewfs://{name}"
+    settings.unset(link)
+    settings.set("fs.defaultFS", default)
+
+
+def test_names_are_saved_in_any_file_system_of_spark(
+    spark: SparkSession, mount: str, tmp_path: Path
+) -> None:
+    ImageFeaturizer(layer="logits").save(f"{mount}/data/saved")
+    assert ImageFeaturizer.load(f"{mount}/data/saved").getLayer() == "logits"
+    assert (tmp_path / "mounted" / "saved" / "metadata").is_dir()
+
+
+def test_files_need_a_store_of_this_process(spark: SparkSession, mount: str, weights: Path) -> None:
+    place = f"{mount}/data/saved"
+    ImageFeaturizer(layer="logits").save(place)
+    featurizer = ImageFeaturizer(model=NAME, weights=str(weights), engine="torch")
+    with pytest.raises(OptionError, match=f"{place} cannot contain weights.* not supported"):
+        featurizer.write().overwrite().save(place)
+    assert ImageFeaturizer.load(place).getLayer() == "logits"
+
+
+def test_a_path_is_in_the_file_system_of_spark(
+    spark: SparkSession, mount: str, weights: Path
+) -> None:
+    """Stages of a pipeline get the same kind of path as the pipeline."""
+    spark.sparkContext._jsc.hadoopConfiguration().set("fs.defaultFS", f"{mount}/")
+    featurizer = ImageFeaturizer(model=NAME, weights=str(weights), engine="torch")
+    with pytest.raises(OptionError, match=f"{mount}/data/saved cannot contain weights"):
+        featurizer.save("/data/saved")
 
 
 def test_a_loaded_one_can_be_saved_again(frame: Frame, weights: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 
 from imagevec import ExtractReport, FingerprintError, ImageVecError, OptionError, extract
 from imagevec.table.extract import _loaded
-from imagevec.table.lock import _place
+from imagevec.table.fence import _place
 from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import saved, vector_of
@@ -231,7 +231,7 @@ def test_a_table_that_changes(run: Extract, spark: SparkSession, dest: Path) -> 
     report = run(table(first), **options)
     assert (report.done_before, report.features) == (1, 1)
     assert rows(dest).keys() == {"1", "2"}
-    assert rows(dest / "_errors") == {}
+    assert not (dest / "_errors").exists()
     assert_is_vector_of(rows(dest)["1"], first)
     assert run(table(first), **options).features == 0
     # A row that is gone keeps its vector.
@@ -421,7 +421,7 @@ def test_overwrite_keeps_the_old_table_until_the_new_one_is_complete(
 ) -> None:
     (photos / "bad.png").write_bytes(b"no image")
     run(photos)
-    before = {path for path in dest.rglob("*") if path.is_file()}
+    before = table_files(dest)
     for options, said in (
         ({"pattern": "*.jpg"}, "no images found"),
         ({"pattern": "*.jpg", "recursive": True}, "no images found"),
@@ -429,7 +429,7 @@ def test_overwrite_keeps_the_old_table_until_the_new_one_is_complete(
     ):
         with pytest.raises(OptionError, match=said):
             run(photos, overwrite=True, **options)
-        assert {path for path in dest.rglob("*") if path.is_file()} == before
+        assert table_files(dest) == before
 
     def stop(done: int, errors: int, total: int) -> None:
         assert {path for path in dest.glob("*.parquet")} <= before
@@ -438,13 +438,40 @@ def test_overwrite_keeps_the_old_table_until_the_new_one_is_complete(
 
     with pytest.raises(KeyError, match="of the callback"):
         run(photos, overwrite=True, normalize=True, progress=stop)
-    assert {path for path in dest.rglob("*") if path.is_file()} == before
+    assert table_files(dest) == before
     assert run(photos).done_before == 5
     (photos / "bad.png").unlink()
     assert run(photos, overwrite=True, normalize=True).features == 4
     assert len(rows(dest)) == 4
     assert not before & set(dest.rglob("*.parquet"))
     assert {path.name for path in dest.iterdir() if path.is_dir()} == set()
+
+
+def table_files(dest: Path) -> set[Path]:
+    """Returns the files of a table, without those that a run is working on."""
+    files = {path for path in dest.rglob("*") if path.is_file()}
+    return {path for path in files if "_imagevec" not in path.parts}
+
+
+def test_killed_overwrite_is_continued(run: Extract, photos: Path, dest: Path) -> None:
+    run(photos)
+    before = table_files(dest)
+
+    def stop(done: int, errors: int, total: int) -> None:
+        if done:
+            raise KeyError("of the callback")
+
+    with pytest.raises(KeyError, match="of the callback"):
+        run(photos, overwrite=True, normalize=True, progress=stop)
+    assert table_files(dest) == before
+    assert run(photos, overwrite=True, normalize=True).done_before == 4
+    done = rows(dest)
+    assert len(done) == 4 and not before & table_files(dest)
+    with pytest.raises(KeyError, match="of the callback"):
+        run(photos, overwrite=True, progress=stop)
+    report = run(photos, overwrite=True, layer="logits")
+    assert (report.done_before, report.features) == (0, 4)  # other features are computed
+    assert not (dest / "_imagevec").exists()
 
 
 @pytest.mark.parametrize("point", ["first deletion", "all deletions", "first move"])
@@ -462,7 +489,7 @@ def test_interrupt_while_changed_rows_are_replaced_loses_no_row(
     stop_at(point, interrupt, monkeypatch.setattr)
     with pytest.raises(KeyboardInterrupt):
         run(photos)
-    assert len(rows(dest)) == 3  # all but the changed one
+    assert len(rows(dest)) == 4  # extract itself completes the replacement
     run(photos)
     done = rows(dest)
     assert done.keys() == {f"file:{photos}/{name}.png" for name in range(4)}
@@ -575,6 +602,14 @@ def test_a_place_that_cannot_be_written(spark: SparkSession, photos: Path) -> No
     assert_one_line(raised)
 
 
+@pytest.mark.parametrize("dest", ["nothing://bucket/dest", "http://127.0.0.1:1/dest"])
+def test_a_store_that_cannot_be_written(spark: SparkSession, photos: Path, dest: str) -> None:
+    with pytest.raises(ImageVecError) as raised:
+        extract(photos, dest, spark=spark, read_timeout_seconds=1, **MODEL)
+    assert_one_line(raised)
+    assert dest.partition("://")[0] in str(raised.value)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_place_without_permission(run: Extract, photos: Path, dest: Path) -> None:
     dest.mkdir()
@@ -586,18 +621,19 @@ def test_a_place_without_permission(run: Extract, photos: Path, dest: Path) -> N
     dest.chmod(0o700)
 
 
-def test_a_lock_of_another_machine(run: Extract, photos: Path, dest: Path) -> None:
-    """Refused while its heart beats, and taken over if its processes have ended."""
-    (dest / "_imagevec").mkdir(parents=True)
-    lock = dest / "_imagevec" / "lock.json"
+def test_run_of_another_machine(run: Extract, photos: Path, dest: Path) -> None:
+    """Refused while its heart beats, and taken over if its process has ended."""
+    epoch = dest / "_imagevec" / "epochs" / "0000000000000003"
+    epoch.parent.mkdir(parents=True)
     process = subprocess.Popen(["true"])
     process.wait()
-    owner: dict[str, Any] = {"run": "0a", "processes": [(process.pid, "1")] * 2, "user": "somebody"}
-    owner |= {"host": socket.gethostname(), "beat": time.time()}
-    lock.write_text(json.dumps({**owner, "place": "another container"}))
-    with pytest.raises(ImageVecError, match=f"is locked by process {process.pid} of somebody on "):
+    owner: dict[str, Any] = {"run": "0a", "process": process.pid, "start": "1", "user": "somebody"}
+    owner |= {"host": socket.gethostname()}
+    epoch.write_text(json.dumps({**owner, "place": "another container"}))
+    epoch.with_suffix(".beat").write_text(str(time.time()))
+    with pytest.raises(ImageVecError, match=f"is in use by process {process.pid} of somebody on "):
         run(photos)
-    lock.write_text(json.dumps({**owner, "place": _place()}))
+    epoch.write_text(json.dumps({**owner, "place": _place()}))
     assert run(photos).features == 4
     assert not (dest / "_imagevec").exists()
 
@@ -616,7 +652,7 @@ def test_two_runs_at_the_same_time(run: Extract, photos: Path, dest: Path) -> No
 
     assert run(photos, progress=progress).features == 4
     (said,) = refused
-    assert said.startswith(f"{dest} is locked by process {os.getpid()} of ")
+    assert said.startswith(f"{dest} is in use by process {os.getpid()} of ")
     assert len(rows(dest)) == 4
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -82,6 +83,18 @@ def test_a_column_without_provenance(frame):
         provenance(df)
     with pytest.raises(OptionError, match="did you mean 'features'"):
         provenance(df, "feature")
+
+
+def test_provenance_in_a_comment(frame):
+    """A table of Iceberg keeps no other metadata."""
+    df = features(frame)
+    metadata = df.schema["features"].metadata
+    commented = df.withMetadata("features", {"comment": json.dumps(metadata)})
+    assert provenance(commented) == provenance(df)
+    check_comparable(commented, df)
+    for comment in ("a vector", "[1]", "{}", "{"):
+        with pytest.raises(FingerprintError, match="has no provenance"):
+            provenance(df.withMetadata("features", {"comment": comment}))
 
 
 @pytest.mark.parametrize("change", [{"input_size": 224}, {"precision": "float8"}])

@@ -238,3 +238,23 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
     rows, most_bytes = map(int, printed.split())
     assert rows == 16_000
     assert most_bytes < 48_000_000
+
+
+@pytest.mark.parametrize(
+    ("log", "kind"),
+    [
+        ("_delta_log/00000000000000000000.json", "Delta"),
+        ("metadata/v1.metadata.json", "Iceberg"),
+        ("metadata/00001-5f.metadata.json", "Iceberg"),
+        (".hoodie/hoodie.properties", "Hudi"),
+    ],
+)
+def test_tables_whose_files_contain_deleted_rows_are_refused(tmp_path, log, kind):
+    write_table(tmp_path, {"a": [1, 2]})
+    (tmp_path / log).parent.mkdir()
+    (tmp_path / log).touch()
+    for read in (read_vectors, read_paths):
+        with pytest.raises(OptionError, match=rf"{kind}.*spark\.read\.table"):
+            list(read(tmp_path))
+    with pytest.raises(OptionError, match=kind):
+        column_metadata(tmp_path, "features")

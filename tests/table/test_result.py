@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from pyarrow import dataset, parquet
 from pyspark.sql import SparkSession
 
 from imagevec import extract, provenance
-from imagevec.table.dest import KIND, Dest
+from imagevec.storage.folder import Folder
+from imagevec.table.parts import Task, write_parts
+from imagevec.table.schema import CHANGED, IMAGE, SOURCE_ERROR
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import vector_of
@@ -133,24 +136,32 @@ def test_errors_have_the_same_columns(spark: SparkSession, dest: Path) -> None:
     assert all(row.features is None and row.width is None for row in rows.values())
 
 
-def test_row_groups_are_no_larger_than_64_mb(spark: SparkSession, tmp_path: Path) -> None:
+def test_parts_are_no_larger_than_64_mb(tmp_path: Path) -> None:
     """Of features that fill three of them, and cannot be compressed."""
     rows, size = 40_000, 1024
-    schema = f"path string, features array<float>, {KIND} string"
+    task = Task(Folder(tmp_path), "0a", (), {}, None, (), "snappy")
+    nulls = {name: pa.nulls(rows, type) for name, type in SOURCE_TYPES.items()}
+    columns = {**nulls, "path": [str(row) for row in range(rows)], CHANGED: [False] * rows}
+    batches = pa.table({IMAGE: pa.nulls(rows, pa.binary()), **columns}).to_batches(1_000)
 
-    def made(frames: Any) -> Any:
-        for frame in frames:
-            ids = frame["id"]
-            rng = np.random.default_rng(int(ids.iloc[0]))
-            vectors = list(rng.random((len(ids), size), np.float32))
-            yield pd.DataFrame({"path": ids.astype(str), "features": vectors, KIND: "features"})
+    def extract(batches: Iterator[Any]) -> Iterator[pd.DataFrame]:
+        rng = np.random.default_rng(0)
+        for batch in batches:
+            vectors = list(rng.random((len(batch), size), np.float32))
+            same = {"width": 1, "height": 1, "truncated": False, "error": None}
+            yield pd.DataFrame({"features": vectors, **same})
 
-    table = Dest(spark, str(tmp_path / "dest"))
-    features = spark.range(0, rows, 1, 1).mapInPandas(made, schema)
-    table.write(features, "r")
-    table.publish("r")
-    (file,) = (tmp_path / "dest").glob("*.parquet")
-    found = parquet.ParquetFile(file).metadata
-    groups = [found.row_group(number).total_byte_size for number in range(found.num_row_groups)]
-    assert sum(groups) > 150 << 20
-    assert max(groups) <= 66 << 20  # give or take a page
+    assert write_parts(batches, task, 0, 0, extract) == rows
+    sizes = [path.stat().st_size for path in tmp_path.glob("*.parquet")]
+    assert sum(sizes) > 150 << 20
+    assert max(sizes) <= 70 << 20  # one batch more
+    groups = [parquet.ParquetFile(path).num_row_groups for path in tmp_path.glob("*.parquet")]
+    assert set(groups) == {1}
+
+
+SOURCE_TYPES = {
+    "length": pa.int64(),
+    "modificationTime": pa.timestamp("us", "UTC"),
+    "version": pa.string(),
+    SOURCE_ERROR: pa.string(),
+}

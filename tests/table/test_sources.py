@@ -9,6 +9,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from imagevec import OptionError
+from imagevec.storage.folder import Folder
 from imagevec.table import sources
 from imagevec.table.sources import (
     IMAGE,
@@ -66,7 +67,7 @@ def test_files(
     monkeypatch.setattr(sources, "_TASK_BYTES", 10 * sources._LEAST_BYTES)
     monkeypatch.setattr(sources, "_LISTING_ROWS", 7)
     source = FileSource(spark, str(files), recursive=False, pattern=None, timeout_seconds=1)
-    source.prepare(str(tmp_path / "listing {y}"))
+    source.prepare(Folder(tmp_path / "listing {y}"))
     survey = survey_of(source)
     assert survey.found == 60
     assert source.skipped == {"hidden": 1}
@@ -94,10 +95,12 @@ def test_only_what_is_to_be_done(
     """Whether few keys go to the rows, or rows and keys to one another."""
     monkeypatch.setattr(sources, "_MAX_BROADCAST_KEYS", most)
     source = FileSource(spark, str(files), recursive=False, pattern="[1-3].png", timeout_seconds=1)
-    source.prepare(str(tmp_path / "listing"))
+    source.prepare(Folder(tmp_path / "listing"))
     assert survey_of(source).found == 3
     keys = [f"file:{files}/1.png", f"file:{files}/3.png", "file:/gone.png"]
-    pending = spark.createDataFrame([(key,) for key in keys], "path string")
+    pending = spark.createDataFrame(
+        [(key, False) for key in keys], "path string, is_changed boolean"
+    )
     rows = source.rows(Survey(found=3, partitions=1, pending=2), pending)
     assert set().union(*parts(rows)) == set(keys[:2])
 
@@ -119,7 +122,7 @@ def test_many_small_rows_of_a_few_partitions(
     assert len(parts(source.rows(survey, None))) == 10
     monkeypatch.setattr(sources, "_TASK_ROWS", 100)
     assert len(parts(source.rows(survey, None))) == 2
-    one = spark.createDataFrame([("5",)], "path string")
+    one = spark.createDataFrame([("5", False)], "path string, is_changed boolean")
     assert set().union(*parts(source.rows(Survey(100, 2, pending=1), one))) == {"5"}
 
 
