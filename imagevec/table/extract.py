@@ -221,21 +221,21 @@ def extract(
             cache.store(file)  # `imagevec similar` finds it by its digest
         fence = Fence(table.work, table.path, uuid.uuid4().hex)
         with fence.held():
-            table.recover(fence, fence.run)
             target = table
-            if overwrite:
-                table.check_is_features()
-                target = _replacement(table, fence, plan.spec, (*own, *kept), typed)
-            else:
-                table.check(plan.spec, (*own, *kept), typed)
-            retried = _RETRIED_ERRORS if retry_errors else ()
             try:
+                table.recover(fence, fence.run)
+                if overwrite:
+                    table.check_is_features()
+                    target = _replacement(table, fence, plan.spec, (*own, *kept), typed)
+                else:
+                    table.check(plan.spec, (*own, *kept), typed)
+                retried = _RETRIED_ERRORS if retry_errors else ()
                 known = target.known(retried, source.boxes is not None)
                 done = _add_missing(source, known, target, fence, plan, progress)
                 if overwrite and target.known() is not None:
                     table.replace_by_replacement(fence.run, fence.check)
             except BaseException:
-                with suppress(Exception):  # else the next run does it
+                with suppress(Exception), fence.kept_if_it_fails():  # else the next run does it
                     fence.check()
                     table.recover(fence, fence.run)
                     target.recover(fence, fence.run)

@@ -1,13 +1,13 @@
 """Fencing: one run at a time publishes to a table, however many drivers start, hang or wake up.
 
     <work>/epochs/<epoch>        the run that has the epoch, created conditionally
-    <work>/epochs/<epoch>.beat   the time of its last heartbeat
+    <work>/epochs/<epoch>.beat   the time of its last heartbeat, or that it has ended
 
 A run takes the next epoch, which fences all earlier ones: before it publishes what it has listed, a
 run checks that no later epoch exists. The next run takes over if the process of the last one is
 known to have ended, or if it wrote no heartbeat while it was watched. Clocks of two machines are
 compared only to refuse sooner. The first epoch is the time, so that no number is used again after
-the epochs were deleted.
+the epochs were deleted. A run that fails and leaves work to the next one keeps its epoch.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ RUN_ID = re.compile(r"[0-9a-f]+")  # a run's ID becomes a part of paths
 EPOCHS = "epochs"
 _EPOCH = re.compile(r"\d{16}")
 _SETTLE_SECONDS = 0.5
+_ENDED = b"ended"
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Fence:
         self._work = work
         self._table = table
         self._epoch = 0
+        self._is_kept = False
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -106,7 +108,20 @@ class Fence:
         finally:
             end.set()
             beating.join()
-            self._release()
+            if self._is_kept:
+                with contextlib.suppress(Exception):  # else the next run watches for a heartbeat
+                    self._work.write(_beat_file(self._epoch), _ENDED)
+            else:
+                self._release()
+
+    @contextlib.contextmanager
+    def kept_if_it_fails(self) -> Iterator[None]:
+        """Keeps the epoch if the context fails: what the run has begun counts for the next run."""
+        try:
+            yield
+        except BaseException:
+            self._is_kept = True
+            raise
 
     def check(self) -> None:
         """Raises ``ImageVecError`` if a later run has fenced this one."""
@@ -127,7 +142,8 @@ class Fence:
         data = self._work.read(_file(last)) if last else None
         if data is not None:
             owner = Owner.of_bytes(data)
-            if owner is None or not _has_ended(owner):
+            has_ended = self._work.read(_beat_file(last)) == _ENDED
+            if not has_ended and (owner is None or not _has_ended(owner)):
                 self._watch(last, owner)
             who = owner or "another run"
             logger.warning(

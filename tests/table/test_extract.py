@@ -27,7 +27,7 @@ from imagevec.table.fence import _place
 from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import saved, vector_of
-from tests.helpers.stops import stop_at
+from tests.helpers.stops import fail_at, stop_at
 
 MODEL: dict[str, Any] = {"model": tiny, "weights": "random"}
 
@@ -511,6 +511,32 @@ def test_interrupt_while_a_table_is_replaced_completes_the_replacement(
         run(photos, overwrite=True, normalize=True)
     assert len(rows(dest)) == 4
     assert run(photos, normalize=True).done_before == 4
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_store_that_fails_while_rows_are_replaced_loses_no_row(
+    run: Extract, photos: Path, dest: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """The same process continues at once when the store is back."""
+    run(photos)
+    (photos / "0.png").write_bytes(image(50))
+    for name in ("1.png", "2.png", "3.png"):
+        (photos / name).unlink()
+
+    def fail() -> None:
+        fail_at(0, monkeypatch.setattr, OSError, is_lasting=True)
+        raise OSError("of the test")
+
+    stop_at("first deletion", fail, monkeypatch.setattr)
+    with pytest.raises(OSError, match="of the test"):
+        run(photos, overwrite=overwrite)
+    monkeypatch.undo()
+    report = run(photos)
+    done = rows(dest)
+    assert len(done) == (1 if overwrite else 4)
+    assert report.done_before == 1  # its new row was published by the run that failed
+    assert_is_vector_of(done[f"file:{photos}/0.png"], image(50))
+    assert not (dest / "_imagevec").exists()
 
 
 def test_source_that_is_empty_now(

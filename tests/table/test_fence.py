@@ -26,7 +26,7 @@ from imagevec.storage.folder import Folder
 from imagevec.storage.local import LocalStore
 from imagevec.storage.location import UnsupportedURIError
 from imagevec.table import fence as fence_module
-from imagevec.table.fence import EPOCHS, STALE_SECONDS, Fence, Owner
+from imagevec.table.fence import EPOCHS, STALE_SECONDS, Fence, Owner, runs_with_epochs
 
 NOW = 1.8e9
 FIRST = 7
@@ -166,6 +166,18 @@ def test_epoch_exists_while_it_is_held(work: WatchedFolder) -> None:
 def test_epoch_is_released_after_a_failure(work: WatchedFolder) -> None:
     with pytest.raises(ValueError, match="of the test"), fence_of(work).held():
         raise ValueError("of the test")
+    assert work.names(EPOCHS) == []
+
+
+def test_epoch_is_kept_if_a_failure_leaves_work(work: WatchedFolder) -> None:
+    fence = fence_of(work)
+    with pytest.raises(ValueError, match="of the test"), fence.held():
+        with contextlib.suppress(OSError), fence.kept_if_it_fails():
+            raise OSError
+        raise ValueError("of the test")
+    assert runs_with_epochs(work) == {MINE}
+    with fence_of(work).held():  # at once, although this process is alive
+        pass
     assert work.names(EPOCHS) == []
 
 
