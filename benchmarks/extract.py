@@ -3,29 +3,33 @@
     python -m benchmarks.extract
 
 Each run is a separate process. Its time is that of the whole process: starting Spark, reading from
-disk, and writing vectors to disk. ``make bench`` runs it too.
+disk, and writing vectors to disk. With Spark Connect, the process starts a local server, too.
+``make bench`` runs it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
+from pyspark.sql import SparkSession
 
 from benchmarks.images import CACHE, generated
 from benchmarks.machine import machine, processor, versions
 from benchmarks.spark import session
-from imagevec import features_udf, recommended_conf
+from imagevec import extract, features_udf, recommended_conf
 
 RESULTS = Path("benchmarks/results")
 ROWS = 8_000
@@ -44,11 +48,20 @@ def main() -> None:
     parser.add_argument(
         "--plain", nargs=3, metavar=("KIND", "SRC", "DEST"), help="do one run with features_udf"
     )
+    parser.add_argument(
+        "--extract", nargs=2, metavar=("SRC", "DEST"), help="do one run with extract, of a table"
+    )
+    parser.add_argument("--connect", action="store_true", help="do the run with Spark Connect")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
-    if arguments.plain:
-        plain(*arguments.plain)
+    if arguments.plain or arguments.extract:
+        with _session(arguments.connect) as spark:
+            if arguments.plain:
+                plain(spark, *arguments.plain)
+            else:
+                src, dest = arguments.extract
+                extract(src, dest, spark=spark, column="image", **MODEL)
         return
     write(measure(arguments.rows, arguments.rounds))
 
@@ -76,6 +89,8 @@ def measure(rows: int = ROWS, rounds: int = ROUNDS) -> dict[str, Any]:
         "table, extract, twice the rows": lambda: _extract(
             double / "table", dest, "--column", "image"
         ),
+        "table on Connect, plain": lambda: _plain("table", folder / "table", dest, "--connect"),
+        "table on Connect, extract": lambda: _extract_on_connect(folder / "table", dest),
         "files, plain": lambda: _plain("files", folder / "files", dest),
         "files, extract": lambda: _extract(folder / "files", dest, "--recursive"),
         "files, extract, nothing to do": lambda: _extract(
@@ -115,14 +130,14 @@ def markdown(result: dict[str, Any]) -> str:
         by_round = ", ".join(f"{figure:.1f}" for figure in figures)
         lines.append(f"| {name} | {statistics.median(figures):.1f} | {by_round} |")
     lines += ["", "| ratio | median | by round |", "|---|---:|---|"]
-    for kind in ("table", "files"):
-        whole, double = seconds[f"{kind}, extract"], seconds[f"{kind}, extract, twice the rows"]
-        ratios = {
-            "extract / plain": zip(whole, seconds[f"{kind}, plain"], strict=True),
-            "twice the rows / the rows": zip(double, whole, strict=True),
-        }
+    for kind in ("table", "table on Connect", "files"):
+        whole = seconds[f"{kind}, extract"]
+        ratios = {"extract / plain": (whole, seconds[f"{kind}, plain"])}
+        if kind != "table on Connect":
+            double = seconds[f"{kind}, extract, twice the rows"]
+            ratios["twice the rows / the rows"] = (double, whole)
         for name, pairs in ratios.items():
-            figures = [a / b for a, b in pairs]
+            figures = [a / b for a, b in zip(*pairs, strict=True)]
             by_round = ", ".join(f"{figure:.2f}" for figure in figures)
             lines.append(f"| {kind}: {name} | {statistics.median(figures):.2f} | {by_round} |")
     return "\n".join(lines)
@@ -153,21 +168,43 @@ def write_images(folder: Path, rows: int) -> None:
     done.touch()
 
 
-def plain(kind: str, src: str, dest: str) -> None:
-    """Does the same with ``features_udf`` and ``write.parquet``."""
+@contextmanager
+def _session(on_connect: bool) -> Iterator[SparkSession]:
+    """Starts ``local[2]``, or a server of it."""
     conf = recommended_conf(image_bytes=_IMAGE_BYTES, executor_cores=1)
-    with session(2, conf) as spark:
-        if kind == "table":
-            images = spark.read.parquet(src)
-        else:
-            reader = spark.read.format("binaryFile").option("recursiveFileLookup", "true")
-            images = reader.load(src).withColumnRenamed("content", "image")
-        images.select("path", features_udf("image", **MODEL)).write.parquet(dest)
+    if not on_connect:
+        with session(2, conf) as spark:
+            yield spark
+        return
+    os.environ["SPARK_TESTING"] = "1"  # the server then takes a free port
+    builder = SparkSession.builder.remote("local[2]")
+    for name, value in conf.items():
+        builder = builder.config(name, value)
+    spark = builder.getOrCreate()
+    try:
+        yield spark
+    finally:
+        spark.stop()
 
 
-def _plain(kind: str, src: Path, dest: Path) -> float:
+def plain(spark: SparkSession, kind: str, src: str, dest: str) -> None:
+    """Does the same as ``extract`` with ``features_udf`` and ``write.parquet``."""
+    if kind == "table":
+        images = spark.read.parquet(src)
+    else:
+        reader = spark.read.format("binaryFile").option("recursiveFileLookup", "true")
+        images = reader.load(src).withColumnRenamed("content", "image")
+    images.select("path", features_udf("image", **MODEL)).write.parquet(dest)
+
+
+def _plain(kind: str, src: Path, dest: Path, *flags: str) -> float:
     shutil.rmtree(dest, ignore_errors=True)
-    return _seconds(["-m", "benchmarks.extract", "--plain", kind, str(src), str(dest)])
+    return _seconds(["-m", "benchmarks.extract", "--plain", kind, str(src), str(dest), *flags])
+
+
+def _extract_on_connect(src: Path, dest: Path) -> float:
+    shutil.rmtree(dest, ignore_errors=True)
+    return _seconds(["-m", "benchmarks.extract", "--extract", str(src), str(dest), "--connect"])
 
 
 def _extract(src: Path, dest: Path, *flags: str, again: bool = False) -> float:
