@@ -477,6 +477,7 @@ def _written(
         None if plan.spec.layer_sizes is None else tuple(plan.spec.layer_sizes),
         tuple(source.kept.names),
         _codec(spark),
+        time.time(),
     )
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -1,7 +1,8 @@
 """Parts: the Parquet files that a task writes while it computes, without Spark's own writer.
 
-A task writes a part when a minute has passed, or when its rows fill 64 MB. Vectors and errors go to
-separate files with the same stem. The names say which task wrote them:
+A task writes a part when a quarter of the run's time has passed since its last one, or 45 seconds,
+or when its rows fill 64 MB. Vectors and errors go to separate files with the same stem. The names
+say which task wrote them:
 
     features.part-<run>-<partition>-<attempt>-<number>.parquet
     errors.part-<run>-<partition>-<attempt>-<number>.parquet
@@ -31,6 +32,7 @@ from imagevec.table.schema import BOXES, CHANGED, IMAGE, SOURCE_ERROR, kept_colu
 
 FEATURES, ERRORS = "features", "errors"
 _SECONDS = 45.0  # so that the next forward pass still ends within a minute
+_FIRST_SECONDS = 5.0
 _BYTES = 64 << 20
 
 _NAME = re.compile(
@@ -104,6 +106,8 @@ class Task:
         layers: The layers of ``features``, if it is a struct.
         kept: The names of the kept columns. Their input is ``kept_column`` of their number.
         compression: The name of a codec of Parquet.
+        start: When the run started, in seconds since the epoch. A driver's clock that is wrong
+            only changes the size of parts.
     """
 
     folder: Folder
@@ -113,6 +117,7 @@ class Task:
     layers: tuple[str, ...] | None
     kept: tuple[str, ...]
     compression: str
+    start: float
 
 
 def write_parts(
@@ -339,10 +344,15 @@ class _Writer:
         self._rows.append(rows)
         self._bytes += rows.nbytes
         now = time.monotonic()
-        # The next rows may take as long as these.
-        if self._bytes >= _BYTES or now + (now - self._last) - self._since >= _SECONDS:
+        next_rows = now + (now - self._last)  # they may take as long as these
+        if self._bytes >= _BYTES or next_rows - self._since >= self._longest_seconds():
             self.flush()
         self._last = now
+
+    def _longest_seconds(self) -> float:
+        """Returns how long a part may take: at first less, as a run that is killed early began."""
+        age = time.time() - self._task.start
+        return min(_SECONDS, max(_FIRST_SECONDS, age / 4))
 
     def flush(self) -> None:
         if self._rows:

@@ -607,7 +607,7 @@ class Driver:
     def _compute(self, pending: list[Any], table: SimulatedTable, fence: Fence) -> None:
         publisher = SimulatedPublisher(table, fence, self.run)
         places = table.published_folders(self.run)
-        task = Task(table.run_folder(self.run), self.run, places, {}, None, (), "none")
+        task = Task(table.run_folder(self.run), self.run, places, {}, None, (), "none", 0.0)
         images = 0
         for _ in range(1 + world().happens(0.3)):  # a stage may run again
             images = Stage(pending, task).run(publisher.look)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pyspark.sql import SparkSession
 
 from imagevec import extract, provenance
 from imagevec.storage.folder import Folder
+from imagevec.table import parts
 from imagevec.table.parts import Task, write_parts
 from imagevec.table.schema import CHANGED, IMAGE, SOURCE_ERROR
 from tests.helpers.factories import tiny
@@ -139,7 +141,7 @@ def test_errors_have_the_same_columns(spark: SparkSession, dest: Path) -> None:
 def test_parts_are_no_larger_than_64_mb(tmp_path: Path) -> None:
     """Of features that fill three of them, and cannot be compressed."""
     rows, size = 40_000, 1024
-    task = Task(Folder(tmp_path), "0a", (), {}, None, (), "snappy")
+    task = Task(Folder(tmp_path), "0a", (), {}, None, (), "snappy", 0.0)
     nulls = {name: pa.nulls(rows, type) for name, type in SOURCE_TYPES.items()}
     columns = {**nulls, "path": [str(row) for row in range(rows)], CHANGED: [False] * rows}
     batches = pa.table({IMAGE: pa.nulls(rows, pa.binary()), **columns}).to_batches(1_000)
@@ -157,6 +159,32 @@ def test_parts_are_no_larger_than_64_mb(tmp_path: Path) -> None:
     assert max(sizes) <= 70 << 20  # one batch more
     groups = [parquet.ParquetFile(path).num_row_groups for path in tmp_path.glob("*.parquet")]
     assert set(groups) == {1}
+
+
+def test_parts_are_written_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soon at first, and then before a minute has passed. A forward pass takes 3 s."""
+    now, rows = 0.0, 200
+    clock = SimpleNamespace(monotonic=lambda: now, time=lambda: now)
+    monkeypatch.setattr(parts, "time", clock)
+    task = Task(Folder(tmp_path), "0a", (), {}, None, (), "snappy", 0.0)
+    nulls = {name: pa.nulls(rows, type) for name, type in SOURCE_TYPES.items()}
+    columns = {**nulls, "path": [str(row) for row in range(rows)], CHANGED: [False] * rows}
+    batches = pa.table({IMAGE: pa.nulls(rows, pa.binary()), **columns}).to_batches(1)
+    ends: dict[str, float] = {}
+
+    def extract(batches: Iterator[Any]) -> Iterator[pd.DataFrame]:
+        nonlocal now
+        for _ in batches:
+            now += 3
+            same = {"width": [1], "height": 1, "truncated": False, "error": None}
+            yield pd.DataFrame({"features": [np.zeros(1, np.float32)], **same})
+            for path in tmp_path.glob("*.parquet"):
+                ends.setdefault(path.name, now)
+
+    write_parts(batches, task, 0, 0, extract)
+    seconds = np.diff([0, *sorted(ends.values())])
+    assert seconds[0] <= 6 and seconds[:-1].tolist() == sorted(seconds[:-1])
+    assert max(seconds) <= 45 and len(seconds) < 30
 
 
 SOURCE_TYPES = {
