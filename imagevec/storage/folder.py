@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from imagevec.errors import ReadError, WriteError
 from imagevec.options import DEFAULTS
 from imagevec.storage.location import Location
+from imagevec.storage.opened import open_file
 from imagevec.storage.retry import retried
 from imagevec.storage.stores import TEMPORARY, Store, store_of
 
@@ -77,12 +78,10 @@ class Folder:
             return None
 
     def open(self, path: str) -> Any:
-        """Opens a file for reading, and returns a seekable file object.
-
-        Raises:
-            FileNotFoundError: The file does not exist.
-        """
+        """Opens a file for reading: see ``open_file``."""
         location = self._at(path)
+        if not location.is_local:
+            return open_file(location, self._timeout_seconds)
 
         def attempt(store: Store) -> Any:
             _check_exact(location)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import random
@@ -79,7 +80,8 @@ def _is_final(error: Exception) -> bool:
         # Truncated responses and expired certificates also raise ValueErrors.
         return not isinstance(error, json.JSONDecodeError | UnicodeDecodeError | OSError)
     not_there = FileNotFoundError | IsADirectoryError | NotADirectoryError
-    return isinstance(error, not_there | UnsupportedURIError | ForbiddenError)
+    unsupported = UnsupportedURIError | io.UnsupportedOperation
+    return isinstance(error, not_there | unsupported | ForbiddenError)
 
 
 def _needs_a_person(error: Exception) -> bool:

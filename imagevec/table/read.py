@@ -19,7 +19,7 @@ from imagevec.errors import OptionError
 from imagevec.storage.folder import Folder
 from imagevec.storage.listing import described, list_files
 from imagevec.storage.location import Location
-from imagevec.storage.stores import store_of
+from imagevec.storage.opened import open_file
 from imagevec.table.schema import check_rows_are_images
 
 _ROWS = 2048  # per block
@@ -185,7 +185,7 @@ def check_has_no_log(path: str) -> None:
 
 def _opened(path: str) -> Any:
     location = Location.parse(path)
-    return location.path if location.is_local else store_of(location).open(location)
+    return location.path if location.is_local else open_file(location)
 
 
 def _check_columns(folder: str, columns: list[str], schema: Any, hint: str) -> None:

@@ -17,7 +17,6 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -27,8 +26,7 @@ from imagevec.images.formats import TABLE
 from imagevec.options import DEFAULTS
 from imagevec.storage.listing import Listed, check_exists, list_files
 from imagevec.storage.location import Location
-from imagevec.storage.retry import retried
-from imagevec.storage.stores import store_of
+from imagevec.storage.opened import open_file
 
 try:
     from pyspark.sql.datasource import DataSource, DataSourceReader, InputPartition
@@ -193,8 +191,7 @@ def _rows(
     count = 0
     try:
         location = Location.parse(shard)
-        file = retried(location, lambda: store_of(location).open(location), timeout_seconds)
-        with closing(file):
+        with open_file(location, timeout_seconds) as file:
             for row in _samples(_members_of(file, members, images, max_bytes), members):
                 count += 1
                 row["__url__"] = shard

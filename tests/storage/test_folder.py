@@ -161,6 +161,20 @@ def folder(
         yield Folder(tmp_path / "new table")
 
 
+def test_busy_store_does_not_fail_the_reads_of_an_open_file(busy: Busy, tmp_path: Path) -> None:
+    folder = Folder(f"s3://tables/{tmp_path.name}")
+    content = os.urandom(1 << 20)
+    folder.write("file", content)
+    with folder.open("file") as file:
+        busy.method, busy.before = "GET", 2
+        file.seek(-10, os.SEEK_END)
+        assert file.read() == content[-10:]
+        busy.after = 2
+        file.seek(0)
+        assert file.read() == content
+    assert (busy.before, busy.after) == (0, 0)
+
+
 def test_folder_is_written_and_read(folder: Folder, tmp_path: Path) -> None:
     assert folder.names() == [] and folder.read("a") is None
     folder.write("b/c/d", b"1")
@@ -352,7 +366,7 @@ def test_folder_below_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"1")
     folder = Folder(tmp_path / "file")
     for act in (folder.write, folder.create):
-        with pytest.raises(NotADirectoryError):
+        with pytest.raises(WriteError, match="not a folder"):
             act("a", b"1")
 
 
