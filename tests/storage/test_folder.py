@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import email.utils
 import errno
-import hmac
 import os
 import pickle
-import shutil
-import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +14,6 @@ from typing import Any
 import boto3
 import fsspec
 import pytest
-import urllib3
 from moto.server import DomainDispatcherApplication, create_backend_app
 from pyarrow import fs
 from werkzeug.serving import make_server
@@ -30,7 +23,7 @@ from imagevec.storage import hdfs, stores
 from imagevec.storage.folder import Folder
 from imagevec.storage.local import LocalStore
 from imagevec.storage.location import Location, UnsupportedURIError
-from tests.helpers.object_store import TEST_KEYS
+from tests.helpers.object_store import TEST_KEYS, azure_server
 
 NAMES = [
     "a.png",
@@ -90,49 +83,11 @@ def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Busy]:
     thread.join(30)
 
 
-AZURE_ACCOUNT = "devstoreaccount1"
-AZURE_KEY = (  # of every Azurite, as documented
-    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-)
-
-
 @pytest.fixture(scope="module")
-def azurite() -> Iterator[str]:
-    """The address of an Azurite with the container ``tables``."""
-    program = shutil.which("azurite-blob")
-    if program is None:
-        pytest.skip("azurite-blob is not on the PATH: npm install --global azurite")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    port = address.partition(":")[2]
-    options = ["--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry"]
-    with subprocess.Popen(
-        [program, "--blobPort", port, *options], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout
-            assert any("successfully listens" in line for line in process.stdout)
-            create_container(address)
-            yield address
-        finally:
-            process.terminate()
-
-
-def create_container(address: str) -> None:
-    date = email.utils.formatdate(usegmt=True)
-    signed = (
-        "PUT" + "\n" * 12 + f"x-ms-date:{date}\nx-ms-version:2021-12-02\n"
-        f"/{AZURE_ACCOUNT}/{AZURE_ACCOUNT}/tables\nrestype:container"
-    )
-    digest = hmac.digest(base64.b64decode(AZURE_KEY), signed.encode(), "sha256")
-    headers = {
-        "x-ms-date": date,
-        "x-ms-version": "2021-12-02",
-        "Authorization": f"SharedKey {AZURE_ACCOUNT}:{base64.b64encode(digest).decode()}",
-    }
-    url = f"http://{address}/{AZURE_ACCOUNT}/tables?restype=container"
-    assert urllib3.request("PUT", url, headers=headers).status == 201
+def azure() -> Iterator[str]:
+    """The connection string of an Azurite with the container ``tables``."""
+    with azure_server("tables") as connection:
+        yield connection
 
 
 @pytest.fixture(params=["local", "s3", "azure", "memory"])
@@ -144,13 +99,9 @@ def folder(
         request.getfixturevalue("busy")
         yield Folder(f"s3://tables/{tmp_path.name}/new table")
     elif request.param == "azure":
-        address = request.getfixturevalue("azurite")
+        connection = request.getfixturevalue("azure")
         monkeypatch.setattr(stores, "_stores", type(stores._stores)())
-        monkeypatch.setenv(
-            "AZURE_STORAGE_CONNECTION_STRING",
-            f"AccountName={AZURE_ACCOUNT};AccountKey={AZURE_KEY};"
-            f"BlobEndpoint=http://{address}/{AZURE_ACCOUNT}",
-        )
+        monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection)
         yield Folder(f"az://tables/{tmp_path.name}/new table")
     elif request.param == "memory":
         yield Folder("memory://tables/new table")

@@ -1,4 +1,4 @@
-"""Extractions to a busy S3 that are killed, with speculation and a second driver at each start."""
+"""Extractions to S3 and Azure that are killed, with speculation and two drivers at each start."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from obstore.store import AzureStore, ObjectStore, S3Store
 from pyarrow import parquet
 
 from imagevec import ImageVectorizer
@@ -32,10 +33,15 @@ from tests.cluster.kills import (
 )
 from tests.cluster.slow import PART_SECONDS, PAUSE, SLOW
 from tests.helpers.clusters import kill_tree
-from tests.helpers.object_store import TEST_KEYS, s3_server
+from tests.helpers.object_store import (
+    AZURE_ACCOUNT,
+    AZURE_KEY,
+    TEST_KEYS,
+    azure_server,
+    s3_server,
+)
 
 BUCKET = "kills"
-DEST = f"s3://{BUCKET}/table"
 IMAGES = 160
 SEED = 5
 VICTIMS = ["worker"] * 7 + ["tree", "driver", "jvm"]
@@ -81,45 +87,83 @@ class Busy:
         return []
 
 
+class Place(NamedTuple):
+    """A store that drivers write.
+
+    Attributes:
+        dest: The URI of the table.
+        environment: The variables with which drivers and workers reach it.
+        table: The objects of the table, through a client that is never refused.
+        busy: The answers of the store, if it is one that refuses requests.
+    """
+
+    dest: str
+    environment: dict[str, str]
+    table: Table
+    busy: Busy | None
+
+
 @contextmanager
-def busy_store() -> Iterator[tuple[str, Busy, Any]]:
-    """Yields the endpoint of a busy store, and a client of the same store that never is."""
+def busy_s3() -> Iterator[Place]:
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
-    with s3_server() as (_, client):
+    with s3_server() as (endpoint, client):
         client.create_bucket(Bucket=BUCKET)
         busy = Busy(DomainDispatcherApplication(create_backend_app))
         server = make_server("127.0.0.1", 0, busy, threaded=True)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
+        environment = {
+            **TEST_KEYS,
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+        }
+        store = S3Store(
+            BUCKET,
+            endpoint=endpoint,
+            region="us-east-1",
+            access_key_id="test",
+            secret_access_key="test",
+            client_options={"allow_http": True},
+        )
         try:
-            yield f"http://127.0.0.1:{server.server_port}", busy, client
+            yield Place(f"s3://{BUCKET}/table", environment, Table(store), busy)
         finally:
             server.shutdown()
             server.server_close()
             thread.join(30)
 
 
-class Table:
-    """The objects of the table, through a client that is never refused."""
+@contextmanager
+def azure() -> Iterator[Place]:
+    with azure_server(BUCKET) as connection:
+        store = AzureStore(
+            BUCKET,
+            account_name=AZURE_ACCOUNT,
+            account_key=AZURE_KEY,
+            endpoint=connection.partition("BlobEndpoint=")[2],
+            client_options={"allow_http": True},
+        )
+        environment = {"AZURE_STORAGE_CONNECTION_STRING": connection}
+        yield Place(f"az://{BUCKET}/table", environment, Table(store), None)
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+
+class Table:
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
 
     def objects(self, folder: str) -> Files:
         """Returns the names and ETags of the objects in a folder, in one answer of the store."""
-        found = self._client.list_objects_v2(Bucket=BUCKET, Prefix=folder)
-        assert not found["IsTruncated"]
-        return {one["Key"]: one["ETag"] for one in found.get("Contents", [])}
+        found = self._store.list(folder).collect()
+        assert len(found) < 1000
+        return {one["path"]: str(one["e_tag"]) for one in found}
 
     def files(self) -> Files:
         work = "table/_imagevec/"
         return {k: tag for k, tag in self.objects("table/").items() if not k.startswith(work)}
 
     def content(self, name: str) -> bytes:
-        data: bytes = self._client.get_object(Bucket=BUCKET, Key=name)["Body"].read()
-        return data
+        return bytes(self._store.get(name).bytes())
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = parquet.read_table(io.BytesIO(self.content(name))).to_pylist()
@@ -140,19 +184,20 @@ class Drivers:
 
     Args:
         source: The folder of images.
-        table: The table.
+        place: Where the table is.
         log: The file of their output.
-        environment: The variables of their environment.
+        environment: Further variables of their environment.
     """
 
-    def __init__(self, source: Path, table: Table, log: Path, environment: dict[str, str]) -> None:
+    def __init__(self, source: Path, place: Place, log: Path, environment: dict[str, str]) -> None:
         self._source = source
-        self._table = table
+        self._place = place
         self._log = log
         self._environment = environment
 
     def one(self, **environment: str) -> subprocess.Popen[bytes]:
-        return start(self._source, DEST, self._log, **self._environment, **environment)
+        variables = {**self._place.environment, **self._environment, **environment}
+        return start(self._source, self._place.dest, self._log, **variables)
 
     def winner(self, last_run: str | None) -> tuple[subprocess.Popen[bytes], str]:
         """Starts two, and returns the one that comes after another run, with its run."""
@@ -160,7 +205,7 @@ class Drivers:
         owner: dict[str, Any] = {}
 
         def is_decided() -> bool:
-            owner.update(self._table.owner())
+            owner.update(self._place.table.owner())
             is_new = owner.get("run") not in (None, last_run)
             return is_new and any(process.poll() is not None for process in pair)
 
@@ -200,20 +245,21 @@ def ten_kills(drivers: Drivers, table: Table) -> None:
         kill_tree(process)
 
 
-def test_kills_with_speculation_on_a_busy_s3(tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", [busy_s3, azure])
+def test_kills_with_speculation(
+    tmp_path: Path, store: Callable[[], AbstractContextManager[Place]]
+) -> None:
     source, log = tmp_path / "source", tmp_path / "log"
     write_images(source, IMAGES)
     settings = " ".join(f"--conf {name}={value}" for name, value in SETTINGS.items())
-    with busy_store() as (endpoint, busy, client):
-        table = Table(client)
+    with store() as place:
+        table = place.table
         environment = {
-            **TEST_KEYS,
             "SPARK_LOCAL_IP": "127.0.0.1",
-            "AWS_ENDPOINT_URL": endpoint,
             MASTER: CLUSTER,
             "PYSPARK_SUBMIT_ARGS": f"--master {CLUSTER} {settings} pyspark-shell",
         }
-        drivers = Drivers(source, table, log, environment)
+        drivers = Drivers(source, place, log, environment)
         reader = Reader(table.files, table.keys)
         with reader.looking():
             ten_kills(drivers, table)
@@ -225,7 +271,7 @@ def test_kills_with_speculation_on_a_busy_s3(tmp_path: Path) -> None:
             finally:
                 kill_tree(last)
         assert reader.looks > 0 and not reader.wrong
-        assert busy.answers["busy"] > 10
+        assert place.busy is None or place.busy.answers["busy"] > 10
         bad = Counter(f"file:{p}" for p in source.iterdir() if p.read_bytes() == NO_IMAGE)
         files = table.files()
         found = {name: Counter(table.keys(name)) for name in files}
