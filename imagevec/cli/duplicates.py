@@ -10,17 +10,18 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from imagevec.cli import features
 from imagevec.errors import OptionError
 from imagevec.search import METHODS
 
 if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
 _LOOK_EVERY_SECONDS = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("features", help="table written by `imagevec extract`")
+    features.add_arguments(parser)
     parser.add_argument("--out", required=True, help="output folder or URI: empty, or not existing")
     parser.add_argument(
         "--min-cosine",
@@ -48,20 +49,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from imagevec.spark.sessions import spark_path
     from imagevec.storage.listing import escaped
     from imagevec.storage.location import Location
-    from imagevec.table.read import check_has_no_log
     from imagevec.table.schema import check_rows_are_images
 
-    check_has_no_log(options.features)
     _check_is_empty(options.out)
     out = spark_path(Location.of(options.out))
     quiet = options.quiet or options.json
     with spark_session(options.master) as spark, _bar(spark, quiet=quiet):
-        reader = spark.read.option("pathGlobFilter", "*.parquet")  # a note may be beside them
-        features = reader.parquet(escaped(spark_path(Location.of(options.features))))
-        check_rows_are_images(options.features, features.columns)
-        groups = near_duplicates(features, options.min_cosine, method=options.method)
-        if "length" in features.columns:
-            groups = groups.join(features.select("path", "length"), "path")
+        table = _table(spark, options.features, options.format)
+        check_rows_are_images(options.features, table.columns)
+        groups = near_duplicates(table, options.min_cosine, method=options.method)
+        if "length" in table.columns:
+            groups = groups.join(table.select("path", "length"), "path")
         else:
             groups = groups.withColumn("length", F.lit(None).cast("long"))
         made_by = {"min_cosine": options.min_cosine}
@@ -77,6 +75,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         found = counts.first()
     assert found is not None, "an aggregate has a row"
     return {**found.asDict(), "out": options.out, "min_cosine": options.min_cosine}
+
+
+def _table(spark: SparkSession, src: str, format: str | None) -> DataFrame:
+    from imagevec.spark.sessions import read_table, spark_path
+    from imagevec.storage.listing import escaped
+    from imagevec.storage.location import Location
+    from imagevec.table.read import check_has_no_log
+
+    if format is not None:
+        return read_table(spark, src, format)
+    check_has_no_log(src)
+    reader = spark.read.option("pathGlobFilter", "*.parquet")  # a note may be beside them
+    return reader.parquet(escaped(spark_path(Location.of(src))))
 
 
 def _check_is_empty(folder: str) -> None:

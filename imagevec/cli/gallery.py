@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from imagevec.cli import features
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("features", help="table written by `imagevec extract`")
+    features.add_arguments(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -40,13 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from imagevec.search.gallery import write_gallery
 
-    count = write_gallery(
-        options.features,
-        options.out,
-        max_images=options.max_images,
-        groups=options.groups,
-        allowed_roots=options.allowed_roots,
-    )
+    with features.folder_of(options) as folder:
+        count = write_gallery(
+            folder,
+            options.out,
+            max_images=options.max_images,
+            groups=options.groups,
+            allowed_roots=options.allowed_roots,
+        )
     return {"images": count, "out": str(options.out)}
 
 

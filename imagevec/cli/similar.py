@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from imagevec.cli import features
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("features", help="table written by `imagevec extract`")
+    features.add_arguments(parser)
     parser.add_argument(
         "--query",
         dest="queries",
@@ -37,16 +39,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     if not options.queries and not options.texts:
         raise OptionError("no query: give --query IMAGE or --text TEXT")
-    return {
-        "queries": similar(
-            options.features,
-            options.queries,
-            options.k,
-            options.model,
-            options.weights,
-            options.texts,
+    with features.folder_of(options) as folder:
+        found = similar(
+            folder, options.queries, options.k, options.model, options.weights, options.texts
         )
-    }
+    return {"queries": found}
 
 
 def show(result: dict[str, Any]) -> str:

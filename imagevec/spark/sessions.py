@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkContext
-from pyspark.errors import PySparkException
-from pyspark.sql import SparkSession
+from pyspark.errors import AnalysisException, PySparkException
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, BinaryType, NumericType, StringType, StructType
 
@@ -82,6 +82,27 @@ def spark_path(location: Location) -> str:
     if location.path.startswith("/dbfs/"):
         return f"dbfs:{location.path.removeprefix('/dbfs')}"
     return location.uri
+
+
+# Of other formats, the source may be a name that is not a path.
+_FILE_FORMATS = ("parquet", "orc", "avro", "json", "csv", "text", "binaryfile", "image", "delta")
+
+
+def read_table(spark: SparkSession, src: str, format: str) -> DataFrame:
+    """Reads a table of the catalog if the format is ``table``, else a path or a name.
+
+    Raises:
+        OptionError: The path does not exist.
+    """
+    if format == "table":
+        return spark.read.table(src)
+    path = str(Location.of(src)) if format.lower() in _FILE_FORMATS else src
+    try:
+        return spark.read.format(format).load(path)
+    except AnalysisException as error:
+        if "[PATH_NOT_FOUND]" in str(error):
+            raise OptionError(f"{src} does not exist") from error
+        raise
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, cast
 import pandas as pd
 import pyarrow as pa
 from pyspark import TaskContext
-from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
@@ -43,11 +42,11 @@ from imagevec.spark.sessions import (
     failures_in_words,
     gpus_of_tasks,
     quoted,
+    read_table,
 )
 from imagevec.spark.udf import extract_in_worker, send
 from imagevec.spec import FeatureSpec
 from imagevec.storage.folder import Folder
-from imagevec.storage.location import Location
 from imagevec.table.catalog import CatalogTable
 from imagevec.table.dest import Dest, check_outside, result_schema
 from imagevec.table.fence import Fence
@@ -328,27 +327,11 @@ def _source(
         if format is not None:
             raise OptionError("format is only for tables that extract reads, not for data frames")
         df = src
-    elif format == "table":
-        df = spark.read.table(str(src))
     else:
-        df = _loaded(spark, format or "parquet", str(src))
+        df = read_table(spark, str(src), format or "parquet")
     if where is not None:
         df = df.where(where)
     return TableSource(df, column=column, key=key, version=version, keep=keep, boxes=boxes)
-
-
-# Of other formats, the source may be a name that is not a path.
-_FILE_FORMATS = ("parquet", "orc", "avro", "json", "csv", "text", "binaryfile", "image", "delta")
-
-
-def _loaded(spark: SparkSession, format: str, src: str) -> DataFrame:
-    path = str(Location.of(src)) if format.lower() in _FILE_FORMATS else src
-    try:
-        return spark.read.format(format).load(path)
-    except AnalysisException as error:
-        if "[PATH_NOT_FOUND]" in str(error):
-            raise OptionError(f"{src} does not exist") from error
-        raise
 
 
 def _refuse(given: dict[str, Any], whose: str) -> None:

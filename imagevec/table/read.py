@@ -178,8 +178,8 @@ def check_has_no_log(path: str) -> None:
         kind = "Iceberg"
     if kind is not None:
         raise OptionError(
-            f"{path} is a table of {kind}, whose files also contain deleted rows. Write its rows "
-            "to a folder with spark.read.table(...).write.parquet(...), and give that folder"
+            f"{path} is a table of {kind}, whose files also contain deleted rows: use --format "
+            f"{kind.lower()}, or --format table with its name"
         )
 
 

@@ -332,7 +332,9 @@ def test_similar(capsys, photos, tmp_path):
     copy = tmp_path / "copy.png"
     copy.write_bytes(query.read_bytes())
     queries = ("--query", copy, "--query", query, "--query", photos / "3.png")
-    copied, own, other = run(capsys, "similar", table, *queries, "-k", 10)["queries"]
+    found = run(capsys, "similar", table, *queries, "-k", 10)["queries"]
+    assert run(capsys, "similar", table, "--format", "parquet", *queries)["queries"] == found
+    copied, own, other = found
     assert [copied["query"], own["query"]] == [str(copy), str(query)]
     of_copy, of_table = copied["neighbours"], own["neighbours"]
     assert len(other["neighbours"]) == len(of_table) == 9

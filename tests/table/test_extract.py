@@ -22,7 +22,7 @@ from pyspark.sql import functions as F
 from torch import nn
 
 from imagevec import ExtractReport, FingerprintError, ImageVecError, OptionError, extract
-from imagevec.table.extract import _loaded
+from imagevec.spark.sessions import read_table
 from imagevec.table.fence import _place
 from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import encode, photo
@@ -590,7 +590,7 @@ def test_name_that_is_no_path_is_given_to_its_format_unchanged() -> None:
     given: list[str] = []
     load = SimpleNamespace(load=given.append)
     session: Any = SimpleNamespace(read=SimpleNamespace(format=lambda _: load))
-    _loaded(session, "huggingface", "user/photos")
+    read_table(session, "user/photos", "huggingface")
     assert given == ["user/photos"]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from imagevec.table.fence import Owner
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
 from tests.table.test_webdataset import write_shard
-from tests.tables.conftest import Extract
+from tests.tables.conftest import SETTINGS, Extract
 
 
 def image(seed: int) -> bytes:
@@ -510,6 +512,51 @@ def test_nearest(
     extract(photos, tmp_path / "logits", spark=spark, layer="logits", **given)
     with pytest.raises(FingerprintError, match="layer"):
         nearest(there, spark.read.parquet(str(tmp_path / "logits")), k=1)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, spark: SparkSession) -> Path:
+    """A folder with the settings of the session, for commands in processes of their own."""
+    names = [*SETTINGS, "spark.sql.catalog.local.warehouse"]
+    lines = [f"{name} {spark.conf.get(name)}" for name in names if spark.conf.get(name, None)]
+    folder = tmp_path / "conf"
+    folder.mkdir()
+    (folder / "spark-defaults.conf").write_text("\n".join(lines))
+    return folder
+
+
+def test_commands(
+    run: Extract, spark: SparkSession, photos: Path, tmp_path: Path, name: str, settings: Path
+) -> None:
+    """They read neither deleted rows nor files of old versions."""
+    run(photos)
+    (photos / "c.png").write_bytes(image(77))
+    run(photos)
+    if name.startswith("local."):
+        source = [name, "--format", "table"]
+    else:
+        location = spark.sql(f"DESCRIBE DETAIL {name}").first()
+        assert location is not None
+        source = [location["location"].removeprefix("file:"), "--format", "delta"]
+
+    def command(verb: str, *arguments: str) -> dict[str, Any]:
+        words = [sys.executable, "-W", "ignore", "-m", "imagevec", verb, *source, *arguments]
+        environment = {**os.environ, "SPARK_CONF_DIR": str(settings)}
+        environment.pop("SPARK_REMOTE", None)
+        done = subprocess.run([*words, "--json"], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
+    query = str(photos / "a b.png")
+    [found] = command("similar", "--query", query, "-k", "9")["queries"]
+    neighbours = sorted(neighbour["path"] for neighbour in found["neighbours"])
+    assert neighbours == sorted(f"file:{photos}/{name}" for name in GOOD - {"a b.png"})
+    page = tmp_path / "page.html"
+    assert command("gallery", "--out", str(page))["images"] == 4
+    assert "tiny, random weights" in page.read_text()  # the provenance is there, too
+    groups = command("duplicates", "--out", str(tmp_path / "groups"), "--min-cosine", "-1")
+    assert groups["images"] == 4
 
 
 # What is refused.
