@@ -67,13 +67,13 @@ class SerializationError(ImageVecError):
 
 
 class ReadError(ImageVecError):
-    """A file cannot be read for a reason outside the file, such as a store that is down or rejects
-    the credentials. The task fails, so that the file is never treated as a bad image."""
+    """A file cannot be read, or a folder listed, for a reason outside the file, such as a store that
+    is down or rejects the credentials. The task fails, so that the file is never treated as a bad image."""
 
 
 class WriteError(ImageVecError):
-    """A file of a table cannot be written or listed, for a reason such as a store that is down or
-    rejects the credentials, or a disk that is full."""
+    """A file of a table cannot be written, for a reason such as a store that is down or rejects the
+    credentials, or a disk that is full."""
 
 
 class ImageError(ImageVecError):

@@ -452,7 +452,7 @@ OPTIONS = (
         120,
         "count",
         _count,
-        "how long to retry a failed read before the task fails",
+        "how long to retry a failed read or write before the task fails",
     ),
     Option(
         "decode",

@@ -1,4 +1,4 @@
-"""Extract features of images into a Parquet table; run it again to continue."""
+"""Extract features of images into a table; run it again to continue."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "has MERGE, such as Delta or Iceberg; bad images are listed in the table DEST_errors",
     )
     parser.add_argument(
-        "--staging", metavar="FOLDER", help="with --to table, a folder that the workers can write"
+        "--staging",
+        metavar="FOLDER",
+        help="with --to table, a folder that the driver and the workers can write, and Spark can read",
     )
     parser.add_argument("--pattern", help="only files whose names match, such as '*.jpg'")
     parser.add_argument("--recursive", action="store_true", help="include subfolders")
@@ -211,7 +213,7 @@ def _count(text: str) -> int | str:
 
 @contextlib.contextmanager
 def _bar(quiet: bool) -> Iterator[Progress]:
-    """Shows a progress bar of the committed images on the terminal."""
+    """Shows a progress bar of the published images on the terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -239,8 +241,8 @@ def _bar(quiet: bool) -> Iterator[Progress]:
             elif not at_first:
                 at_first, first = done, now
             if done:
-                # Tasks end in waves. The first one, which includes the startup of the workers, is
-                # excluded from the rate once as many images again are done.
+                # The first parts include the startup of the workers. They are excluded from the rate
+                # once as many images again are done.
                 is_later = done >= 2 * at_first
                 rate = (done - at_first) / (now - first) if is_later else done / (now - start)
                 left = datetime.timedelta(seconds=round((total - done) / rate))

@@ -98,12 +98,13 @@ class CatalogTable:
         return (self.work.sub(f"done/{run}"),)
 
     def check_is_table(self) -> None:
-        """Raises ``OptionError`` if the name is of another table, or of one without MERGE."""
-        if self._exists(FEATURES):
-            if not self._has_merge():
-                raise OptionError(f"{self.path} is a table of {self._provider()}, {_NO_MERGE}")
-            if PROPERTY not in self._properties():
-                raise OptionError(f"{self.path} exists and has no features: choose another DEST")
+        """Raises ``OptionError`` if a table is another one, or has no MERGE."""
+        if self._exists(FEATURES) and not self._has_merge():
+            raise OptionError(f"{self.path} is a table of {self._provider()}, {_NO_MERGE}")
+        for kind in self._kinds():
+            if PROPERTY not in self._properties(kind):
+                name = self.path if kind == FEATURES else self._names[kind]
+                raise OptionError(f"{name} exists and has no features: choose another DEST")
 
     def check_is_features(self) -> None:
         """Raises an error if the table contains no features that this version can read."""
@@ -322,12 +323,12 @@ class CatalogTable:
         rows = self._spark.sql(f"DESCRIBE TABLE EXTENDED {self._names[FEATURES]}").collect()
         return next((row.data_type for row in reversed(rows) if row.col_name == "Provider"), "?")
 
-    def _properties(self) -> dict[str, str]:
-        rows = self._spark.sql(f"SHOW TBLPROPERTIES {self._names[FEATURES]}").collect()
+    def _properties(self, kind: str) -> dict[str, str]:
+        rows = self._spark.sql(f"SHOW TBLPROPERTIES {self._names[kind]}").collect()
         return {row.key: row.value for row in rows}
 
     def _provenance(self) -> Provenance:
-        metadata = metadata_of_json(self._properties().get(PROPERTY))
+        metadata = metadata_of_json(self._properties(FEATURES).get(PROPERTY))
         return Provenance.of_metadata(metadata, f"the table {self.path}")
 
 

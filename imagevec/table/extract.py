@@ -1,7 +1,7 @@
-"""Extracts features of images into a Parquet table, in one resumable pass.
+"""Extracts features of images into a table, in one resumable pass.
 
 A run lists the source, subtracts the images that the table has, and computes the rest in one Spark
-job. Tasks write parts, at least one a minute, which the driver publishes while the job runs. The
+job. Tasks write parts, about one a minute, which the driver publishes while the job runs. The
 driver holds no list of images. The table itself records which images are done.
 ``imagevec.table.publish`` and ``imagevec.table.fence`` explain how each row is written once.
 """
@@ -76,7 +76,7 @@ _RETRIED_ERRORS = ("timed_out", "crashed", "unreadable_path")
 """Codes whose cause may lie outside the image: the load of the machine, or what a path named."""
 
 Progress = Callable[[int, int, int], None]
-"""Called with the number of committed images, the errors among them, and the total of this run."""
+"""Called with the number of published images, the errors among them, and the total of this run."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def extract(
         extract(df, "features/", column="image", key="id")
         extract(df, "features/", column="image", key="id", boxes="boxes")
 
-    At least once a minute, each task adds its images to the table. To continue after a crash, run
-    it again: each image is in the table exactly once. New and changed images are computed. Images
+    Tasks write what they have computed about once a minute, and the driver adds it to the table
+    while the job runs. To continue after a crash, run it again: each image is in the table once. New and changed images are computed. Images
     that were deleted from the source keep their rows. With ``boxes``, each box has a row, and the
     rows of an image are written and replaced together.
 
@@ -146,8 +146,8 @@ def extract(
             ``<dest>_errors``.
         to: ``"folder"``, or ``"table"`` for a table of the catalog that has MERGE, such as Delta or
             Iceberg. It is created if it does not exist.
-        staging: With ``to="table"``, a folder or URI that the workers can write. Tables can share
-            it.
+        staging: With ``to="table"``, a folder or URI that the driver and the workers can write, and
+            that Spark can read. Tables can share it.
         spark: The session; by default the active one.
         recursive: Whether to include subfolders.
         pattern: A glob: only files whose names match are included.
@@ -165,7 +165,7 @@ def extract(
         retry_errors: Whether to compute bad images again whose error may have had a passing cause:
             those with the codes ``timed_out``, ``crashed`` and ``unreadable_path``.
         progress: A function called with ``(done, errors, total)`` at the start, and as images are
-            added to the table, mostly from a thread of its own.
+            published, mostly from a thread of its own.
         **options: See ``imagevec.options.Options``; ``on_error`` and ``output`` are not accepted.
             ``boxes`` names a column of a table.
 
@@ -175,7 +175,8 @@ def extract(
         FingerprintError: ``dest`` has features with another fingerprint.
         WeightsError: The weights cannot be loaded, or do not fit the model.
         ImageVecError: Another run is writing to ``dest``, or the job failed: a file could not be
-            read (``ReadError`` in the message), the disk is full, and so on. Committed images stay.
+            read (``ReadError`` in the message), the disk is full, and so on. Published images stay.
+        ReadError, WriteError: The driver cannot read or write a file.
     """
     start = time.perf_counter()
     for name in ("on_error", "output"):

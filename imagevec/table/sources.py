@@ -44,7 +44,7 @@ from imagevec.table.schema import (
 )
 from imagevec.table.webdataset import IMAGE_EXTENSIONS, read_shards, shards
 
-# The work that a task commits: seconds with a small model, minutes with a large one.
+# The size of a task: seconds with a small model, minutes with a large one.
 _TASK_BYTES = 64 << 20
 _TASK_ROWS = 10_000
 _SMALLEST_TASK_BYTES = 2 << 20

@@ -595,6 +595,9 @@ def test_other_data_is_refused(
 ) -> None:
     spark.sql(f"CREATE TABLE {name} (path string) USING {provider}")
     assert f"{name} exists and has no features" in refused(spark, photos, name, staging)
+    spark.sql(f"DROP TABLE {name}")
+    spark.sql(f"CREATE TABLE {name}_errors (path string) USING {provider}")
+    assert "_errors` exists and has no features" in refused(spark, photos, name, staging)
 
 
 def test_staging_that_cannot_be_written(run: Extract, staging: Path, photos: Path) -> None:
