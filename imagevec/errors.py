@@ -67,8 +67,8 @@ class SerializationError(ImageVecError):
 
 
 class ReadError(ImageVecError):
-    """A file cannot be read, or a folder listed, for a reason outside the file, such as a store that
-    is down or rejects the credentials. The task fails, so that the file is never treated as a bad image."""
+    """A file cannot be read, or a folder listed, for a reason such as a store that is down or
+    rejects the credentials. The task fails, so that the file is never treated as a bad image."""
 
 
 class WriteError(ImageVecError):

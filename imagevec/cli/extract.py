@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--staging",
         metavar="FOLDER",
-        help="with --to table, a folder that the driver and the workers can write, and Spark can read",
+        help="with --to table, a folder that driver and workers can write, and Spark can read",
     )
     parser.add_argument("--pattern", help="only files whose names match, such as '*.jpg'")
     parser.add_argument("--recursive", action="store_true", help="include subfolders")
@@ -241,8 +241,8 @@ def _bar(quiet: bool) -> Iterator[Progress]:
             elif not at_first:
                 at_first, first = done, now
             if done:
-                # The first parts include the startup of the workers. They are excluded from the rate
-                # once as many images again are done.
+                # The first parts include the startup of the workers. They are excluded from the
+                # rate once as many images again are done.
                 is_later = done >= 2 * at_first
                 rate = (done - at_first) / (now - first) if is_later else done / (now - start)
                 left = datetime.timedelta(seconds=round((total - done) / rate))

@@ -56,14 +56,22 @@ def is_connect(session: SparkSession) -> bool:
     return not hasattr(session, "_jsc")
 
 
+def setting(session: SparkSession, name: str, default: str = "") -> str:
+    """Returns a setting of Spark. Serverless compute raises an error for most names."""
+    try:
+        return str(session.conf.get(name, default))
+    except PySparkException:
+        return default
+
+
 def is_local(session: SparkSession) -> bool:
     """Returns whether the workers run on this machine."""
-    return str(session.conf.get("spark.master", "")).split("[")[0] == "local"
+    return setting(session, "spark.master").split("[")[0] == "local"
 
 
 def gpus_of_tasks(session: SparkSession) -> bool | None:
     """Returns whether Spark assigns GPUs to tasks; ``None`` if not and they run on this machine."""
-    if session.conf.get("spark.task.resource.gpu.amount", None):
+    if setting(session, "spark.task.resource.gpu.amount"):
         return True
     return None if is_local(session) else False
 

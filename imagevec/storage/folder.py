@@ -65,7 +65,7 @@ class Folder:
             return sorted(name for name in names if not name.startswith(TEMPORARY))
 
         try:
-            return self._retried(location, attempt)
+            return self._retried(location, attempt, any_size=True)
         except FileNotFoundError:
             return []
 
@@ -92,7 +92,9 @@ class Folder:
     def write(self, path: str, data: bytes) -> None:
         """Writes a file, or replaces it, atomically."""
         location = self._at(path)
-        self._retried(location, lambda store: store.write(location, data), writes=True)
+        self._retried(
+            location, lambda store: store.write(location, data), writes=True, any_size=True
+        )
 
     def create(self, path: str, data: bytes) -> bool:
         """Writes a new file, and returns whether it did: of several callers, one succeeds.
@@ -155,7 +157,7 @@ class Folder:
     def delete(self, path: str) -> None:
         """Deletes a file, or a folder with its contents, if it exists; this folder for ``""``."""
         location = self._at(path)
-        self._retried(location, lambda store: store.delete(location), writes=True)
+        self._retried(location, lambda store: store.delete(location), writes=True, any_size=True)
 
     def delete_empty(self, path: str) -> None:
         """Deletes a folder if it exists and is empty. Object stores have no empty folders."""

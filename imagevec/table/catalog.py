@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 
+import pyarrow as pa
+from pyarrow import parquet
 from pyspark.sql import Column, DataFrame, DataFrameWriterV2, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
@@ -38,7 +40,7 @@ from pyspark.sql.types import (
 )
 
 from imagevec.errors import ImageVecError, OptionError
-from imagevec.spark.sessions import quoted, spark_path
+from imagevec.spark.sessions import cause_of, quoted, setting, spark_path
 from imagevec.spec import FeatureSpec, metadata_of_json, own_metadata
 from imagevec.storage.folder import Folder
 from imagevec.storage.listing import escaped
@@ -56,6 +58,7 @@ _OF_RUNS = ("runs", "done", "listing", "pending")
 _DELETED = f"{OWN_PREFIX}deleted"
 _REPLACEMENT = "replacement"
 _REPLACING = "replacing"
+_PROBE = "probe.parquet"
 _RETRY_SECONDS = 300.0
 _LONGEST_PAUSE_SECONDS = 15.0
 # What Delta and Iceberg raise, and Spark at a creation, if another writer has committed in between.
@@ -108,6 +111,7 @@ class CatalogTable:
 
     def check_is_features(self) -> None:
         """Raises an error if the table contains no features that this version can read."""
+        self._prepare()
         if self._exists(FEATURES):
             self._provenance()
         else:
@@ -119,10 +123,29 @@ class CatalogTable:
 
         ``kept`` has the types of those columns that imagevec does not define.
         """
+        self._prepare()
         if not self._exists(FEATURES):
             self._create_with_merge(self._empty(_schema(spec, columns, kept)))
         there = self._table(FEATURES).schema
         check_fits(self.path, there, self._provenance(), spec, columns, _as_stored(kept, there))
+
+    def _prepare(self) -> None:
+        """Raises ``OptionError`` if Spark cannot read the staging folder.
+
+        Drops the empty table of a run that was killed while it looked whether a new one has MERGE.
+        """
+        if self._exists(FEATURES) and self._properties(FEATURES).get(PROPERTY) == "{}":
+            self._drop()
+        self.work.write(_PROBE, _parquet_of_nothing())
+        try:
+            self._spark.read.parquet(escaped(spark_path(self.work.sub(_PROBE).location))).head(1)
+        except Exception as error:  # of Hadoop's connectors, of any class
+            raise OptionError(
+                f"Spark cannot read the files in staging, {self.work.path}, which MERGE requires: "
+                f"{cause_of(error)}"
+            ) from error
+        finally:
+            self.work.delete(_PROBE)
 
     def known(self, retried: Sequence[str] = (), by_box: bool = False) -> DataFrame | None:
         tables = [self._table(kind) for kind in self._kinds()]
@@ -335,6 +358,13 @@ class CatalogTable:
 _NO_MERGE = "which has no MERGE"
 
 
+def _parquet_of_nothing() -> bytes:
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.table({"path": pa.array([], pa.string())}), sink)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
 def _changes(target: DataFrame, rows: DataFrame, paths: DataFrame) -> tuple[int, list[Row]]:
     """Compares the rows of a wave with those of a table that have the same paths.
 
@@ -448,7 +478,7 @@ def _folder_name(spark: SparkSession, parts: list[str]) -> str:
     catalog = spark.catalog.currentCatalog()
     if len(parts) == 1:
         parts = [spark.catalog.currentDatabase(), *parts]
-    if len(parts) == 2 and spark.conf.get(f"spark.sql.catalog.{parts[0]}", None) is None:
+    if len(parts) == 2 and not setting(spark, f"spark.sql.catalog.{parts[0]}"):
         parts = [catalog, *parts]
     name = ".".join(parts)
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]

@@ -32,7 +32,7 @@ from pyspark.sql.types import (
 )
 
 from imagevec import cache
-from imagevec.errors import ImageVecError, OptionError
+from imagevec.errors import FingerprintError, ImageVecError, OptionError
 from imagevec.files import expanded
 from imagevec.options import DEFAULTS, checked
 from imagevec.plan import Plan, make_plan
@@ -43,6 +43,7 @@ from imagevec.spark.sessions import (
     gpus_of_tasks,
     quoted,
     read_table,
+    setting,
 )
 from imagevec.spark.udf import extract_in_worker, send
 from imagevec.spec import FeatureSpec
@@ -52,7 +53,7 @@ from imagevec.table.dest import Dest, check_outside, result_schema
 from imagevec.table.fence import Fence
 from imagevec.table.files import read_files, write_files
 from imagevec.table.folder import FolderTable
-from imagevec.table.parts import Task, write_parts
+from imagevec.table.parts import Task, open_run, write_parts
 from imagevec.table.publish import NULL, Published, Publisher
 from imagevec.table.schema import BOX_COLUMNS, BOXES, OWN_COLUMNS, SPARK_SCHEMA, kept_column
 from imagevec.table.sources import (
@@ -134,9 +135,9 @@ def extract(
         extract(df, "features/", column="image", key="id", boxes="boxes")
 
     Tasks write what they have computed about once a minute, and the driver adds it to the table
-    while the job runs. To continue after a crash, run it again: each image is in the table once. New and changed images are computed. Images
-    that were deleted from the source keep their rows. With ``boxes``, each box has a row, and the
-    rows of an image are written and replaced together.
+    while the job runs. To continue after a crash, run it again: each image is in the table once.
+    New and changed images are computed. Images that were deleted from the source keep their rows.
+    With ``boxes``, each box has a row, and the rows of an image are written and replaced together.
 
     Args:
         src: A folder, glob or URI of image files, which the workers read. With ``column`` or
@@ -278,7 +279,7 @@ def _replacement(
     replacement.recover(fence, fence.run)
     try:
         replacement.check(spec, columns, kept)
-    except ImageVecError:
+    except (FingerprintError, OptionError):
         replacement.clear()
     return replacement
 
@@ -464,6 +465,8 @@ def _written(
         time.time(),
     )
 
+    open_run(task)
+
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield from write_in_worker(batches, task, plan)
 
@@ -516,7 +519,7 @@ _CODECS = {"uncompressed": "none", "lz4raw": "lz4", "lz4_raw": "lz4"}
 
 def _codec(spark: SparkSession) -> str:
     """Returns the codec of Parquet that the session has set, as PyArrow names it."""
-    name = str(spark.conf.get("spark.sql.parquet.compression.codec", "snappy")).lower()
+    name = setting(spark, "spark.sql.parquet.compression.codec", "snappy").lower()
     codec = _CODECS.get(name, name)
     return codec if codec == "none" or pa.Codec.is_available(codec) else "snappy"
 
@@ -550,7 +553,7 @@ def _watching(
     try:
         yield
     except KeyboardInterrupt:  # it may interrupt a JVM call of either thread
-        for last in (cancel, end, look):
+        for last in (cancel, end):
             with suppress(Exception):
                 last()
         raise

@@ -19,8 +19,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StringType, StructField, StructType
 
+from imagevec.errors import ImageVecError
 from imagevec.storage.folder import Folder
-from imagevec.table.parts import codec_of
+from imagevec.table.parts import NOT_SHARED, codec_of
 from imagevec.table.schema import SPARK_SCHEMA
 
 FILE = "imagevec_file"
@@ -52,7 +53,11 @@ def read_files(
 
 
 def _read(folder: Folder, name: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
-    with folder.open(name) as source:
+    try:
+        opened = folder.open(name)
+    except FileNotFoundError as error:
+        raise ImageVecError(f"{folder.path}/{name} {NOT_SHARED}") from error
+    with opened as source:
         file = parquet.ParquetFile(source)
         for batch in file.iter_batches(_ROWS, columns=columns.names):
             fields = [batch.column(field.name).cast(field.type) for field in columns]

@@ -127,7 +127,8 @@ class FolderTable:
         return {row.path for row in paths.join(published, "path", "left_semi").collect()}
 
     def publish(self, parts: list[Part], run: str) -> None:
-        there = {*self.files()} if any(part.is_changed for part in parts) else set()
+        is_adopted = any(part.is_changed and part.run != run for part in parts)
+        there = {*self.files()} if is_adopted else set()
         for part in parts:
             if part.is_changed and f"{_PLACES[part.kind]}{part.published_name}" in there:
                 self.work.delete(f"runs/{run}/{part.name}")  # a copy of what was completed
@@ -173,7 +174,7 @@ class FolderTable:
             self._take_over(folder, run)
         Publisher(self, fence, run).adopt()
         self.finish(run, (), fence.check)
-        for folder in dead:
+        for folder in dict.fromkeys([*dead, *(f"{folder}/{run}" for folder in _OF_RUNS)]):
             self.work.delete(folder)
         for folder in _OF_RUNS:
             self.work.delete_empty(folder)

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
+from imagevec.errors import ImageVecError
 from imagevec.storage.folder import Folder
 from imagevec.table.schema import BOXES, CHANGED, IMAGE, SOURCE_ERROR, kept_column
 
@@ -120,6 +121,23 @@ class Task:
     start: float
 
 
+_OPEN = "open"
+NOT_SHARED = (
+    "is not visible here: use a folder that the driver and all workers share, if no other run took "
+    "it over"
+)
+
+
+def open_run(task: Task) -> None:
+    """Allows tasks to write parts. If the folder of a run is deleted, they end with an error."""
+    task.folder.write(_OPEN, b"")
+
+
+def _check_is_open(task: Task) -> None:
+    if task.folder.read(_OPEN) is None:
+        raise ImageVecError(f"{task.folder.path} {NOT_SHARED}")
+
+
 def write_parts(
     batches: Iterable[pa.RecordBatch], task: Task, partition: int, attempt: int, extract: Extract
 ) -> int:
@@ -134,7 +152,11 @@ def write_parts(
 
     Returns:
         The number of images of this task in parts, of this attempt or others.
+
+    Raises:
+        ImageVecError: The folder of the run is not open: see ``open_run``.
     """
+    _check_is_open(task)
     done = _keys_of_others(task, partition, attempt)
     writer = _Writer(task, partition, attempt)
     images = 0
@@ -370,6 +392,7 @@ class _Writer:
     def _write(self, files: dict[str, pa.Table], is_changed: bool) -> None:
         if not files:
             return
+        _check_is_open(self._task)
         stem = f"{self._stem}-{self._number:04}{'b' if len(files) > 1 else ''}"
         self._number += 1
         for kind, rows in files.items():

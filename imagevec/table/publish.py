@@ -11,6 +11,7 @@ find them any more, and then looks up which of their keys were published.
 
 from __future__ import annotations
 
+import errno
 import logging
 import sqlite3
 from collections import Counter
@@ -70,6 +71,10 @@ class Fencing(Protocol):
         """Deletes the epochs of earlier runs."""
 
 
+class _DamagedError(ImageVecError):
+    """A part is not a complete Parquet file."""
+
+
 class Publisher:
     """Publishes the parts of one run.
 
@@ -116,7 +121,11 @@ class Publisher:
         remaining = [part for files in _by_stem(parts) for part in self._first(files)]
         self._fence.check()
         if remaining:
-            self._table.publish(remaining, self._run)
+            try:
+                self._table.publish(remaining, self._run)
+            except Exception:
+                self._fence.check()  # a later run may have moved the parts
+                raise
         return bool(remaining)
 
     def _first(self, files: list[Part]) -> list[Part]:
@@ -137,10 +146,13 @@ class Publisher:
         try:
             with self._folder.open(part.name) as file:
                 return parquet.read_table(file, columns=columns)
-        except (pa.ArrowInvalid, FileNotFoundError) as error:
-            self._fence.check()  # a later run may have moved it
+        except (pa.ArrowInvalid, OSError) as error:
+            # Arrow's errors have no number, those of a disk have.
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise
+            self._fence.check()  # a later run may have replaced it
             self._folder.delete(part.name)
-            raise ImageVecError(
+            raise _DamagedError(
                 f"{self._folder.path}/{part.name} is damaged: run extract again to compute its "
                 f"images ({error})"
             ) from error
@@ -148,7 +160,7 @@ class Publisher:
     def _is_whole(self, part: Part) -> bool:
         try:
             self._rows(part)
-        except ImageVecError as error:
+        except _DamagedError as error:
             logger.warning("%s", error)
             return False
         return True

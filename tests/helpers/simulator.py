@@ -39,7 +39,7 @@ from imagevec.table import parts as parts_module
 from imagevec.table import publish as publish_module
 from imagevec.table.fence import Fence, Owner
 from imagevec.table.folder import FolderTable
-from imagevec.table.parts import ERRORS, FEATURES, Part, Task, write_parts
+from imagevec.table.parts import ERRORS, FEATURES, Part, Task, open_run, write_parts
 from imagevec.table.publish import Publisher
 from imagevec.table.schema import CHANGED
 
@@ -585,11 +585,11 @@ class Driver:
         with fence.held():
             owners = [path for path in world().files if path.startswith(f"{_WORK}epochs/")]
             world().counts["takeovers"] += any(not path.endswith(".beat") for path in owners[:-1])
-            table.recover(fence, self.run)
             try:
+                table.recover(fence, self.run)
                 self._add_missing(table, fence)
             except Exception:
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(Exception), fence.kept_if_it_fails():
                     fence.check()
                     table.recover(fence, self.run)
                 raise
@@ -611,6 +611,7 @@ class Driver:
         publisher = SimulatedPublisher(table, fence, self.run)
         places = table.published_folders(self.run)
         task = Task(table.run_folder(self.run), self.run, places, {}, None, (), "none", 0.0)
+        open_run(task)
         images = 0
         for _ in range(1 + world().happens(0.3)):  # a stage may run again
             images = Stage(pending, task).run(publisher.look)

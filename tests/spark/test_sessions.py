@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from pyspark.errors import PySparkException
 from pyspark.sql.functions import pandas_udf
 
 from imagevec import ImageVecError
 from imagevec.errors import MissingExtraError
 from imagevec.plan import make_plan
 from imagevec.spark import udf
-from imagevec.spark.sessions import failures_in_words
+from imagevec.spark.sessions import failures_in_words, gpus_of_tasks, setting
 
 
 def message_of(spark, function) -> str:
@@ -36,8 +39,8 @@ def message_of(spark, function) -> str:
 def test_a_worker_that_is_killed_is_named(spark, number):
     message = message_of(spark, lambda: os.kill(os.getpid(), number))
     assert message.startswith("a worker died (Python worker exited unexpectedly")
-    for setting in ("spark.executor.memoryOverhead", "spark.executor.pyspark.memory", "batch_size"):
-        assert setting in message
+    for name in ("spark.executor.memoryOverhead", "spark.executor.pyspark.memory", "batch_size"):
+        assert name in message
     assert "isolate=True" in message
 
 
@@ -106,3 +109,14 @@ def test_other_errors_of_a_worker_stay_as_they_are(monkeypatch):
     plan = make_plan(model="squeezenet1_1", weights="random", engine="torch")
     with pytest.raises(RuntimeError, match="anything else"):
         list(udf.extract_in_worker(iter([pd.Series([b""])]), plan))
+
+
+def test_setting_that_serverless_compute_does_not_report() -> None:
+    def get(*_: str) -> str:
+        raise PySparkException(
+            "[CONFIG_NOT_AVAILABLE] Configuration spark.master is not available."
+        )
+
+    session: Any = SimpleNamespace(conf=SimpleNamespace(get=get))
+    assert setting(session, "spark.master", "other") == "other"
+    assert gpus_of_tasks(session) is False

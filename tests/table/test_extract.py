@@ -21,9 +21,18 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from torch import nn
 
-from imagevec import ExtractReport, FingerprintError, ImageVecError, OptionError, extract
+from imagevec import (
+    ExtractReport,
+    FingerprintError,
+    ImageVecError,
+    OptionError,
+    ReadError,
+    extract,
+)
 from imagevec.spark.sessions import read_table
+from imagevec.table.extract import _watching
 from imagevec.table.fence import _place
+from imagevec.table.folder import FolderTable
 from tests.helpers.factories import Tiny, tiny
 from tests.helpers.images import encode, photo
 from tests.helpers.pipeline import saved, vector_of
@@ -511,6 +520,43 @@ def test_interrupt_while_a_table_is_replaced_completes_the_replacement(
         run(photos, overwrite=True, normalize=True)
     assert len(rows(dest)) == 4
     assert run(photos, normalize=True).done_before == 4
+
+
+def test_failed_read_does_not_discard_what_a_killed_overwrite_has_computed(
+    run: Extract, photos: Path, dest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(photos)
+
+    def stop(done: int, *_: int) -> None:
+        if done:
+            raise KeyError("of the callback")
+
+    with pytest.raises(KeyError, match="of the callback"):
+        run(photos, overwrite=True, progress=stop)
+
+    def fail(*_: object) -> None:
+        raise ReadError("503")
+
+    with monkeypatch.context() as patch, pytest.raises(ReadError):
+        patch.setattr(FolderTable, "check", fail)
+        run(photos, overwrite=True)
+    assert run(photos, overwrite=True).done_before == 4
+
+
+def test_interrupt_publishes_once_more_at_most() -> None:
+    """If that fails, the keys of its parts are taken, and another look would delete the parts."""
+    calls: list[str] = []
+
+    def look() -> None:
+        calls.append("look")
+        raise OSError
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        _watching(look, lambda: calls.append("cancel"), seconds=60),
+    ):
+        raise KeyboardInterrupt
+    assert calls == ["cancel", "look"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

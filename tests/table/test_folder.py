@@ -15,7 +15,7 @@ from pyarrow import parquet
 from pyspark.sql import SparkSession
 from pyspark.sql.types import StructType
 
-from imagevec import FingerprintError, ImageVecError, ImageVectorizer, OptionError
+from imagevec import FingerprintError, ImageVecError, ImageVectorizer, OptionError, ReadError
 from imagevec.storage.folder import Folder
 from imagevec.table.dest import check_outside
 from imagevec.table.folder import FolderTable
@@ -216,6 +216,38 @@ def test_damaged_part_of_a_dead_run_is_deleted(
     table.recover(FENCE, NEXT)
     assert known(table) == {"b": "1"}
     assert f"{first} is damaged" in caplog.text
+
+
+def test_part_whose_keys_cannot_be_read_is_deleted(table: FolderTable) -> None:
+    """Arrow raises errors of several classes, depending on where damaged bytes are."""
+    put(table, FIRST, {"a": "1"}, {})
+    folder = table.run_folder(FIRST)
+    (name,) = folder.names()
+    data, deleted = folder.read(name) or b"", 0
+    for start in range(0, len(data) - 8, 16):
+        folder.write(name, data[:start] + bytes(16) + data[start + 16 :])
+        table.recover(FENCE, NEXT)
+        assert not any("_imagevec" in name for name in files(table))
+        deleted += not files(table)
+        shutil.rmtree(table.path)
+    assert deleted > 10
+
+
+def test_failed_read_does_not_delete_parts(
+    table: FolderTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(table, FIRST, {"a": "1"}, {})
+    publish(table, FIRST)
+    put(table, SECOND, {"a": "2"}, {}, is_changed=True)
+
+    def fail(folder: Folder, path: str) -> Any:
+        raise ReadError("503")
+
+    with monkeypatch.context() as patch, pytest.raises(ReadError):
+        patch.setattr(Folder, "open", fail)
+        table.recover(FENCE, NEXT)
+    table.recover(FENCE, NEXT)
+    assert known(table) == {"a": "2"}
 
 
 def test_damaged_part_of_this_run_fails_it(table: FolderTable) -> None:

@@ -14,10 +14,10 @@ import pytest
 from pyarrow import dataset, parquet
 from pyspark.sql import SparkSession
 
-from imagevec import extract, provenance
+from imagevec import ImageVecError, extract, provenance
 from imagevec.storage.folder import Folder
 from imagevec.table import parts
-from imagevec.table.parts import Task, write_parts
+from imagevec.table.parts import Task, open_run, write_parts
 from imagevec.table.schema import CHANGED, IMAGE, SOURCE_ERROR
 from tests.helpers.factories import tiny
 from tests.helpers.images import encode, photo
@@ -153,6 +153,7 @@ def test_parts_are_no_larger_than_64_mb(tmp_path: Path) -> None:
             same = {"width": 1, "height": 1, "truncated": False, "error": None}
             yield pd.DataFrame({"features": vectors, **same})
 
+    open_run(task)
     assert write_parts(batches, task, 0, 0, extract) == rows
     sizes = [path.stat().st_size for path in tmp_path.glob("*.parquet")]
     assert sum(sizes) > 150 << 20
@@ -181,10 +182,33 @@ def test_parts_are_written_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             for path in tmp_path.glob("*.parquet"):
                 ends.setdefault(path.name, now)
 
+    open_run(task)
     write_parts(batches, task, 0, 0, extract)
     seconds = np.diff([0, *sorted(ends.values())])
     assert seconds[0] <= 6 and seconds[:-1].tolist() == sorted(seconds[:-1])
     assert max(seconds) <= 45 and len(seconds) < 30
+
+
+def test_tasks_end_if_the_folder_of_their_run_is_not_there(tmp_path: Path) -> None:
+    """Because it is on the driver's disk, or another run took over."""
+    task = Task(Folder(tmp_path / "run"), "0a", (), {}, None, (), "snappy", 0.0)
+    nulls = {name: pa.nulls(1, type) for name, type in SOURCE_TYPES.items()}
+    columns = {**nulls, "path": ["a"], CHANGED: [False]}
+    batches = pa.table({IMAGE: pa.nulls(1, pa.binary()), **columns}).to_batches()
+
+    def extract(batches: Iterator[Any]) -> Iterator[pd.DataFrame]:
+        list(batches)
+        task.folder.delete("")
+        same = {"width": [1], "height": 1, "truncated": False, "error": None}
+        yield pd.DataFrame({"features": [np.zeros(1, np.float32)], **same})
+
+    with pytest.raises(ImageVecError, match="share"):
+        write_parts(batches, task, 0, 0, extract)
+    assert not Path(task.folder.path).exists()
+    open_run(task)
+    with pytest.raises(ImageVecError, match="share"):
+        write_parts(batches, task, 0, 0, extract)
+    assert not Path(task.folder.path).exists()
 
 
 SOURCE_TYPES = {

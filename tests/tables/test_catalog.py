@@ -606,6 +606,20 @@ def test_staging_that_cannot_be_written(run: Extract, staging: Path, photos: Pat
         run(photos)
 
 
+def test_staging_that_spark_cannot_read(spark: SparkSession, photos: Path, name: str) -> None:
+    with pytest.raises(OptionError, match="Spark cannot read the files in staging, memory://s"):
+        extract(photos, name, to="table", staging="memory://s", spark=spark, model=tiny)
+    assert not spark.catalog.tableExists(name)
+
+
+def test_table_of_a_run_that_was_killed_before_it_is_replaced(
+    run: Extract, spark: SparkSession, photos: Path, name: str, provider: str
+) -> None:
+    properties = f"TBLPROPERTIES ('{PROPERTY}' = '{{}}')"
+    spark.sql(f"CREATE TABLE {name} (path string) USING {provider} {properties}")
+    assert run(photos).features == 4
+
+
 @pytest.mark.parametrize("name", ["", "a..b", "photos/features", "s3://bucket/x", "`a", "a b"])
 def test_malformed_names_are_refused(
     spark: SparkSession, photos: Path, staging: Path, name: str
