@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,6 +181,8 @@ def _session(on_connect: bool) -> Iterator[SparkSession]:
     builder = SparkSession.builder.remote("local[2]")
     for name, value in conf.items():
         builder = builder.config(name, value)
+    # The server starts with these settings, and then warns that the client cannot set them.
+    warnings.filterwarnings("ignore", message="Failed to set")
     spark = builder.getOrCreate()
     try:
         yield spark

@@ -70,7 +70,10 @@ def azure_server(container: str) -> Iterator[str]:
         port = str(free.getsockname()[1])
     options = ["--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry", "--silent"]
     with subprocess.Popen(
-        [program, "--blobPort", port, *options], stdout=subprocess.PIPE, text=True
+        [program, "--blobPort", port, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # it complains when its output is closed
+        text=True,
     ) as process:
         try:
             assert process.stdout
