@@ -1,6 +1,6 @@
 """Parquet files that tasks read and write through ``storage``, with the same clients as the parts.
 
-So a table needs no connector of Hadoop for its store, and no second set of credentials.
+So a table in a folder needs no connector of Hadoop, and no second set of credentials.
 """
 
 from __future__ import annotations
