@@ -11,8 +11,8 @@ IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder
 WITH_JAVA = JAVA_HOME="$$(bash scripts/java-home.sh)"
 
 .DEFAULT_GOAL := help
-.PHONY: help java setup demo test test-unit test-models test-cluster test-matrix test-tables bench \
-	bench-peers docs check format release-check clean
+.PHONY: help java setup demo test test-unit test-models test-cluster test-kills test-matrix \
+	test-tables bench bench-peers docs check format release-check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test-models: setup ## Test further models: of torchvision up to 16 GFLOPs, open_
 test-cluster: java setup ## Test on clusters, Spark Connect, streams, and the command line
 	@$(WITH_JAVA) $(PYTHON) -m pytest $(IN_TWO) tests/cluster
 	@$(WITH_JAVA) $(PYTHON) -m pytest tests/connect
+
+test-kills: java setup ## Kill extractions to S3 and, if azurite is installed, to Azure
+	@$(WITH_JAVA) $(PYTHON) -m pytest tests/kills
 
 test-matrix: java setup ## Test the lowest versions of all dependencies, and other PySparks
 	@$(WITH_JAVA) bash scripts/test-matrix.sh
