@@ -76,6 +76,10 @@ class Owner:
         return owner if is_own else None
 
 
+class _FencedError(ImageVecError):
+    """A later run has taken over."""
+
+
 class Fence:
     """The right of a run to publish to a table.
 
@@ -108,11 +112,8 @@ class Fence:
         finally:
             end.set()
             beating.join()
-            if self._is_kept:
-                with contextlib.suppress(Exception):  # else the next run watches for a heartbeat
-                    self._work.write(_beat_file(self._epoch), _ENDED)
-            else:
-                self._release()
+            with contextlib.suppress(Exception):  # else the next run watches for a heartbeat
+                self._end()
 
     @contextlib.contextmanager
     def kept_if_it_fails(self) -> Iterator[None]:
@@ -128,7 +129,7 @@ class Fence:
         is_last = max(self._epochs(), default=0) == self._epoch
         owner = Owner.of_bytes(self._work.read(_file(self._epoch)))
         if not is_last or owner is None or owner.run != self.run:
-            raise ImageVecError(f"another run took over {self._table}: this one stops")
+            raise _FencedError(f"another run took over {self._table}: this one stops")
 
     def end_earlier(self) -> None:
         """Deletes the epochs of earlier runs: what they may still begin does not count any more."""
@@ -181,14 +182,20 @@ class Fence:
             if end.wait(BEAT_SECONDS):
                 return
 
-    def _release(self) -> None:
-        """Deletes the epochs up to this one, which are all dead."""
-        with contextlib.suppress(ImageVecError):
+    def _end(self) -> None:
+        """Deletes the epochs up to this one, which are all dead, or marks a kept one as ended."""
+        try:
             self.check()
+        except _FencedError:  # a later run may have deleted the epoch before the last heartbeat
+            self._work.delete(_beat_file(self._epoch))
+        else:
+            if self._is_kept:
+                self._work.write(_beat_file(self._epoch), _ENDED)
+                return
             for epoch in sorted(epoch for epoch in self._epochs() if epoch <= self._epoch):
                 self._delete(epoch)
-            self._work.delete_empty(EPOCHS)
-            self._work.delete_empty("")
+        self._work.delete_empty(EPOCHS)
+        self._work.delete_empty("")
 
     def _delete(self, epoch: int) -> None:
         self._work.delete(_beat_file(epoch))

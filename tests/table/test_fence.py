@@ -542,6 +542,21 @@ def test_fenced_run_does_not_delete_the_epoch_of_the_other(work: WatchedFolder) 
             later.check()
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_fenced_run_leaves_no_heartbeat(work: WatchedFolder, is_kept: bool) -> None:
+    """Its heartbeat may come after the other run had deleted its epoch, and had ended."""
+    fence = fence_of(work)
+    with contextlib.suppress(OSError), fence.held():
+        [epoch] = owners(work)
+        with take_over(work, THIRD, epoch):
+            pass
+        work.write(fence_module._beat_file(epoch), b"1")
+        if is_kept:
+            with fence.kept_if_it_fails():
+                raise OSError
+    assert work.names() == []
+
+
 def test_release_that_is_overtaken_leaves_later_epochs(work: WatchedFolder) -> None:
     """A run hangs after the check of its release, and wakes up when another one has taken over."""
     reads = []
