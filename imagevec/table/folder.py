@@ -202,7 +202,6 @@ class FolderTable:
         """Replaces all rows by those of ``replacement``."""
         new = self.replacement().files()
         self._replace(_Journal(_REPLACEMENT, self.files(), new), run, check)
-        self._folder.delete_empty(_PLACES[ERRORS])
 
     def clear(self) -> None:
         """Deletes the folder."""
@@ -308,6 +307,7 @@ class FolderTable:
             # If it has no source, it was moved before.
             if file in sources and not self._folder.move(sources[file], file):
                 raise self._taken_over()
+        self._folder.delete_empty(_PLACES[ERRORS])
         return True
 
     def _taken_over(self) -> ImageVecError:

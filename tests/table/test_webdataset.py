@@ -414,6 +414,9 @@ def test_the_data_source(spark: SparkSession, two_shards: Path) -> None:
 
 
 def table(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns the rows by path. A table without errors has no folder for them."""
+    if not folder.exists():
+        return {}
     found = ds.dataset(folder, format="parquet", ignore_prefixes=["_", "."]).to_table().to_pylist()
     by_path = {row["path"]: row for row in found}
     assert len(by_path) == len(found)
