@@ -1,8 +1,9 @@
 """Parts: the Parquet files that a task writes while it computes, without Spark's own writer.
 
-A task writes a part when a quarter of the run's time has passed since its last one, or 45 seconds,
-or when its rows fill 64 MB. Vectors and errors go to separate files with the same stem. The names
-say which task wrote them:
+A task writes a part when 45 seconds have passed since its last one, or less in the first minutes of
+a job: a quarter of its time so far, but at least 5 seconds. It also writes one when its rows fill
+64 MB. Vectors and errors go to separate files with the same stem. The names say which task wrote
+them:
 
     features.part-<run>-<partition>-<attempt>-<number>.parquet
     errors.part-<run>-<partition>-<attempt>-<number>.parquet
@@ -107,7 +108,7 @@ class Task:
         layers: The layers of ``features``, if it is a struct.
         kept: The names of the kept columns. Their input is ``kept_column`` of their number.
         compression: The name of a codec of Parquet.
-        start: When the run started, in seconds since the epoch. A driver's clock that is wrong
+        start: When the job started, in seconds since the epoch. A driver's clock that is wrong
             only changes the size of parts.
     """
 
