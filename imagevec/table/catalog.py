@@ -59,6 +59,7 @@ _DELETED = f"{OWN_PREFIX}deleted"
 _REPLACEMENT = "replacement"
 _REPLACING = "replacing"
 _PROBE = "probe.parquet"
+_EMPTY = StructType().add("path", "string")  # no table of features has so few columns
 _RETRY_SECONDS = 300.0
 _LONGEST_PAUSE_SECONDS = 15.0
 # What Delta and Iceberg raise, and Spark at a creation, if another writer has committed in between.
@@ -115,7 +116,7 @@ class CatalogTable:
         if self._exists(FEATURES):
             self._provenance()
         else:
-            self._create_with_merge(self._empty(StructType().add("path", "string")))
+            self._create_with_merge(self._empty(_EMPTY))
             self._drop()
 
     def check(self, spec: FeatureSpec, columns: Sequence[str], kept: StructType) -> None:
@@ -134,8 +135,8 @@ class CatalogTable:
 
         Drops the empty table of a run that was killed while it looked whether a new one has MERGE.
         """
-        if self._exists(FEATURES) and self._properties(FEATURES).get(PROPERTY) == "{}":
-            self._drop()
+        if self._exists(FEATURES) and self._table(FEATURES).columns == _EMPTY.names:
+            self._drop()  # check_is_table has found its property
         self.work.write(_PROBE, _parquet_of_nothing())
         try:
             self._spark.read.parquet(escaped(spark_path(self.work.sub(_PROBE).location))).head(1)
